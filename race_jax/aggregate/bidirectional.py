@@ -1,0 +1,177 @@
+"""Bidirectional RACE attention: one pass over the keys, then one over the queries.
+
+Comes in: hash projections, values and sums to start from. Goes out: outputs and total sums, which
+are also the residual of the backward pass.
+
+    X = X_0 + sum_s phi(k_s) [v_s | 1]       [N | z]_t = phi(q_t) X       o_t = N_t / z_t
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from race_jax import hashing, state
+from race_jax.aggregate.chunk import Sums
+from race_jax.aggregate.sweep import Layout, Tiling, layout, pad_time, sweep
+
+PARALLEL_BLOCK = 4096  # tokens that one lane of a wide machine sums by itself
+
+
+class Operands(NamedTuple):
+    """The arrays of one bidirectional call.
+
+    Attributes:
+      z_q: ``(B, T, N, L, P)``.
+      z_k: ``(B, S, K, L, P)``.
+      value: ``(B, S, K, V)``.
+      sharpness: ``(K,)``.
+      mask: ``(B, S)`` bool, or None.
+      sums: sums to start from.
+    """
+
+    z_q: jax.Array
+    z_k: jax.Array
+    value: jax.Array
+    sharpness: jax.Array
+    mask: jax.Array | None
+    sums: Sums
+
+
+def forward(operands: Operands, *, tiling: Tiling) -> tuple[jax.Array, Sums]:
+    """The output ``(B, T, N, V)`` and the total sums.
+
+    Args:
+      operands: the arrays, T >= 1 and S >= 1.
+      tiling: chunk size, and whether blocks run in parallel.
+    """
+    sharpness = operands.sharpness
+
+    def add(carry: Sums, piece: tuple[jax.Array, ...], index: jax.Array) -> tuple[Sums, tuple]:
+        phi_k, value = hash_keys(sharpness, *piece)
+        own = Sums(jnp.einsum("bksf,bksv->bkfv", phi_k, value), phi_k.sum(axis=2))
+        return jax.tree.map(jnp.add, carry, own), ()
+
+    totals, _ = _walk(add, operands.sums, _key_arrays(operands, tiling), (), tiling)
+
+    def read(carry: tuple, z_q: jax.Array, index: jax.Array) -> tuple[tuple, jax.Array]:
+        phi_q = hash_queries(sharpness, z_q)
+        numerator = jnp.einsum("bkgtf,bkfv->bkgtv", phi_q, totals.numerator)
+        mass = jnp.einsum("bkgtf,bkf->bkgt", phi_q, totals.mass)
+        return carry, jnp.moveaxis(state.normalize(numerator, mass), 3, 1)
+
+    z_q = group(operands.z_q, operands.value.shape[2])
+    out = jnp.zeros((*z_q.shape[:4], operands.value.shape[-1]), operands.value.dtype)
+    _, out = _walk(read, (), z_q, out, tiling)
+    return out.reshape(*operands.z_q.shape[:3], -1), totals
+
+
+def backward(
+    operands: Operands, totals: Sums, d_out: jax.Array, d_totals: Sums, *, tiling: Tiling
+) -> Operands:
+    """Cotangents of the operands; None in place of the mask's.
+
+    Args:
+      operands: as given to ``forward``.
+      totals: from ``forward``.
+      d_out: ``(B, T, N, V)``.
+      d_totals: cotangent of the returned totals.
+      tiling: as given to ``forward``.
+    """
+    sharpness = operands.sharpness
+
+    def rows(carry: tuple[Sums, jax.Array], piece: tuple[jax.Array, jax.Array], index: jax.Array):
+        (d_sums, d_sharpness), (z_q, d_out) = carry, piece
+        phi_q, pull = jax.vjp(lambda z, beta: hash_queries(beta, z), z_q, sharpness)
+        d_out = jnp.moveaxis(d_out, 1, 3).astype(phi_q.dtype)
+        mass = jnp.einsum("bkgtf,bkf->bkgt", phi_q, totals.mass)
+        seen = mass > state.MIN_MASS
+        inverse = jnp.where(seen, 1.0 / jnp.where(seen, mass, 1.0), 0.0)
+        along = jnp.einsum("bkgtv,bkfv->bkgtf", d_out, totals.numerator)
+        d_mass = -((phi_q * along).sum(axis=-1) * inverse) * inverse
+        d_phi = along * inverse[..., None] + d_mass[..., None] * totals.mass[:, :, None, None]
+        d_numerator = d_out * inverse[..., None]
+        own = Sums(
+            jnp.einsum("bkgtf,bkgtv->bkfv", phi_q, d_numerator),
+            jnp.einsum("bkgtf,bkgt->bkf", phi_q, d_mass),
+        )
+        d_z_q, more = pull(d_phi)
+        return (jax.tree.map(jnp.add, d_sums, own), d_sharpness + more), d_z_q
+
+    arrays = jax.tree.map(lambda x: group(x, operands.value.shape[2]), (operands.z_q, d_out))
+    carry = d_totals, jnp.zeros_like(sharpness)
+    (d_sums, d_sharpness), d_z_q = _walk(rows, carry, arrays, jnp.zeros_like(arrays[0]), tiling)
+
+    def columns(d_sharpness: jax.Array, piece: tuple[jax.Array, ...], index: jax.Array):
+        z_k, value, mask = piece
+        (phi_k, value), pull = jax.vjp(
+            lambda z, beta: hash_keys(beta, z, value, mask), z_k, sharpness
+        )
+        d_phi = jnp.einsum("bksv,bkfv->bksf", value, d_sums.numerator) + d_sums.mass[:, :, None]
+        d_value = jnp.einsum("bksf,bkfv->bksv", phi_k, d_sums.numerator)
+        d_z_k, more = pull((d_phi, jnp.zeros_like(value)))
+        return d_sharpness + more, (d_z_k, jnp.moveaxis(d_value, 2, 1))
+
+    written = jnp.zeros_like(operands.z_k), jnp.zeros_like(operands.value)
+    keys = _key_arrays(operands, tiling)
+    d_sharpness, (d_z_k, d_value) = _walk(columns, d_sharpness, keys, written, tiling)
+    return Operands(d_z_q.reshape(operands.z_q.shape), d_z_k, d_value, d_sharpness, None, d_sums)
+
+
+def _plan(length: int, tiling: Tiling) -> Layout:
+    blocks = -(-length // PARALLEL_BLOCK) if tiling.parallel else 1
+    return layout(length, blocks, tiling.chunk)
+
+
+def _walk(step: Callable, carry: Any, arrays: Any, buffers: Any, tiling: Tiling) -> tuple[Any, Any]:
+    """A sweep over the whole length, in parallel lanes (whose carries add up) if tiled so."""
+    length = jax.tree.leaves(arrays)[0].shape[1]
+    if length == 0:
+        return carry, buffers
+    plan = _plan(length, tiling)
+    walk = functools.partial(sweep, step, chunk=plan.chunk, count=plan.chunks)
+    arrays, buffers = jax.tree.map(lambda x: pad_time(x, plan.length), (arrays, buffers))
+    if plan.blocks == 1:
+        carry, buffers = walk(carry, arrays, buffers)
+    else:
+        arrays, buffers = jax.tree.map(
+            lambda x: x.reshape(x.shape[0], plan.blocks, -1, *x.shape[2:]), (arrays, buffers)
+        )
+        lanes = jax.vmap(walk, in_axes=(None, 1, 1), out_axes=(0, 1))
+        added, buffers = lanes(jax.tree.map(jnp.zeros_like, carry), arrays, buffers)
+        carry = jax.tree.map(lambda first, lane: first + lane.sum(axis=0), carry, added)
+        buffers = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), buffers)
+    return carry, jax.tree.map(lambda x: x[:, :length], buffers)
+
+
+def _key_arrays(operands: Operands, tiling: Tiling) -> tuple[jax.Array, ...]:
+    """Keys, values and their mask, which has to exist where slots are appended."""
+    batch, length = operands.value.shape[:2]
+    mask = operands.mask
+    if mask is None and length and _plan(length, tiling).length != length:
+        mask = jnp.ones((batch, length), bool)
+    return operands.z_k, operands.value, mask
+
+
+def group(x: jax.Array, kv_heads: int) -> jax.Array:
+    """Query heads under their key/value head: ``(B, T, N, ...)`` as ``(B, T, K, G, ...)``."""
+    return x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:])
+
+
+def hash_queries(sharpness: jax.Array, z_q: jax.Array) -> jax.Array:
+    """phi_q ``(B, K, G, C, F)`` of a chunk's queries."""
+    return hashing.soft_hash(jnp.moveaxis(z_q, 1, 3), sharpness[:, None, None])
+
+
+def hash_keys(
+    sharpness: jax.Array, z_k: jax.Array, value: jax.Array, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """phi_k ``(B, K, C, F)`` of a chunk's keys, zero in padded slots, and v ``(B, K, C, V)``."""
+    phi = hashing.soft_hash(jnp.moveaxis(z_k, 1, 2), sharpness[:, None])
+    if mask is not None:
+        phi = jnp.where(mask[:, None, :, None], phi, 0.0)
+    return phi, jnp.moveaxis(value, 1, 2).astype(phi.dtype)

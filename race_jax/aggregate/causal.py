@@ -1,0 +1,336 @@
+"""Causal RACE attention: sweeps over chunks, blocks in parallel or one after the other.
+
+Comes in: hash projections, values and the initial sums. Goes out: outputs, the final sums and, as
+the residual of the backward pass, the sums at the start of every block.
+
+    [N | z] = ((phi_q phi_kᵀ) . D) [v | 1] + into . (phi_q X),   o = N / z      in chunk.py
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from race_jax import state
+from race_jax.aggregate import chunk as chunks
+from race_jax.aggregate import prefix
+from race_jax.aggregate.chunk import Sums, Tokens
+from race_jax.aggregate.sweep import (
+    Layout,
+    Tiling,
+    join_blocks,
+    layout,
+    pad_time,
+    split_blocks,
+    sweep,
+)
+
+BLOCK = (
+    1024  # tokens between two saved sums: 4 % of the bytes of float32 q, k, v at F = 64, V = 128
+)
+
+
+class Operands(NamedTuple):
+    """The arrays of one causal call; None where an argument is not in use.
+
+    Attributes:
+      z_q: ``(B, T, N, L, P)``.
+      z_k: ``(B, T, K, L, P)``.
+      value: ``(B, T, K, V)``.
+      sharpness: ``(K,)``.
+      log_decay: ``(B, T, K)``, bounded, zero in padded slots.
+      mask: ``(B, T)`` bool.
+      segment: ``(B, T)`` int32, filled at padded slots.
+      sums: the initial sums.
+      initial_segment: ``(B,)`` int32.
+    """
+
+    z_q: jax.Array
+    z_k: jax.Array
+    value: jax.Array
+    sharpness: jax.Array
+    log_decay: jax.Array | None
+    mask: jax.Array | None
+    segment: jax.Array | None
+    sums: Sums
+    initial_segment: jax.Array
+
+
+class _Written(NamedTuple):
+    """Gradients that have a time axis, written chunk by chunk."""
+
+    z_q: jax.Array
+    z_k: jax.Array
+    value: jax.Array
+    log_decay: jax.Array | None
+
+
+def block_count(length: int) -> int:
+    """Blocks of a sequence: the same on every platform, since residuals hold the sums of each."""
+    return -(-length // BLOCK)
+
+
+def forward(operands: Operands, *, blocks: int, tiling: Tiling) -> tuple[jax.Array, Sums, Sums]:
+    """Causal attention.
+
+    Args:
+      operands: the arrays, T >= 1.
+      blocks: how many blocks of the sequence leave their first sums as residuals.
+      tiling: chunk size, and whether the blocks run in parallel.
+
+    Returns:
+      The output ``(B, T, N, V)``, the final sums, and the sums at the start of every block,
+      ``(B, K, blocks, F, V)`` and ``(B, K, blocks, F)``.
+    """
+    plan = layout(operands.value.shape[1], blocks, tiling.chunk)
+    tokens = pad_operands(operands, plan)
+    out = jnp.zeros((*tokens.z_q.shape[:4], tokens.value.shape[-1]), operands.value.dtype)
+    walk = functools.partial(
+        sweep, _forward_chunk(operands.sharpness), chunk=plan.chunk, count=plan.chunks
+    )
+    if tiling.parallel and blocks > 1:
+        tokens, out = jax.tree.map(lambda x: split_blocks(x, blocks), (tokens, out))
+        starts, final = _block_starts(operands.sharpness, tokens, operands.sums, plan)
+        out = join_blocks(walk(prefix.fold(starts), tokens, out)[1], blocks)
+    else:
+
+        def block(index: jax.Array, loop: tuple[Sums, Sums, jax.Array]):
+            sums, starts, out = loop
+            starts = _store(starts, index, sums)
+            sums, out = walk(sums, tokens, out, start=index * plan.block)
+            return sums, starts, out
+
+        loop = operands.sums, _history(operands.sums, blocks), out
+        final, starts, out = jax.lax.fori_loop(0, blocks, block, loop)
+    starts = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), starts)
+    batch, length, heads = operands.z_q.shape[:3]
+    return out[:, :length].reshape(batch, length, heads, -1), final, starts
+
+
+def backward(
+    operands: Operands, starts: Sums, d_out: jax.Array, d_final: Sums, *, tiling: Tiling
+) -> Operands:
+    """Cotangents of the operands; None in place of those of masks and segments.
+
+    Args:
+      operands: as given to ``forward``.
+      starts: the sums at the start of every block, from ``forward``.
+      d_out: ``(B, T, N, V)``.
+      d_final: cotangent of the final sums.
+      tiling: as given to ``forward``.
+    """
+    blocks = starts.mass.shape[2]
+    length = operands.value.shape[1]
+    plan = layout(length, blocks, tiling.chunk)
+    tokens = pad_operands(operands, plan)
+    starts = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), starts)
+    d_out = pad_time(d_out.reshape(*d_out.shape[:2], *tokens.z_q.shape[2:4], -1), plan.length)
+    written = _Written(*(x if x is None else jnp.zeros_like(x) for x in tokens[:4]))
+    d_sharpness = jnp.zeros_like(operands.sharpness)
+    step = functools.partial(_backward_block, operands.sharpness, plan)
+    if tiling.parallel and blocks > 1:
+        tokens, d_out, written = jax.tree.map(
+            lambda x: split_blocks(x, blocks), (tokens, d_out, written)
+        )
+        d_ends, d_initial = _block_ends(operands.sharpness, tokens, d_out, starts, d_final, plan)
+        loop = prefix.fold(d_ends), d_sharpness, written
+        _, d_sharpness, written = step(tokens, d_out, prefix.fold(starts), loop, 0)
+        written = jax.tree.map(lambda x: join_blocks(x, blocks), written)
+    else:
+
+        def block(turn: jax.Array, loop: tuple[Sums, jax.Array, _Written]):
+            index = blocks - 1 - turn
+            sums = jax.tree.map(lambda x: x[index], starts)
+            return step(tokens, d_out, sums, loop, index * plan.block)
+
+        loop = d_final, d_sharpness, written
+        d_initial, d_sharpness, written = jax.lax.fori_loop(0, blocks, block, loop)
+    written = jax.tree.map(lambda x: x[:, :length], written)
+    return Operands(
+        z_q=written.z_q.reshape(operands.z_q.shape),
+        z_k=written.z_k,
+        value=written.value,
+        sharpness=d_sharpness,
+        log_decay=written.log_decay,
+        mask=None,
+        segment=None,
+        sums=d_initial,
+        initial_segment=None,
+    )
+
+
+def pad_operands(operands: Operands, plan: Layout) -> Tokens:
+    """The operands as padded tokens with query heads grouped under their key/value head."""
+    batch, length, kv_heads = operands.value.shape[:3]
+    z_q = operands.z_q.reshape(batch, length, kv_heads, -1, *operands.z_q.shape[3:])
+    mask, segment, before = operands.mask, operands.segment, None
+    if plan.length != length and mask is None:
+        mask = jnp.ones((batch, length), bool)
+    if segment is not None:
+        segment = pad_time(segment, plan.length, mode="edge")
+        before = jnp.concatenate([operands.initial_segment[:, None], segment[:, :-1]], axis=1)
+    arrays = (z_q, operands.z_k, operands.value, operands.log_decay, mask)
+    arrays = jax.tree.map(lambda x: pad_time(x, plan.length), arrays)
+    return Tokens(*arrays, segment, before)
+
+
+def features(sharpness: jax.Array, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """phi_q, phi_k and v of a chunk, heads leading."""
+    phi_k = chunks.key_features(tokens, sharpness)
+    return chunks.query_features(tokens, sharpness), phi_k, chunks.head_values(tokens, phi_k.dtype)
+
+
+def features_vjp(
+    sharpness: jax.Array, tokens: Tokens
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Callable]:
+    """Features, values, and the map from feature cotangents to those of z_q, z_k and sharpness."""
+
+    def hashed(z_q: jax.Array, z_k: jax.Array, sharpness: jax.Array):
+        replaced = tokens._replace(z_q=z_q, z_k=z_k)
+        return features(sharpness, replaced)[:2]
+
+    phis, pull = jax.vjp(hashed, tokens.z_q, tokens.z_k, sharpness)
+    return (*phis, chunks.head_values(tokens, phis[1].dtype)), pull
+
+
+def visible_rows(tokens: Tokens, rows: jax.Array) -> jax.Array:
+    """Rows ``(B, K, G, C, V)`` of queries, zero in padded slots."""
+    return (
+        rows if tokens.mask is None else jnp.where(tokens.mask[:, None, None, :, None], rows, 0.0)
+    )
+
+
+def _forward_chunk(sharpness: jax.Array) -> Callable:
+    def step(sums: Sums, tokens: Tokens, index: jax.Array) -> tuple[Sums, jax.Array]:
+        del index
+        phi_q, phi_k, value = features(sharpness, tokens)
+        decay = chunks.decay_factors(tokens)
+        out = state.normalize(*chunks.forward(phi_q, phi_k, value, decay, sums))
+        out = jnp.moveaxis(visible_rows(tokens, out), 3, 1)
+        return chunks.add_keys(phi_k, value, decay, sums), out
+
+    return step
+
+
+def _backward_block(
+    sharpness: jax.Array,
+    plan: Layout,
+    tokens: Tokens,
+    d_out: jax.Array,
+    sums: Sums,
+    loop: tuple[Sums, jax.Array, _Written],
+    start: jax.typing.ArrayLike,
+) -> tuple[Sums, jax.Array, _Written]:
+    """One block: the sums of its chunks forward once more, then the gradients in reverse."""
+    d_sums, d_sharpness, written = loop
+    walk = functools.partial(sweep, chunk=plan.chunk, count=plan.chunks, start=start)
+
+    def remember(carry: tuple[Sums, Sums], tokens: Tokens, index: jax.Array):
+        sums, history = carry
+        return (_add_keys(sharpness, sums, tokens), _store(history, index, sums)), ()
+
+    (end, history), _ = walk(remember, (sums, _history(sums, plan.chunks)), tokens, ())
+    later = None
+    if tokens.log_decay is not None:
+        # All that later tokens ask of the gates of this block is in its last sums.
+        later = (d_sums.numerator * end.numerator).sum((2, 3)) + (d_sums.mass * end.mass).sum(2)
+
+    def differentiate(carry: tuple, piece: tuple[Tokens, jax.Array], index: jax.Array):
+        sums = jax.tree.map(lambda x: x[index], history)
+        return _backward_chunk(sharpness, sums, carry, *piece)
+
+    carry = d_sums, d_sharpness, later
+    (d_sums, d_sharpness, _), written = walk(
+        differentiate, carry, (tokens, d_out), written, reverse=True
+    )
+    return d_sums, d_sharpness, written
+
+
+def _backward_chunk(
+    sharpness: jax.Array,
+    sums: Sums,
+    carry: tuple[Sums, jax.Array, jax.Array | None],
+    tokens: Tokens,
+    d_out: jax.Array,
+) -> tuple[tuple[Sums, jax.Array, jax.Array | None], _Written]:
+    d_sums, d_sharpness, later = carry
+    (phi_q, phi_k, value), pull = features_vjp(sharpness, tokens)
+    decay = chunks.decay_factors(tokens)
+    d_out = visible_rows(tokens, jnp.moveaxis(d_out, 1, 3).astype(value.dtype))
+    rows = chunks.backward_rows(phi_q, phi_k, value, decay, sums, d_out)
+    d_phi_q, d_phi_k, d_value = chunks.backward(phi_q, phi_k, value, decay, rows, d_sums)
+    d_log_decay = None
+    if later is not None:
+        d_log_decay, later = chunks.log_decay_gradient(phi_q, phi_k, d_phi_q, d_phi_k, later)
+    d_z_q, d_z_k, more = pull((d_phi_q, d_phi_k))
+    written = _Written(d_z_q, d_z_k, jnp.moveaxis(d_value, 2, 1), d_log_decay)
+    return (chunks.add_rows(rows, decay, d_sums), d_sharpness + more, later), written
+
+
+def _add_keys(sharpness: jax.Array, sums: Sums, tokens: Tokens) -> Sums:
+    phi_k = chunks.key_features(tokens, sharpness)
+    value = chunks.head_values(tokens, phi_k.dtype)
+    return chunks.add_keys(phi_k, value, chunks.decay_factors(tokens), sums)
+
+
+def _history(sums: Sums, count: int) -> Sums:
+    return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), sums)
+
+
+def _store(history: Sums, index: jax.Array, sums: Sums) -> Sums:
+    return jax.tree.map(lambda many, one: many.at[index].set(one), history, sums)
+
+
+def _block_starts(
+    sharpness: jax.Array, tokens: Tokens, initial: Sums, plan: Layout
+) -> tuple[Sums, Sums]:
+    """The sums that enter every block, ``(blocks, B, ...)``, and those that leave the last."""
+
+    def step(carry: tuple[jax.Array, Sums], tokens: Tokens, index: jax.Array):
+        factor, sums = carry
+        across = chunks.decay_factors(tokens).across
+        return (chunks.scale(across, factor, 0), _add_keys(sharpness, sums, tokens)), ()
+
+    local = _fresh(initial, plan.blocks)
+    carry = jnp.ones(local.mass.shape[:2], local.mass.dtype), local
+    carry, _ = sweep(step, carry, tokens, (), chunk=plan.chunk, count=plan.chunks)
+    return prefix.exclusive(*prefix.unfold(carry, plan.blocks), initial)
+
+
+def _block_ends(
+    sharpness: jax.Array,
+    tokens: Tokens,
+    d_out: jax.Array,
+    starts: Sums,
+    d_final: Sums,
+    plan: Layout,
+) -> tuple[Sums, Sums]:
+    """Cotangents of the sums that leave every block, ``(blocks, B, ...)``, and of the first."""
+
+    def step(carry: tuple, piece: tuple[Tokens, jax.Array], index: jax.Array):
+        factor, sums, d_start = carry
+        tokens, d_out = piece
+        phi_q, phi_k, value = features(sharpness, tokens)
+        decay = chunks.decay_factors(tokens)
+        d_out = visible_rows(tokens, jnp.moveaxis(d_out, 1, 3).astype(value.dtype))
+        rows = chunks.backward_rows(phi_q, phi_k, value, decay, sums, d_out)
+        own = chunks.add_rows(rows, decay, chunks.zeros_like(sums))
+        _, d_start = prefix.combine((factor, own), (factor, d_start))
+        factor = chunks.scale(decay.across, factor, 0)
+        return (factor, chunks.add_keys(phi_k, value, decay, sums), d_start), ()
+
+    d_local = _fresh(d_final, plan.blocks)
+    carry = jnp.ones(d_local.mass.shape[:2], d_local.mass.dtype), prefix.fold(starts), d_local
+    (factor, _, d_local), _ = sweep(
+        step, carry, (tokens, d_out), (), chunk=plan.chunk, count=plan.chunks
+    )
+    return prefix.exclusive_reverse(*prefix.unfold((factor, d_local), plan.blocks), d_final)
+
+
+def _fresh(sums: Sums, blocks: int) -> Sums:
+    """Zero sums for every block of every row of the batch."""
+    return jax.tree.map(lambda x: jnp.zeros((x.shape[0] * blocks, *x.shape[1:]), x.dtype), sums)

@@ -1,0 +1,241 @@
+"""The mathematics of one chunk of C consecutive tokens, forward and backward.
+
+Comes in: the chunk's tokens and the sums X of everything before it. Goes out: the chunk's outputs
+and the sums after it; backward, the gradients of both. With D the decay between two tokens of the
+chunk, ``into`` that from its start, ``out_of`` that to its end, ``across`` the whole chunk's,
+
+    [N | z] = ((phi_q phi_kᵀ) . D) [v | 1] + into . (phi_q X)
+    X'      = across X + (out_of . phi_k)ᵀ [v | 1]
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from race_jax import hashing, state
+
+
+class Tokens(NamedTuple):
+    """What attention needs to know of a stretch of tokens; None where an argument is not in use.
+
+    Attributes:
+      z_q: ``(B, C, K, G, L, P)`` hash projections of the queries.
+      z_k: ``(B, C, K, L, P)`` hash projections of the keys.
+      value: ``(B, C, K, V)``.
+      log_decay: ``(B, C, K)``.
+      mask: ``(B, C)`` bool, True where there is a token.
+      segment: ``(B, C)`` int32.
+      before: ``(B, C)`` int32, the segment of the slot before each slot.
+    """
+
+    z_q: jax.Array
+    z_k: jax.Array
+    value: jax.Array
+    log_decay: jax.Array | None
+    mask: jax.Array | None
+    segment: jax.Array | None
+    before: jax.Array | None
+
+
+class Sums(NamedTuple):
+    """Table counts X = [numerator (B, K, F, V) | mass (B, K, F)]."""
+
+    numerator: jax.Array
+    mass: jax.Array
+
+
+def zeros_like(sums: Sums) -> Sums:
+    """The sums before any token."""
+    return jax.tree.map(jnp.zeros_like, sums)
+
+
+class Decay(NamedTuple):
+    """Factors in [0, 1] by which weights shrink; None stands for one.
+
+    Attributes:
+      within: ``(B or 1, K or 1, 1, C, C)`` from key s to query t, zero where s is not visible to t.
+      into: ``(B, K or 1, C)`` from the chunk's start.
+      out_of: ``(B, K or 1, C)`` to the chunk's end.
+      across: ``(B, K or 1)`` from start to end.
+    """
+
+    within: jax.Array
+    into: jax.Array | None
+    out_of: jax.Array | None
+    across: jax.Array | None
+
+
+def decay_factors(tokens: Tokens, *, inclusive: bool = True) -> Decay:
+    """Causality, gate and segments of a chunk as factors; every exponent is at most zero."""
+    length = tokens.value.shape[1]
+    visible = jnp.tril(jnp.ones((length, length), bool), 0 if inclusive else -1)[None, None, None]
+    into = out_of = across = None
+    if tokens.segment is not None:
+        segment = tokens.segment
+        visible &= (segment[:, :, None] == segment[:, None, :])[:, None, None]
+        start, end = tokens.before[:, :1], segment[:, -1:]
+        into, out_of = (segment == start)[:, None], (segment == end)[:, None]
+        across = start == end
+    if tokens.log_decay is None:
+        factors = (visible, into, out_of, across)
+        return Decay(*(x if x is None else x.astype(jnp.float32) for x in factors))
+    total = jnp.cumsum(jnp.moveaxis(tokens.log_decay, 1, 2), axis=-1)  # (B, K, C), from the start
+    difference = (total[..., :, None] - total[..., None, :])[:, :, None]
+    # The exponent is masked, not only its exponential: above the diagonal it is positive.
+    within = jnp.exp(jnp.where(visible, difference, -jnp.inf))
+    into = _select(into, jnp.exp(total))
+    out_of = _select(out_of, jnp.exp(total[..., -1:] - total))
+    across = _select(across, jnp.exp(total[..., -1]))
+    return Decay(within, into, out_of, across)
+
+
+def _select(keep: jax.Array | None, factor: jax.Array) -> jax.Array:
+    return factor if keep is None else jnp.where(keep, factor, 0.0)
+
+
+def query_features(tokens: Tokens, sharpness: jax.Array) -> jax.Array:
+    """phi_q ``(B, K, G, C, F)``."""
+    z_q = jnp.moveaxis(tokens.z_q, 1, 3)  # the head axes lead, so that products batch over them
+    return hashing.soft_hash(z_q, sharpness[:, None, None])
+
+
+def key_features(tokens: Tokens, sharpness: jax.Array) -> jax.Array:
+    """phi_k ``(B, K, C, F)``, zero in padded slots."""
+    phi = hashing.soft_hash(jnp.moveaxis(tokens.z_k, 1, 2), sharpness[:, None])
+    if tokens.mask is None:
+        return phi
+    return jnp.where(tokens.mask[:, None, :, None], phi, 0.0)
+
+
+def head_values(tokens: Tokens, dtype: jnp.dtype) -> jax.Array:
+    """v ``(B, K, C, V)`` in the dtype of the sums."""
+    return jnp.moveaxis(tokens.value, 1, 2).astype(dtype)
+
+
+def scale(factor: jax.Array | None, x: jax.Array, axes: int) -> jax.Array:
+    """``factor * x`` where the factor lacks the last ``axes`` axes of x; None stands for one."""
+    return x if factor is None else factor.reshape(*factor.shape, *(1,) * axes) * x
+
+
+def add_keys(phi_k: jax.Array, value: jax.Array, decay: Decay, sums: Sums) -> Sums:
+    """X' = across X + (out_of . phi_k)ᵀ [v | 1]."""
+    phi_k = scale(decay.out_of, phi_k, 1)
+    return Sums(
+        scale(decay.across, sums.numerator, 2) + jnp.einsum("bksf,bksv->bkfv", phi_k, value),
+        scale(decay.across, sums.mass, 1) + phi_k.sum(axis=2),
+    )
+
+
+def forward(
+    phi_q: jax.Array, phi_k: jax.Array, value: jax.Array, decay: Decay, sums: Sums
+) -> tuple[jax.Array, jax.Array]:
+    """The unnormalised N ``(B, K, G, C, V)`` and z ``(B, K, G, C)`` of a chunk's queries."""
+    into = None if decay.into is None else decay.into[:, :, None]
+    weights = jnp.einsum("bkgtf,bksf->bkgts", phi_q, phi_k) * decay.within
+    phi_in = scale(into, phi_q, 1)
+    numerator = jnp.einsum("bkgts,bksv->bkgtv", weights, value)
+    numerator += jnp.einsum("bkgtf,bkfv->bkgtv", phi_in, sums.numerator)
+    mass = weights.sum(axis=-1) + jnp.einsum("bkgtf,bkf->bkgt", phi_in, sums.mass)
+    return numerator, mass
+
+
+class Rows(NamedTuple):
+    """The backward pass up to the rows: what the cotangent do of o = N / z asks of N and z.
+
+    Attributes:
+      phi_in: ``into . phi_q``.
+      weights: ``(phi_q phi_kᵀ) . D``.
+      d_weights: their cotangent ``do vᵀ / z + dz``.
+      d_state: ``do Sᵀ / z + dz Z``, the cotangent of phi_in.
+      d_numerator: dN = do / z, zero where nothing is seen.
+      d_mass: dz = -(do . o) / z.
+    """
+
+    phi_in: jax.Array
+    weights: jax.Array
+    d_weights: jax.Array
+    d_state: jax.Array
+    d_numerator: jax.Array
+    d_mass: jax.Array
+
+
+def backward_rows(
+    phi_q: jax.Array,
+    phi_k: jax.Array,
+    value: jax.Array,
+    decay: Decay,
+    sums: Sums,
+    d_out: jax.Array,
+) -> Rows:
+    """Recomputes the rows and takes the cotangent through the division.
+
+    do . o is formed from products that the gradient needs anyway, so that the output is not saved.
+    """
+    into = None if decay.into is None else decay.into[:, :, None]
+    weights = jnp.einsum("bkgtf,bksf->bkgts", phi_q, phi_k) * decay.within
+    phi_in = scale(into, phi_q, 1)
+    mass = weights.sum(axis=-1) + jnp.einsum("bkgtf,bkf->bkgt", phi_in, sums.mass)
+    along = jnp.einsum("bkgtv,bksv->bkgts", d_out, value)
+    from_state = jnp.einsum("bkgtv,bkfv->bkgtf", d_out, sums.numerator)
+    seen = mass > state.MIN_MASS
+    inverse = jnp.where(seen, 1.0 / jnp.where(seen, mass, 1.0), 0.0)
+    d_out_numerator = (weights * along).sum(axis=-1) + (phi_in * from_state).sum(axis=-1)
+    d_mass = -(d_out_numerator * inverse) * inverse  # never 1 / z**2, which overflows first
+    return Rows(
+        phi_in=phi_in,
+        weights=weights,
+        d_weights=along * inverse[..., None] + d_mass[..., None],
+        d_state=from_state * inverse[..., None] + d_mass[..., None] * sums.mass[:, :, None, None],
+        d_numerator=d_out * inverse[..., None],
+        d_mass=d_mass,
+    )
+
+
+def add_rows(rows: Rows, decay: Decay, d_sums: Sums) -> Sums:
+    """The cotangent of the sums that enter a chunk, from that of the sums that leave it."""
+    return Sums(
+        scale(decay.across, d_sums.numerator, 2)
+        + jnp.einsum("bkgtf,bkgtv->bkfv", rows.phi_in, rows.d_numerator),
+        scale(decay.across, d_sums.mass, 1)
+        + jnp.einsum("bkgtf,bkgt->bkf", rows.phi_in, rows.d_mass),
+    )
+
+
+def backward(
+    phi_q: jax.Array,
+    phi_k: jax.Array,
+    value: jax.Array,
+    decay: Decay,
+    rows: Rows,
+    d_sums: Sums,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cotangents of phi_q, phi_k and value, given that of the sums that leave the chunk."""
+    into = None if decay.into is None else decay.into[:, :, None]
+    d_weights = rows.d_weights * decay.within
+    d_phi_q = jnp.einsum("bkgts,bksf->bkgtf", d_weights, phi_k) + scale(into, rows.d_state, 1)
+    later = jnp.einsum("bksv,bkfv->bksf", value, d_sums.numerator) + d_sums.mass[:, :, None]
+    d_phi_k = jnp.einsum("bkgts,bkgtf->bksf", d_weights, phi_q) + scale(decay.out_of, later, 1)
+    d_value = jnp.einsum("bkgts,bkgtv->bksv", rows.weights, rows.d_numerator)
+    d_value += jnp.einsum("bksf,bkfv->bksv", scale(decay.out_of, phi_k, 1), d_sums.numerator)
+    return d_phi_q, d_phi_k, d_value
+
+
+def log_decay_gradient(
+    phi_q: jax.Array,
+    phi_k: jax.Array,
+    d_phi_q: jax.Array,
+    d_phi_k: jax.Array,
+    later: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """dg ``(B, C, K)`` of the gate, and its value at the chunk's start, ``(B, K)``.
+
+    dg_t = later + sum over u >= t in the chunk of (phi_q . dphi_q - phi_k . dphi_k), where
+    ``later`` collects the same of all later tokens and of the final sums.
+    """
+    rows = jnp.einsum("bkgtf,bkgtf->bkt", phi_q, d_phi_q)
+    columns = jnp.einsum("bksf,bksf->bks", phi_k, d_phi_k)
+    gradient = later[..., None] + jax.lax.cumsum(rows - columns, axis=2, reverse=True)
+    return jnp.moveaxis(gradient, 2, 1), gradient[..., 0]

@@ -1,0 +1,63 @@
+"""What enters every block of a sequence: an exclusive scan over the blocks' own sums.
+
+Comes in: for each block its decay a and the sums X it adds. Goes out: the sums at every block's
+start (or, in reverse, the cotangents at every block's end), with the associative operation
+
+    (a1, X1) then (a2, X2)  =  (a1 a2, a2 X1 + X2)
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from race_jax.aggregate.chunk import Sums
+
+
+def combine(earlier: tuple[jax.Array, Sums], later: tuple[jax.Array, Sums]):
+    """The sums of two adjoining stretches; factors ``(..., B, K)``."""
+    (factor_1, sums_1), (factor_2, sums_2) = earlier, later
+    return factor_1 * factor_2, Sums(
+        factor_2[..., None, None] * sums_1.numerator + sums_2.numerator,
+        factor_2[..., None] * sums_1.mass + sums_2.mass,
+    )
+
+
+def exclusive(factors: jax.Array, sums: Sums, first: Sums) -> tuple[Sums, Sums]:
+    """Scans from the first block to the last.
+
+    Args:
+      factors: ``(blocks, B, K)``, the decay across every block.
+      sums: ``(blocks, B, ...)``, what every block adds by itself.
+      first: ``(B, ...)``, what enters the first block.
+
+    Returns:
+      What enters every block ``(blocks, B, ...)``, and what leaves the last ``(B, ...)``.
+    """
+    elements = (
+        jnp.concatenate([jnp.ones_like(factors[:1]), factors]),
+        jax.tree.map(lambda one, all_: jnp.concatenate([one[None], all_]), first, sums),
+    )
+    _, scanned = jax.lax.associative_scan(combine, elements)
+    return jax.tree.map(lambda x: x[:-1], scanned), jax.tree.map(lambda x: x[-1], scanned)
+
+
+def exclusive_reverse(factors: jax.Array, sums: Sums, last: Sums) -> tuple[Sums, Sums]:
+    """The same from the last block to the first, for cotangents.
+
+    Returns:
+      What enters every block from later ones, and what leaves the first.
+    """
+    flip = lambda tree: jax.tree.map(lambda x: x[::-1], tree)  # noqa: E731
+    entering, leaving = exclusive(flip(factors), flip(sums), last)
+    return flip(entering), leaving
+
+
+def fold(sums: Sums) -> Sums:
+    """``(blocks, B, ...)`` as ``(B * blocks, ...)``, as ``sweep.split_blocks`` has it."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), sums)
+
+
+def unfold(sums: Sums, blocks: int) -> Sums:
+    """The inverse of ``fold``."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, blocks, *x.shape[1:]), 1, 0), sums)

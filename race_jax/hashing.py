@@ -1,0 +1,223 @@
+"""From a query or key x to its hash projections z = W x and its soft buckets phi(z).
+
+Comes in: x (..., H) and planes W (L, P, H). Goes out: z (..., L, P) and phi (..., L * 2**P), with
+
+    phi_l,r = softmax over corners r of beta * sum_p tanh(z_l,p) c_r,p
+            = prod_p sigmoid(2 beta tanh(z_l,p) c_r,p)
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+MAX_PLANES = 10  # 2**10 buckets a table; beyond it the tables no longer fit any cache
+
+
+def init_planes(
+    key: jax.Array,
+    *,
+    num_tables: int,
+    num_planes: int,
+    head_dim: int,
+    scale: float = 1.0,
+    orthogonal: bool = False,
+    num_kv_heads: int | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
+    """Draws the hyperplanes that hash queries and keys.
+
+    Every row is drawn from N(0, scale**2 I). With ``scale=1`` (the paper) and inputs of norm
+    sqrt(H), projections have standard deviation sqrt(H) and tanh saturates;
+    ``scale=head_dim**-0.5`` gives projections of order one and lets gradients through to queries
+    and keys.
+
+    Args:
+      key: a ``jax.random`` key.
+      num_tables: L >= 1, independent hash tables.
+      num_planes: P in 1..10, planes of a table; a table has 2**P buckets.
+      head_dim: H >= 1, the width of queries and keys.
+      scale: standard deviation of an entry, > 0.
+      orthogonal: make the P rows of a table orthogonal, with the norms that Gaussian rows have
+        (chi-distributed with H degrees of freedom); needs P <= H.
+      num_kv_heads: None for one set of planes, K for one set per key/value head.
+      dtype: floating dtype of the result.
+
+    Returns:
+      Planes of shape ``(L, P, H)``, or ``(K, L, P, H)`` with ``num_kv_heads``.
+
+    Raises:
+      ValueError: a size below 1, P above 10, a scale that is not positive, or P > H with
+        ``orthogonal``.
+
+    Example:
+      >>> import jax, race_jax
+      >>> race_jax.init_planes(
+      ...     jax.random.key(0), num_tables=4, num_planes=3, head_dim=64, scale=64**-0.5
+      ... ).shape
+      (4, 3, 64)
+
+    Source: arXiv 2510.04008, Algorithm 1. ``scale``, ``orthogonal`` and planes per head go beyond
+    the paper.
+    """
+    _check_sizes(num_tables, num_planes, head_dim, num_kv_heads)
+    if not scale > 0:
+        raise ValueError(
+            f"scale must be > 0, got {scale}; 1.0 is the paper, head_dim**-0.5 is soft"
+        )
+    lead = () if num_kv_heads is None else (num_kv_heads,)
+    shape = (*lead, num_tables, num_planes, head_dim)
+    if not orthogonal:
+        return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    if num_planes > head_dim:
+        raise ValueError(
+            f"orthogonal planes need num_planes <= head_dim, got {num_planes} > {head_dim}; "
+            "pass orthogonal=False"
+        )
+    key_direction, key_norm = jax.random.split(key)
+    gaussian = jax.random.normal(key_direction, (*shape[:-2], head_dim, num_planes), jnp.float32)
+    directions, triangle = jnp.linalg.qr(gaussian)
+    # QR fixes signs by convention; the signs of R's diagonal make the directions uniform again.
+    signs = jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))
+    norms = jnp.linalg.norm(jax.random.normal(key_norm, shape, jnp.float32), axis=-1)
+    rows = jnp.swapaxes(directions * signs[..., None, :], -1, -2)
+    return (scale * norms[..., None] * rows).astype(dtype)
+
+
+def _check_sizes(num_tables: int, num_planes: int, head_dim: int, num_kv_heads: int | None) -> None:
+    sizes = {"num_tables": num_tables, "num_planes": num_planes, "head_dim": head_dim}
+    if num_kv_heads is not None:
+        sizes["num_kv_heads"] = num_kv_heads
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    if num_planes > MAX_PLANES:
+        raise ValueError(
+            f"num_planes must be at most {MAX_PLANES}, got {num_planes} (2**{num_planes} buckets a "
+            "table); use more tables instead"
+        )
+
+
+def hash_projections(x: jax.Array, planes: jax.Array) -> jax.Array:
+    """Projects queries or keys onto the hash planes: z = W x.
+
+    Args:
+      x: floating array ``(..., H)``; ``(..., K, H)`` with planes per key/value head.
+      planes: ``(L, P, H)``, or ``(K, L, P, H)``.
+
+    Returns:
+      ``(..., L, P)``, or ``(..., K, L, P)``, in float32 (float64 for float64 inputs).
+
+    Raises:
+      ValueError: the last axes of x and planes do not match, or planes have a wrong rank.
+      TypeError: x or planes are not floating.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, race_jax
+      >>> planes = race_jax.init_planes(jax.random.key(0), num_tables=4, num_planes=3, head_dim=8)
+      >>> race_jax.hash_projections(jnp.ones((2, 5, 8)), planes).shape
+      (2, 5, 4, 3)
+
+    Source: arXiv 2510.04008, Algorithm 1.
+    """
+    check_floating(x=x, planes=planes)
+    if planes.ndim not in (3, 4):
+        raise ValueError(f"planes must be (L, P, H) or (K, L, P, H), got shape {planes.shape}")
+    wanted = planes.shape[-1:] if planes.ndim == 3 else (planes.shape[0], planes.shape[-1])
+    if x.shape[-len(wanted) :] != wanted:
+        raise ValueError(
+            f"x of shape {x.shape} must end in {wanted} to meet planes of shape {planes.shape}"
+        )
+    dtype = jnp.promote_types(jnp.promote_types(x.dtype, planes.dtype), jnp.float32)
+    equation = "...h,lph->...lp" if planes.ndim == 3 else "...kh,klph->...klp"
+    # One rounding of the product, not of the planes: float32 accumulation whatever x is.
+    return jnp.einsum(equation, x, planes.astype(x.dtype), preferred_element_type=dtype)
+
+
+def fold_planes(kernel: jax.Array, planes: jax.Array) -> jax.Array:
+    """Folds the planes into a projection kernel, so that z comes straight from the hidden state.
+
+    With q = x A + b and z = W q, it holds z = x (A Wᵀ) + W b: queries and keys need never be made.
+
+    Args:
+      kernel: ``(D, N, H)``, a projection's kernel, or its bias ``(N, H)``; N may be K.
+      planes: ``(L, P, H)``, or ``(K, L, P, H)`` with K dividing N.
+
+    Returns:
+      ``(D, N, L, P)``, or ``(N, L, P)``, in float32.
+
+    Raises:
+      ValueError: shapes do not match.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, race_jax
+      >>> planes = race_jax.init_planes(jax.random.key(0), num_tables=4, num_planes=3, head_dim=8)
+      >>> race_jax.hashing.fold_planes(jnp.ones((16, 2, 8)), planes).shape
+      (16, 2, 4, 3)
+
+    Source: beyond the paper; exact because queries and keys enter RACE only through z.
+    """
+    if planes.ndim == 4:
+        heads, sets = kernel.shape[-2], planes.shape[0]
+        if heads % sets:
+            raise ValueError(f"planes per head {planes.shape} do not divide kernel {kernel.shape}")
+        planes = jnp.repeat(planes, heads // sets, axis=0)
+    return hash_projections(kernel.astype(jnp.float32), planes.astype(jnp.float32))
+
+
+def soft_hash(projections: jax.Array, sharpness: jax.typing.ArrayLike = 1.0) -> jax.Array:
+    """Turns hash projections into soft buckets.
+
+        phi_l,r = prod_p sigmoid(2 beta tanh(z_l,p) c_r,p),   c_r in {-1, +1}^P
+
+    which equals the softmax over the 2**P corners of beta * tanh(z) . c, without ever forming it.
+
+    Args:
+      projections: ``(..., L, P)``, floating.
+      sharpness: beta > 0, a scalar or any array that broadcasts to ``projections.shape[:-2]``.
+
+    Returns:
+      ``(..., L * 2**P)``, at least float32. The first plane is the slowest bit of a corner, -1
+      comes before +1; the features of one table are adjacent and sum to one.
+
+    Raises:
+      ValueError: fewer than two axes, P outside 1..10, sharpness that does not broadcast.
+      TypeError: projections are not floating.
+
+    Example:
+      >>> import jax.numpy as jnp, race_jax
+      >>> phi = race_jax.soft_hash(jnp.array([[0.0], [30.0]]), sharpness=2.0)  # L=2, P=1
+      >>> [round(float(p), 3) for p in phi]
+      [0.5, 0.5, 0.018, 0.982]
+
+    Source: arXiv 2510.04008, Algorithm 1; the factorised form is exact algebra.
+    """
+    check_floating(projections=projections)
+    if projections.ndim < 2 or not 1 <= projections.shape[-1] <= MAX_PLANES:
+        raise ValueError(
+            f"projections must be (..., L, P) with P in 1..{MAX_PLANES}, got {projections.shape}"
+        )
+    dtype = jnp.promote_types(projections.dtype, jnp.float32)
+    beta = jnp.asarray(sharpness, dtype)
+    lead = projections.shape[:-2]
+    if math.prod(beta.shape) != 1 and jnp.broadcast_shapes(beta.shape, lead) != lead:
+        raise ValueError(f"sharpness of shape {beta.shape} does not broadcast to {lead}")
+    beta = beta.reshape(()) if math.prod(beta.shape) == 1 else beta[..., None, None]
+    logits = 2.0 * beta * jnp.tanh(projections.astype(dtype))
+    # sigmoid of both signs rather than 1 - sigmoid: the smaller factor keeps its precision.
+    sides = jnp.stack([jax.nn.sigmoid(-logits), jax.nn.sigmoid(logits)], axis=-1)
+    num_planes = projections.shape[-1]
+    phi = sides[..., 0, :]
+    for plane in range(1, num_planes):
+        phi = phi[..., :, None] * sides[..., plane, None, :]
+        phi = phi.reshape(*phi.shape[:-2], -1)
+    return phi.reshape(*lead, -1)
+
+
+def check_floating(**arrays: jax.Array) -> None:
+    """Refuses arrays that are not floating, by name."""
+    for name, array in arrays.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating, got {array.dtype}; convert it first")

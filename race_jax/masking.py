@@ -1,0 +1,148 @@
+"""Who may see whom, as vectors over the tokens and never as a T x T matrix.
+
+Comes in: what the caller says about padding and packing. Goes out: checked vectors, with junk in
+padded slots selected away and every padded slot assigned to the segment before it.
+
+    visible(t, s) = (s <= t if causal) and key_value_mask[s] and segment[t] == segment[s]
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# exp(-80) is 2e-35: nothing that decays further can be seen in float32.
+MIN_LOG_DECAY = -80.0
+
+
+def concrete(x: jax.Array | None) -> np.ndarray | None:
+    """The values of an array where they are known now, None under a trace."""
+    if x is None or isinstance(x, jax.core.Tracer):
+        return None
+    return np.asarray(x)
+
+
+def check_key_value_mask(mask: jax.Array | None, shape: tuple[int, int]) -> None:
+    """Refuses masks that are not one boolean per key."""
+    if mask is None:
+        return
+    if mask.ndim > 2:
+        raise ValueError(
+            f"key_value_mask must be (B, S) = {shape}, got a dense mask of shape {mask.shape}. "
+            "RACE never forms the weight matrix: use is_causal=True for causality, key_value_mask "
+            "(B, S) for padding and segment_ids (B, T) for packing"
+        )
+    if mask.shape != shape:
+        raise ValueError(f"key_value_mask must be (B, S) = {shape}, got shape {mask.shape}")
+    if mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"key_value_mask must be bool (True where there is a token), got {mask.dtype}; "
+            "pass mask.astype(bool)"
+        )
+
+
+def check_segment_ids(
+    segment_ids: jax.Array | None, shape: tuple[int, int], mask: jax.Array | None
+) -> None:
+    """Refuses segment ids of a wrong form and, where concrete, ids that are not contiguous runs."""
+    if segment_ids is None:
+        return
+    if segment_ids.shape != shape:
+        raise ValueError(f"segment_ids must be (B, T) = {shape}, got shape {segment_ids.shape}")
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise TypeError(f"segment_ids must be integers, got {segment_ids.dtype}")
+    ids, keep = concrete(segment_ids), concrete(mask)
+    if ids is None or (mask is not None and keep is None):
+        return
+    for row in range(ids.shape[0]):
+        run = ids[row] if keep is None else ids[row][keep[row]]
+        if run.size and run.min() < 0:
+            raise ValueError(f"segment_ids must be >= 0, got {run.min()} in row {row}")
+        starts = run[np.flatnonzero(np.diff(run, prepend=-1))]
+        values, counts = np.unique(starts, return_counts=True)
+        if (counts > 1).any():
+            raise ValueError(
+                f"segment_ids must be contiguous runs, but id {values[counts > 1][0]} occurs in "
+                f"several runs of row {row}; give each packed document an id of its own"
+            )
+
+
+def check_log_decay(
+    log_decay: jax.Array | None, shape: tuple[int, int, int], mask: jax.Array | None
+) -> None:
+    """Refuses gates of a wrong form and, where concrete, gates that are positive or not finite."""
+    if log_decay is None:
+        return
+    if log_decay.shape != shape:
+        raise ValueError(f"log_decay must be (B, S, K) = {shape}, got shape {log_decay.shape}")
+    if not jnp.issubdtype(log_decay.dtype, jnp.floating):
+        raise TypeError(f"log_decay must be floating, got {log_decay.dtype}")
+    values, keep = concrete(log_decay), concrete(mask)
+    if values is None or (mask is not None and keep is None):
+        return
+    values = values.astype(np.float32) if keep is None else values[keep].astype(np.float32)
+    if np.isnan(values).any() or (values == np.inf).any() or (values == -np.inf).any():
+        raise ValueError("log_decay must be finite; use -80 to forget everything")
+    if values.size and values.max() > 0:
+        raise ValueError(
+            f"log_decay must be <= 0, got {values.max()}; it is the logarithm of a factor in "
+            "(0, 1], for instance jax.nn.log_sigmoid(gate)"
+        )
+
+
+def select_tokens(x: jax.Array | None, mask: jax.Array | None) -> jax.Array | None:
+    """Zeros in padded slots. A select, since 0 * NaN is NaN, forward and backward."""
+    if x is None or mask is None:
+        return x
+    return jnp.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
+
+
+def bound_log_decay(log_decay: jax.Array | None, mask: jax.Array | None) -> jax.Array | None:
+    """The gate in float32 as it is used: at least -80, and zero in padded slots."""
+    if log_decay is None:
+        return None
+    log_decay = select_tokens(log_decay, mask)
+    log_decay = log_decay.astype(jnp.promote_types(log_decay.dtype, jnp.float32))
+    return jnp.where(log_decay < MIN_LOG_DECAY, MIN_LOG_DECAY, log_decay)
+
+
+def fill_segments(
+    segment_ids: jax.Array | None, mask: jax.Array | None, initial: jax.Array
+) -> jax.Array | None:
+    """Gives a padded slot the id of the last token before it, at the start the initial state's.
+
+    Args:
+      segment_ids: ``(B, T)`` int, or None.
+      mask: ``(B, T)`` bool, or None where there is no padding.
+      initial: ``(B,)`` int32, the segment of the state that the tokens continue.
+
+    Returns:
+      ``(B, T)`` int32, or None without segment ids.
+    """
+    if segment_ids is None:
+        return None
+    segment_ids = segment_ids.astype(jnp.int32)
+    if mask is None:
+        return segment_ids
+    slots = jnp.arange(mask.shape[1], dtype=jnp.int32)
+    last = jax.lax.cummax(jnp.where(mask, slots, -1), axis=1)
+    filled = jnp.take_along_axis(segment_ids, jnp.maximum(last, 0), axis=1)
+    return jnp.where(last >= 0, filled, initial[:, None])
+
+
+def last_segment(
+    segment_ids: jax.Array | None, mask: jax.Array | None, initial: jax.Array, length: int
+) -> jax.Array:
+    """The segment of the state after the tokens, given *filled* ids: shape ``(B,)``, int32.
+
+    Without segment ids every token continues the initial state's segment, 0 if that is fresh.
+    """
+    if length == 0:
+        return initial
+    if segment_ids is not None:
+        return segment_ids[:, -1]
+    continued = jnp.maximum(initial, 0)
+    if mask is None:
+        return continued
+    return jnp.where(mask.any(axis=1), continued, initial)

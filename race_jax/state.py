@@ -1,0 +1,244 @@
+"""The table counts as a value: what a stretch of tokens leaves behind for the tokens after it.
+
+Comes in: features and values of keys. Goes out: a pytree of fixed size, whatever the length, with
+
+    numerator_f = sum_s exp(G_end - G_s) phi_f(k_s) v_s      mass_f = the same with v = 1
+
+and an associative merge, so that chunks, devices, segments of a stream and decoding steps combine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from race_jax import masking
+
+EMPTY = -1  # the segment of a state that has seen no token
+MIN_MASS = 1e-30  # a smaller denominator is float32 underflow: the row counts as seeing no key
+BUCKET_EPSILON = (
+    1e-6  # added to each bucket's mass by normalization="bucket", as in the paper's code
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RACEState:
+    """Running sums of RACE attention over a span of tokens.
+
+        numerator = sum_s exp(G_end - G_s) phi(k_s) v_sᵀ,   mass = sum_s exp(G_end - G_s) phi(k_s)
+
+    over the tokens of the last segment in the span. All sums are float32 (float64 under x64).
+
+    Attributes:
+      numerator: ``(B, K, F, V)``.
+      mass: ``(B, K, F)``.
+      log_decay: ``(B, K)``, the gate's total over the span.
+      segment: ``(B,)`` int32, the segment of the last token; -1 where there was no token yet.
+
+    Example:
+      >>> import jax.numpy as jnp, race_jax
+      >>> state = race_jax.RACEState.init(batch=1, kv_heads=2, features=8, value_dim=4)
+      >>> state.numerator.shape, state.mass.shape, int(state.segment[0])
+      ((1, 2, 8, 4), (1, 2, 8), -1)
+
+    Source: the sums are arXiv 2510.04008, Algorithm 2; decay, segments and merge go beyond it.
+    """
+
+    numerator: jax.Array
+    mass: jax.Array
+    log_decay: jax.Array
+    segment: jax.Array
+
+    @classmethod
+    def init(
+        cls,
+        batch: int,
+        kv_heads: int,
+        features: int,
+        value_dim: int,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+    ) -> RACEState:
+        """The state before any token: zero sums, no segment.
+
+        Args:
+          batch: B.
+          kv_heads: K.
+          features: F = num_tables * 2**num_planes.
+          value_dim: V.
+          dtype: of the sums, float32 or wider.
+
+        Returns:
+          An empty state.
+
+        Example:
+          >>> import race_jax
+          >>> race_jax.RACEState.init(1, 2, 8, 4).log_decay.shape
+          (1, 2)
+        """
+        return cls(
+            numerator=jnp.zeros((batch, kv_heads, features, value_dim), dtype),
+            mass=jnp.zeros((batch, kv_heads, features), dtype),
+            log_decay=jnp.zeros((batch, kv_heads), dtype),
+            segment=jnp.full((batch,), EMPTY, jnp.int32),
+        )
+
+    def update(
+        self,
+        phi_k: jax.Array,
+        value: jax.Array,
+        *,
+        log_decay: jax.Array | None = None,
+        key_value_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> RACEState:
+        """The state after a further span of tokens.
+
+        Args:
+          phi_k: ``(B, S, K, F)``, features of the keys.
+          value: ``(B, S, K, V)``.
+          log_decay: ``(B, S, K)``, <= 0, or None.
+          key_value_mask: ``(B, S)`` bool, True where there is a token.
+          segment_ids: ``(B, S)`` int >= 0, contiguous runs.
+
+        Returns:
+          ``merge(self, state of the span)``.
+
+        Raises:
+          ValueError, TypeError: shapes or values that the contract does not allow.
+
+        Example:
+          >>> import jax.numpy as jnp, race_jax
+          >>> state = race_jax.RACEState.init(1, 1, 2, 1)
+          >>> state = state.update(jnp.full((1, 3, 1, 2), 0.5), jnp.ones((1, 3, 1, 1)))
+          >>> state.mass.tolist(), int(state.segment[0])
+          ([[[1.5, 1.5]]], 0)
+        """
+        batch, length, heads, _ = phi_k.shape
+        masking.check_key_value_mask(key_value_mask, (batch, length))
+        masking.check_segment_ids(segment_ids, (batch, length), key_value_mask)
+        masking.check_log_decay(log_decay, (batch, length, heads), key_value_mask)
+        segments = masking.fill_segments(segment_ids, key_value_mask, self.segment)
+        segment = masking.last_segment(segments, key_value_mask, self.segment, length)
+        phi = masking.select_tokens(phi_k.astype(self.mass.dtype), key_value_mask)
+        value = masking.select_tokens(value.astype(self.numerator.dtype), key_value_mask)
+        gate = masking.bound_log_decay(log_decay, key_value_mask)
+        total = jnp.zeros_like(self.log_decay) if gate is None else gate.sum(axis=1)
+        if gate is not None:
+            # What is still to come after a token, summed from the end: exact where it matters.
+            after = jax.lax.cumsum(gate, axis=1, reverse=True) - gate
+            phi = phi * jnp.exp(after)[..., None]
+        if segments is not None:
+            phi = jnp.where((segments == segment[:, None])[..., None, None], phi, 0.0)
+        span = RACEState(
+            numerator=jnp.einsum("bskf,bskv->bkfv", phi, value),
+            mass=phi.sum(axis=1),
+            log_decay=total,
+            segment=segment,
+        )
+        return merge(self, span)
+
+    def read(
+        self,
+        phi_q: jax.Array,
+        *,
+        normalization: str = "global",
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """What queries read from the state alone.
+
+            out = phi(q) . numerator / phi(q) . mass
+
+        Args:
+          phi_q: ``(B, T, N, F)``, features of the queries; N a multiple of K.
+          normalization: ``"global"`` (the paper) or ``"bucket"`` (the released code).
+          segment_ids: ``(B, T)`` int; a query reads only if its segment is the state's.
+
+        Returns:
+          ``(B, T, N, V)`` in the state's dtype; zeros where nothing is visible.
+
+        Raises:
+          ValueError: an unknown normalization, heads that do not divide, or wrong shapes.
+
+        Example:
+          >>> import jax.numpy as jnp, race_jax
+          >>> state = race_jax.RACEState.init(1, 1, 2, 1)
+          >>> state = state.update(jnp.full((1, 3, 1, 2), 0.5), jnp.ones((1, 3, 1, 1)))
+          >>> state.read(jnp.full((1, 1, 1, 2), 0.5)).tolist()
+          [[[[1.0]]]]
+        """
+        check_normalization(normalization)
+        batch, length, heads, features = phi_q.shape
+        kv_heads = self.mass.shape[1]
+        if heads % kv_heads:
+            raise ValueError(
+                f"query heads {heads} must be a multiple of the state's {kv_heads} key/value heads"
+            )
+        masking.check_segment_ids(segment_ids, (batch, length), None)
+        phi = phi_q.astype(self.mass.dtype).reshape(batch, length, kv_heads, -1, features)
+        if segment_ids is not None:
+            same = segment_ids == self.segment[:, None]
+            phi = jnp.where(same[..., None, None, None], phi, 0.0)
+        if normalization == "bucket":
+            tables = phi.sum(axis=-1, keepdims=True)  # features of one table sum to one
+            phi = phi / (self.mass + BUCKET_EPSILON)[:, None, :, None]
+            phi = phi / jnp.where(tables > 0, tables, 1.0)
+            out = jnp.einsum("btkgf,bkfv->btkgv", phi, self.numerator)
+        else:
+            numerator = jnp.einsum("btkgf,bkfv->btkgv", phi, self.numerator)
+            out = normalize(numerator, jnp.einsum("btkgf,bkf->btkg", phi, self.mass))
+        return out.reshape(batch, length, heads, -1)
+
+
+def merge(earlier: RACEState, later: RACEState) -> RACEState:
+    """The state of two adjoining spans: associative, with the empty state as its identity.
+
+        sums = later + exp(later.log_decay) * earlier   (earlier only if it is the same segment)
+
+    Args:
+      earlier: the state of the first span.
+      later: the state of the span that follows it.
+
+    Returns:
+      The state of both.
+
+    Raises:
+      ValueError: the two do not have the same shapes.
+
+    Example:
+      >>> import jax.numpy as jnp, race_jax
+      >>> empty = race_jax.RACEState.init(1, 1, 2, 1)
+      >>> one = empty.update(jnp.ones((1, 1, 1, 2)), jnp.ones((1, 1, 1, 1)))
+      >>> race_jax.merge(one, race_jax.merge(empty, one)).mass.tolist()
+      [[[2.0, 2.0]]]
+
+    Source: beyond the paper; the operation of ``jax.lax.associative_scan``.
+    """
+    for field in dataclasses.fields(RACEState):
+        shapes = getattr(earlier, field.name).shape, getattr(later, field.name).shape
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"states differ in {field.name}: {shapes[0]} and {shapes[1]}")
+    empty = later.segment == EMPTY
+    keep = empty | (earlier.segment == later.segment)
+    factor = jnp.where(keep[:, None], jnp.exp(later.log_decay), 0.0)
+    return RACEState(
+        numerator=later.numerator + factor[..., None, None] * earlier.numerator,
+        mass=later.mass + factor[..., None] * earlier.mass,
+        log_decay=later.log_decay + earlier.log_decay,
+        segment=jnp.where(empty, earlier.segment, later.segment),
+    )
+
+
+def check_normalization(normalization: str) -> None:
+    """Refuses names other than the two forms."""
+    if normalization not in ("global", "bucket"):
+        raise ValueError(f'normalization must be "global" or "bucket", got {normalization!r}')
+
+
+def normalize(numerator: jax.Array, mass: jax.Array) -> jax.Array:
+    """numerator / mass, and zero with zero gradients where no mass is visible."""
+    seen = mass > MIN_MASS
+    inverse = jnp.where(seen, 1.0 / jnp.where(seen, mass, 1.0), 0.0)
+    return jnp.where(seen[..., None], numerator, 0.0) * inverse[..., None]
