@@ -26,9 +26,9 @@ from race_jax.aggregate.sweep import Tiling
 IMPLEMENTATIONS = (None, "xla", "pallas")
 
 # One core likes small chunks one after the other, a wide machine all blocks at once.
-CAUSAL_CPU = Tiling(chunk=64, parallel=False)
+CAUSAL_CPU = Tiling(chunk=32, parallel=False)
 CAUSAL_WIDE = Tiling(chunk=128, parallel=True)
-BIDIRECTIONAL_CPU = Tiling(chunk=1024, parallel=False)
+BIDIRECTIONAL_CPU = Tiling(chunk=128, parallel=False)
 BIDIRECTIONAL_WIDE = Tiling(chunk=128, parallel=True)
 
 _log = logging.getLogger("race_jax")

@@ -8,10 +8,12 @@ Comes in: x (..., H) and planes W (L, P, H). Goes out: z (..., L, P) and phi (..
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 MAX_PLANES = 10  # 2**10 buckets a table; beyond it the tables no longer fit any cache
 
@@ -204,16 +206,51 @@ def soft_hash(projections: jax.Array, sharpness: jax.typing.ArrayLike = 1.0) -> 
     lead = projections.shape[:-2]
     if math.prod(beta.shape) != 1 and jnp.broadcast_shapes(beta.shape, lead) != lead:
         raise ValueError(f"sharpness of shape {beta.shape} does not broadcast to {lead}")
-    beta = beta.reshape(()) if math.prod(beta.shape) == 1 else beta[..., None, None]
-    logits = 2.0 * beta * jnp.tanh(projections.astype(dtype))
-    # sigmoid of both signs rather than 1 - sigmoid: the smaller factor keeps its precision.
-    sides = jnp.stack([jax.nn.sigmoid(-logits), jax.nn.sigmoid(logits)], axis=-1)
-    num_planes = projections.shape[-1]
-    phi = sides[..., 0, :]
-    for plane in range(1, num_planes):
-        phi = phi[..., :, None] * sides[..., plane, None, :]
-        phi = phi.reshape(*phi.shape[:-2], -1)
-    return phi.reshape(*lead, -1)
+    beta = beta.reshape(()) if math.prod(beta.shape) == 1 else beta[..., None, None, None]
+    return soft_buckets(projections.astype(dtype)[..., None], beta)[..., 0]
+
+
+def soft_buckets(projections: jax.Array, sharpness: jax.Array) -> jax.Array:
+    """``soft_hash`` with an axis of tokens last: ``(..., L, P, C)`` to ``(..., L * 2**P, C)``.
+
+    With tokens last every step is a long vector operation, which is what a CPU wants.
+    """
+    logits = 2.0 * sharpness * jnp.tanh(projections)
+    # sigmoid of both signs rather than 1 - sigmoid: the smaller factor keeps its precision. Signs
+    # by a product rather than by stacking: XLA's CPU code for a concatenation is not vectorised.
+    signs = jnp.array([[-1.0], [1.0]], logits.dtype)
+    sides = jax.nn.sigmoid(logits[..., None, :] * signs)  # (..., L, P, 2, C)
+    *lead, tables, planes, _, tokens = sides.shape
+    phi = sides[..., 0, :, :]  # (..., L, 2, C), and twice as many corners with every plane
+    for plane in range(1, planes):
+        phi = phi[..., :, None, :] * sides[..., plane, None, :, :]
+        phi = phi.reshape(*lead, tables, 2 ** (plane + 1), tokens)
+    return phi.reshape(*lead, tables * 2**planes, tokens)
+
+
+def soft_buckets_pullback(
+    projections: jax.Array, sharpness: jax.Array, phi: jax.Array, d_phi: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradient of ``soft_buckets``, written out: of projections, and of sharpness a token.
+
+    With Psi = phi . dphi, the corner signs M (L*P, F) and the table sums E (L, F),
+
+        du = beta (M Psi - tanh(beta u) . E Psi),   dz = du (1 - u**2),   dbeta = sum u . du / beta
+
+    One small product with constants; left to autodiff, it would be a tree of narrow reductions.
+
+    Returns:
+      ``(..., L, P, C)``, and ``(..., L, P, C)``, whose sum is the cotangent of sharpness.
+    """
+    *lead, tables, planes, tokens = projections.shape
+    u = jnp.tanh(projections)
+    corners = np.array(list(itertools.product((-1.0, 1.0), repeat=planes)), phi.dtype).T  # (P, R)
+    rows = np.concatenate([corners, np.ones_like(corners[:1])])  # (P + 1, R)
+    rows = np.kron(np.eye(tables, dtype=phi.dtype), rows)  # (L * (P + 1), F)
+    sums = jnp.broadcast_to(rows, (*lead, *rows.shape)) @ (phi * d_phi)
+    sums = sums.reshape(*lead, tables, planes + 1, tokens)
+    scaled = sums[..., :planes, :] - jnp.tanh(sharpness * u) * sums[..., planes:, :]
+    return sharpness * scaled * (1.0 - u * u), u * scaled
 
 
 def check_floating(**arrays: jax.Array) -> None:

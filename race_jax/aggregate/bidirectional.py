@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from race_jax import hashing, state
+from race_jax import state
+from race_jax.aggregate import chunk as chunks
 from race_jax.aggregate.chunk import Sums
 from race_jax.aggregate.sweep import Layout, Tiling, layout, pad_time, sweep
 
@@ -53,15 +54,15 @@ def forward(operands: Operands, *, tiling: Tiling) -> tuple[jax.Array, Sums]:
 
     def add(carry: Sums, piece: tuple[jax.Array, ...], index: jax.Array) -> tuple[Sums, tuple]:
         phi_k, value = hash_keys(sharpness, *piece)
-        own = Sums(jnp.einsum("bksf,bksv->bkfv", phi_k, value), phi_k.sum(axis=2))
+        own = Sums(jnp.einsum("bkfs,bksv->bkfv", phi_k, value), phi_k.sum(axis=-1))
         return jax.tree.map(jnp.add, carry, own), ()
 
     totals, _ = _walk(add, operands.sums, _key_arrays(operands, tiling), (), tiling)
 
     def read(carry: tuple, z_q: jax.Array, index: jax.Array) -> tuple[tuple, jax.Array]:
-        phi_q = hash_queries(sharpness, z_q)
-        numerator = jnp.einsum("bkgtf,bkfv->bkgtv", phi_q, totals.numerator)
-        mass = jnp.einsum("bkgtf,bkf->bkgt", phi_q, totals.mass)
+        phi_q = chunks.features(z_q, sharpness)
+        numerator = jnp.einsum("bkgft,bkfv->bkgtv", phi_q, totals.numerator)
+        mass = jnp.einsum("bkgft,bkf->bkgt", phi_q, totals.mass)
         return carry, jnp.moveaxis(state.normalize(numerator, mass), 3, 1)
 
     z_q = group(operands.z_q, operands.value.shape[2])
@@ -86,20 +87,21 @@ def backward(
 
     def rows(carry: tuple[Sums, jax.Array], piece: tuple[jax.Array, jax.Array], index: jax.Array):
         (d_sums, d_sharpness), (z_q, d_out) = carry, piece
-        phi_q, pull = jax.vjp(lambda z, beta: hash_queries(beta, z), z_q, sharpness)
+        phi_q = chunks.features(z_q, sharpness)
         d_out = jnp.moveaxis(d_out, 1, 3).astype(phi_q.dtype)
-        mass = jnp.einsum("bkgtf,bkf->bkgt", phi_q, totals.mass)
+        mass = jnp.einsum("bkgft,bkf->bkgt", phi_q, totals.mass)
         seen = mass > state.MIN_MASS
         inverse = jnp.where(seen, 1.0 / jnp.where(seen, mass, 1.0), 0.0)
-        along = jnp.einsum("bkgtv,bkfv->bkgtf", d_out, totals.numerator)
-        d_mass = -((phi_q * along).sum(axis=-1) * inverse) * inverse
-        d_phi = along * inverse[..., None] + d_mass[..., None] * totals.mass[:, :, None, None]
+        along = jnp.einsum("bkfv,bkgtv->bkgft", totals.numerator, d_out)
+        d_mass = -((phi_q * along).sum(axis=-2) * inverse) * inverse
+        d_phi = along * inverse[..., None, :]
+        d_phi += d_mass[..., None, :] * totals.mass[:, :, None, :, None]
         d_numerator = d_out * inverse[..., None]
         own = Sums(
-            jnp.einsum("bkgtf,bkgtv->bkfv", phi_q, d_numerator),
-            jnp.einsum("bkgtf,bkgt->bkf", phi_q, d_mass),
+            jnp.einsum("bkgft,bkgtv->bkfv", phi_q, d_numerator),
+            jnp.einsum("bkgft,bkgt->bkf", phi_q, d_mass),
         )
-        d_z_q, more = pull(d_phi)
+        d_z_q, more = chunks.pull_features(z_q, sharpness, phi_q, d_phi)
         return (jax.tree.map(jnp.add, d_sums, own), d_sharpness + more), d_z_q
 
     arrays = jax.tree.map(lambda x: group(x, operands.value.shape[2]), (operands.z_q, d_out))
@@ -108,12 +110,10 @@ def backward(
 
     def columns(d_sharpness: jax.Array, piece: tuple[jax.Array, ...], index: jax.Array):
         z_k, value, mask = piece
-        (phi_k, value), pull = jax.vjp(
-            lambda z, beta: hash_keys(beta, z, value, mask), z_k, sharpness
-        )
-        d_phi = jnp.einsum("bksv,bkfv->bksf", value, d_sums.numerator) + d_sums.mass[:, :, None]
-        d_value = jnp.einsum("bksf,bkfv->bksv", phi_k, d_sums.numerator)
-        d_z_k, more = pull((d_phi, jnp.zeros_like(value)))
+        phi_k, value = hash_keys(sharpness, z_k, value, mask)
+        d_phi = jnp.einsum("bkfv,bksv->bkfs", d_sums.numerator, value) + d_sums.mass[..., None]
+        d_value = jnp.einsum("bkfs,bkfv->bksv", phi_k, d_sums.numerator)
+        d_z_k, more = chunks.pull_features(z_k, sharpness, phi_k, d_phi)
         return d_sharpness + more, (d_z_k, jnp.moveaxis(d_value, 2, 1))
 
     written = jnp.zeros_like(operands.z_k), jnp.zeros_like(operands.value)
@@ -162,16 +162,11 @@ def group(x: jax.Array, kv_heads: int) -> jax.Array:
     return x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:])
 
 
-def hash_queries(sharpness: jax.Array, z_q: jax.Array) -> jax.Array:
-    """phi_q ``(B, K, G, C, F)`` of a chunk's queries."""
-    return hashing.soft_hash(jnp.moveaxis(z_q, 1, 3), sharpness[:, None, None])
-
-
 def hash_keys(
     sharpness: jax.Array, z_k: jax.Array, value: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """phi_k ``(B, K, C, F)`` of a chunk's keys, zero in padded slots, and v ``(B, K, C, V)``."""
-    phi = hashing.soft_hash(jnp.moveaxis(z_k, 1, 2), sharpness[:, None])
+    """phi_k ``(B, K, F, C)`` of a chunk's keys, zero in padded slots, and v ``(B, K, C, V)``."""
+    phi = chunks.features(z_k, sharpness)
     if mask is not None:
-        phi = jnp.where(mask[:, None, :, None], phi, 0.0)
-    return phi, jnp.moveaxis(value, 1, 2).astype(phi.dtype)
+        phi = jnp.where(mask[:, None, None], phi, 0.0)
+    return phi, chunks.head_values(value, phi.dtype)

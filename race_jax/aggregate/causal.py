@@ -30,7 +30,7 @@ from race_jax.aggregate.sweep import (
 )
 
 BLOCK = (
-    1024  # tokens between two saved sums: 4 % of the bytes of float32 q, k, v at F = 64, V = 128
+    1024  # tokens between two saved sums: 2 % of the bytes of float32 q, k, v at F = 64, V = 128
 )
 
 
@@ -180,21 +180,9 @@ def pad_operands(operands: Operands, plan: Layout) -> Tokens:
 
 def features(sharpness: jax.Array, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array]:
     """phi_q, phi_k and v of a chunk, heads leading."""
+    phi_q = chunks.features(tokens.z_q, sharpness)
     phi_k = chunks.key_features(tokens, sharpness)
-    return chunks.query_features(tokens, sharpness), phi_k, chunks.head_values(tokens, phi_k.dtype)
-
-
-def features_vjp(
-    sharpness: jax.Array, tokens: Tokens
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Callable]:
-    """Features, values, and the map from feature cotangents to those of z_q, z_k and sharpness."""
-
-    def hashed(z_q: jax.Array, z_k: jax.Array, sharpness: jax.Array):
-        replaced = tokens._replace(z_q=z_q, z_k=z_k)
-        return features(sharpness, replaced)[:2]
-
-    phis, pull = jax.vjp(hashed, tokens.z_q, tokens.z_k, sharpness)
-    return (*phis, chunks.head_values(tokens, phis[1].dtype)), pull
+    return phi_q, phi_k, chunks.head_values(tokens.value, phi_k.dtype)
 
 
 def visible_rows(tokens: Tokens, rows: jax.Array) -> jax.Array:
@@ -258,7 +246,7 @@ def _backward_chunk(
     d_out: jax.Array,
 ) -> tuple[tuple[Sums, jax.Array, jax.Array | None], _Written]:
     d_sums, d_sharpness, later = carry
-    (phi_q, phi_k, value), pull = features_vjp(sharpness, tokens)
+    phi_q, phi_k, value = features(sharpness, tokens)
     decay = chunks.decay_factors(tokens)
     d_out = visible_rows(tokens, jnp.moveaxis(d_out, 1, 3).astype(value.dtype))
     rows = chunks.backward_rows(phi_q, phi_k, value, decay, sums, d_out)
@@ -266,14 +254,16 @@ def _backward_chunk(
     d_log_decay = None
     if later is not None:
         d_log_decay, later = chunks.log_decay_gradient(phi_q, phi_k, d_phi_q, d_phi_k, later)
-    d_z_q, d_z_k, more = pull((d_phi_q, d_phi_k))
+    d_z_q, d_beta_q = chunks.pull_features(tokens.z_q, sharpness, phi_q, d_phi_q)
+    d_z_k, d_beta_k = chunks.pull_features(tokens.z_k, sharpness, phi_k, d_phi_k)
+    d_sharpness += d_beta_q + d_beta_k
     written = _Written(d_z_q, d_z_k, jnp.moveaxis(d_value, 2, 1), d_log_decay)
-    return (chunks.add_rows(rows, decay, d_sums), d_sharpness + more, later), written
+    return (chunks.add_rows(rows, decay, d_sums), d_sharpness, later), written
 
 
 def _add_keys(sharpness: jax.Array, sums: Sums, tokens: Tokens) -> Sums:
     phi_k = chunks.key_features(tokens, sharpness)
-    value = chunks.head_values(tokens, phi_k.dtype)
+    value = chunks.head_values(tokens.value, phi_k.dtype)
     return chunks.add_keys(phi_k, value, chunks.decay_factors(tokens), sums)
 
 

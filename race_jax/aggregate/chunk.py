@@ -96,23 +96,39 @@ def _select(keep: jax.Array | None, factor: jax.Array) -> jax.Array:
     return factor if keep is None else jnp.where(keep, factor, 0.0)
 
 
-def query_features(tokens: Tokens, sharpness: jax.Array) -> jax.Array:
-    """phi_q ``(B, K, G, C, F)``."""
-    z_q = jnp.moveaxis(tokens.z_q, 1, 3)  # the head axes lead, so that products batch over them
-    return hashing.soft_hash(z_q, sharpness[:, None, None])
+def features(z: jax.Array, sharpness: jax.Array) -> jax.Array:
+    """phi ``(B, K, .., F, C)`` of z ``(B, C, K, .., L, P)``.
+
+    The head axes lead, so that products batch over them; tokens come last, for long vectors.
+    """
+    z, sharpness = _heads_first(z, sharpness)
+    return hashing.soft_buckets(z, sharpness)
 
 
 def key_features(tokens: Tokens, sharpness: jax.Array) -> jax.Array:
-    """phi_k ``(B, K, C, F)``, zero in padded slots."""
-    phi = hashing.soft_hash(jnp.moveaxis(tokens.z_k, 1, 2), sharpness[:, None])
-    if tokens.mask is None:
-        return phi
-    return jnp.where(tokens.mask[:, None, :, None], phi, 0.0)
+    """phi_k ``(B, K, F, C)``, zero in padded slots."""
+    phi = features(tokens.z_k, sharpness)
+    return phi if tokens.mask is None else jnp.where(tokens.mask[:, None, None], phi, 0.0)
 
 
-def head_values(tokens: Tokens, dtype: jnp.dtype) -> jax.Array:
-    """v ``(B, K, C, V)`` in the dtype of the sums."""
-    return jnp.moveaxis(tokens.value, 1, 2).astype(dtype)
+def pull_features(
+    z: jax.Array, sharpness: jax.Array, phi: jax.Array, d_phi: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cotangents of z ``(B, C, K, .., L, P)`` and of sharpness ``(K,)`` from that of phi."""
+    heads_first = _heads_first(z, sharpness)
+    d_z, d_sharpness = hashing.soft_buckets_pullback(*heads_first, phi, d_phi)
+    axes = tuple(axis for axis in range(d_z.ndim) if axis != 1)
+    return jnp.moveaxis(d_z, -1, 1), d_sharpness.sum(axes)
+
+
+def _heads_first(z: jax.Array, sharpness: jax.Array) -> tuple[jax.Array, jax.Array]:
+    z = jnp.moveaxis(z, 1, -1).astype(sharpness.dtype)
+    return z, sharpness.reshape(-1, *(1,) * (z.ndim - 2))
+
+
+def head_values(value: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """v ``(B, K, C, V)`` of ``(B, C, K, V)``, in the dtype of the sums."""
+    return jnp.moveaxis(value, 1, 2).astype(dtype)
 
 
 def scale(factor: jax.Array | None, x: jax.Array, axes: int) -> jax.Array:
@@ -120,12 +136,19 @@ def scale(factor: jax.Array | None, x: jax.Array, axes: int) -> jax.Array:
     return x if factor is None else factor.reshape(*factor.shape, *(1,) * axes) * x
 
 
+def scale_tokens(factor: jax.Array | None, phi: jax.Array) -> jax.Array:
+    """Features ``(B, K, .., F, C)`` times a factor ``(B, K, C)`` a token; None stands for one."""
+    if factor is None:
+        return phi
+    return factor.reshape(*factor.shape[:2], *(1,) * (phi.ndim - 3), factor.shape[2]) * phi
+
+
 def add_keys(phi_k: jax.Array, value: jax.Array, decay: Decay, sums: Sums) -> Sums:
     """X' = across X + (out_of . phi_k)ᵀ [v | 1]."""
-    phi_k = scale(decay.out_of, phi_k, 1)
+    phi_k = scale_tokens(decay.out_of, phi_k)
     return Sums(
-        scale(decay.across, sums.numerator, 2) + jnp.einsum("bksf,bksv->bkfv", phi_k, value),
-        scale(decay.across, sums.mass, 1) + phi_k.sum(axis=2),
+        scale(decay.across, sums.numerator, 2) + jnp.einsum("bkfs,bksv->bkfv", phi_k, value),
+        scale(decay.across, sums.mass, 1) + phi_k.sum(axis=-1),
     )
 
 
@@ -133,12 +156,11 @@ def forward(
     phi_q: jax.Array, phi_k: jax.Array, value: jax.Array, decay: Decay, sums: Sums
 ) -> tuple[jax.Array, jax.Array]:
     """The unnormalised N ``(B, K, G, C, V)`` and z ``(B, K, G, C)`` of a chunk's queries."""
-    into = None if decay.into is None else decay.into[:, :, None]
-    weights = jnp.einsum("bkgtf,bksf->bkgts", phi_q, phi_k) * decay.within
-    phi_in = scale(into, phi_q, 1)
+    weights = jnp.einsum("bkgft,bkfs->bkgts", phi_q, phi_k) * decay.within
+    phi_in = scale_tokens(decay.into, phi_q)
     numerator = jnp.einsum("bkgts,bksv->bkgtv", weights, value)
-    numerator += jnp.einsum("bkgtf,bkfv->bkgtv", phi_in, sums.numerator)
-    mass = weights.sum(axis=-1) + jnp.einsum("bkgtf,bkf->bkgt", phi_in, sums.mass)
+    numerator += jnp.einsum("bkgft,bkfv->bkgtv", phi_in, sums.numerator)
+    mass = weights.sum(axis=-1) + jnp.einsum("bkgft,bkf->bkgt", phi_in, sums.mass)
     return numerator, mass
 
 
@@ -174,21 +196,21 @@ def backward_rows(
 
     do . o is formed from products that the gradient needs anyway, so that the output is not saved.
     """
-    into = None if decay.into is None else decay.into[:, :, None]
-    weights = jnp.einsum("bkgtf,bksf->bkgts", phi_q, phi_k) * decay.within
-    phi_in = scale(into, phi_q, 1)
-    mass = weights.sum(axis=-1) + jnp.einsum("bkgtf,bkf->bkgt", phi_in, sums.mass)
+    weights = jnp.einsum("bkgft,bkfs->bkgts", phi_q, phi_k) * decay.within
+    phi_in = scale_tokens(decay.into, phi_q)
+    mass = weights.sum(axis=-1) + jnp.einsum("bkgft,bkf->bkgt", phi_in, sums.mass)
     along = jnp.einsum("bkgtv,bksv->bkgts", d_out, value)
-    from_state = jnp.einsum("bkgtv,bkfv->bkgtf", d_out, sums.numerator)
+    from_state = jnp.einsum("bkfv,bkgtv->bkgft", sums.numerator, d_out)
     seen = mass > state.MIN_MASS
     inverse = jnp.where(seen, 1.0 / jnp.where(seen, mass, 1.0), 0.0)
-    d_out_numerator = (weights * along).sum(axis=-1) + (phi_in * from_state).sum(axis=-1)
+    d_out_numerator = (weights * along).sum(axis=-1) + (phi_in * from_state).sum(axis=-2)
     d_mass = -(d_out_numerator * inverse) * inverse  # never 1 / z**2, which overflows first
     return Rows(
         phi_in=phi_in,
         weights=weights,
         d_weights=along * inverse[..., None] + d_mass[..., None],
-        d_state=from_state * inverse[..., None] + d_mass[..., None] * sums.mass[:, :, None, None],
+        d_state=from_state * inverse[..., None, :]
+        + d_mass[..., None, :] * sums.mass[:, :, None, :, None],
         d_numerator=d_out * inverse[..., None],
         d_mass=d_mass,
     )
@@ -198,9 +220,9 @@ def add_rows(rows: Rows, decay: Decay, d_sums: Sums) -> Sums:
     """The cotangent of the sums that enter a chunk, from that of the sums that leave it."""
     return Sums(
         scale(decay.across, d_sums.numerator, 2)
-        + jnp.einsum("bkgtf,bkgtv->bkfv", rows.phi_in, rows.d_numerator),
+        + jnp.einsum("bkgft,bkgtv->bkfv", rows.phi_in, rows.d_numerator),
         scale(decay.across, d_sums.mass, 1)
-        + jnp.einsum("bkgtf,bkgt->bkf", rows.phi_in, rows.d_mass),
+        + jnp.einsum("bkgft,bkgt->bkf", rows.phi_in, rows.d_mass),
     )
 
 
@@ -213,13 +235,14 @@ def backward(
     d_sums: Sums,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cotangents of phi_q, phi_k and value, given that of the sums that leave the chunk."""
-    into = None if decay.into is None else decay.into[:, :, None]
     d_weights = rows.d_weights * decay.within
-    d_phi_q = jnp.einsum("bkgts,bksf->bkgtf", d_weights, phi_k) + scale(into, rows.d_state, 1)
-    later = jnp.einsum("bksv,bkfv->bksf", value, d_sums.numerator) + d_sums.mass[:, :, None]
-    d_phi_k = jnp.einsum("bkgts,bkgtf->bksf", d_weights, phi_q) + scale(decay.out_of, later, 1)
+    d_phi_q = jnp.einsum("bkfs,bkgts->bkgft", phi_k, d_weights)
+    d_phi_q += scale_tokens(decay.into, rows.d_state)
+    later = jnp.einsum("bkfv,bksv->bkfs", d_sums.numerator, value) + d_sums.mass[..., None]
+    d_phi_k = jnp.einsum("bkgft,bkgts->bkfs", phi_q, d_weights) + scale_tokens(decay.out_of, later)
     d_value = jnp.einsum("bkgts,bkgtv->bksv", rows.weights, rows.d_numerator)
-    d_value += jnp.einsum("bksf,bkfv->bksv", scale(decay.out_of, phi_k, 1), d_sums.numerator)
+    phi_out = scale_tokens(decay.out_of, phi_k)
+    d_value += jnp.einsum("bkfs,bkfv->bksv", phi_out, d_sums.numerator)
     return d_phi_q, d_phi_k, d_value
 
 
@@ -235,7 +258,7 @@ def log_decay_gradient(
     dg_t = later + sum over u >= t in the chunk of (phi_q . dphi_q - phi_k . dphi_k), where
     ``later`` collects the same of all later tokens and of the final sums.
     """
-    rows = jnp.einsum("bkgtf,bkgtf->bkt", phi_q, d_phi_q)
-    columns = jnp.einsum("bksf,bksf->bks", phi_k, d_phi_k)
+    rows = (phi_q * d_phi_q).sum(axis=(2, 3))
+    columns = (phi_k * d_phi_k).sum(axis=2)
     gradient = later[..., None] + jax.lax.cumsum(rows - columns, axis=2, reverse=True)
     return jnp.moveaxis(gradient, 2, 1), gradient[..., 0]

@@ -45,7 +45,7 @@ def bidirectional_bucket(operands: bidirectional.Operands) -> tuple[jax.Array, S
 
     def add(sums: Sums, piece: tuple[jax.Array, ...]) -> tuple[Sums, tuple]:
         phi_k, value = bidirectional.hash_keys(operands.sharpness, *piece)
-        own = Sums(jnp.einsum("bksf,bksv->bkfv", phi_k, value), phi_k.sum(axis=2))
+        own = Sums(jnp.einsum("bkfs,bksv->bkfv", phi_k, value), phi_k.sum(axis=-1))
         return jax.tree.map(jnp.add, sums, own), ()
 
     batch, length, kv_heads = operands.value.shape[:3]
@@ -53,9 +53,9 @@ def bidirectional_bucket(operands: bidirectional.Operands) -> tuple[jax.Array, S
     totals, _ = _scan(add, operands.sums, (operands.z_k, operands.value, mask))
 
     def read(carry: tuple, z_q: jax.Array) -> tuple[tuple, jax.Array]:
-        phi_q = bidirectional.hash_queries(operands.sharpness, z_q)
-        phi_q = _per_bucket(phi_q, totals.mass[:, :, None, None], z_q.shape[-2])
-        return carry, jnp.moveaxis(jnp.einsum("bkgtf,bkfv->bkgtv", phi_q, totals.numerator), 3, 1)
+        phi_q = chunks.features(z_q, operands.sharpness)
+        phi_q = _per_bucket(phi_q, totals.mass[:, :, None, :, None], z_q.shape[-2])
+        return carry, jnp.moveaxis(jnp.einsum("bkgft,bkfv->bkgtv", phi_q, totals.numerator), 3, 1)
 
     z_q = bidirectional.group(operands.z_q, kv_heads)
     _, out = _scan(read, (), z_q)
@@ -107,14 +107,10 @@ def _bucket_rows(
 
 
 def _running_mass(phi_k: jax.Array, decay: Decay, sums: Sums) -> jax.Array:
-    """A_f(t) ``(B, K, C, F)``."""
-    own = jnp.einsum(
-        "bkts,bksf->bktf",
-        jnp.broadcast_to(decay.within[:, :, 0], (*phi_k.shape[:3], phi_k.shape[2])),
-        phi_k,
-    )
-    earlier = jnp.broadcast_to(sums.mass[:, :, None], own.shape)
-    return own + chunks.scale(decay.into, earlier, 1)
+    """A_f(t) ``(B, K, F, C)``."""
+    within = jnp.broadcast_to(decay.within[:, :, 0], (*phi_k.shape[:2], *decay.within.shape[-2:]))
+    own = jnp.einsum("bkts,bkfs->bkft", within, phi_k)
+    return own + chunks.scale_tokens(decay.into, jnp.broadcast_to(sums.mass[..., None], own.shape))
 
 
 def _per_bucket(phi_q: jax.Array, mass: jax.Array, tables: int) -> jax.Array:
