@@ -242,11 +242,9 @@ def _bidirectional(
 ) -> tuple[jax.Array, Sums]:
     z_q, z_k, value, sharpness, _, mask, segment, sums, _ = operands
     if segment is not None and value.shape[1]:
-        if normalization == "bucket":
-            raise NotImplementedError(
-                "normalization='bucket' with segment_ids needs is_causal=True; use 'global'"
-            )
-        return rescan.bidirectional_packed(operands), sums
+        bucket = normalization == "bucket"
+        packed = rescan.bidirectional_packed_bucket if bucket else rescan.bidirectional_packed
+        return packed(operands), sums
     whole = bidirectional.Operands(z_q, z_k, value, sharpness, mask, sums)
     if normalization == "bucket":
         return rescan.bidirectional_bucket(whole)

@@ -8,8 +8,8 @@ Comes in: x (..., H) and planes W (L, P, H). Goes out: z (..., L, P) and phi (..
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,7 @@ def init_planes(
     Raises:
       ValueError: a size below 1, P above 10, a scale that is not positive, or P > H with
         ``orthogonal``.
+      TypeError: a dtype that is not floating.
 
     Example:
       >>> import jax, race_jax
@@ -65,6 +66,8 @@ def init_planes(
     the paper.
     """
     _check_sizes(num_tables, num_planes, head_dim, num_kv_heads)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype of planes must be floating, got {jnp.dtype(dtype).name}")
     if not scale > 0:
         raise ValueError(
             f"scale must be > 0, got {scale}; 1.0 is the paper, head_dim**-0.5 is soft"
@@ -134,8 +137,13 @@ def hash_projections(x: jax.Array, planes: jax.Array) -> jax.Array:
         )
     dtype = jnp.promote_types(jnp.promote_types(x.dtype, planes.dtype), jnp.float32)
     equation = "...h,lph->...lp" if planes.ndim == 3 else "...kh,klph->...klp"
-    # One rounding of the product, not of the planes: float32 accumulation whatever x is.
-    return jnp.einsum(equation, x, planes.astype(x.dtype), preferred_element_type=dtype)
+    product = functools.partial(jnp.einsum, equation, x, preferred_element_type=dtype)
+    rounded = planes.astype(x.dtype)
+    if jnp.finfo(x.dtype).nmant >= jnp.finfo(planes.dtype).nmant:
+        return product(rounded)
+    # What rounding takes from the planes goes into a second product: x is read in its own dtype,
+    # and W keeps 16 bits of bfloat16 where 8 would show in the gradient of the sharpness.
+    return product(rounded) + product((planes - rounded.astype(planes.dtype)).astype(x.dtype))
 
 
 def fold_planes(kernel: jax.Array, planes: jax.Array) -> jax.Array:
@@ -185,7 +193,8 @@ def soft_hash(projections: jax.Array, sharpness: jax.typing.ArrayLike = 1.0) -> 
       comes before +1; the features of one table are adjacent and sum to one.
 
     Raises:
-      ValueError: fewer than two axes, P outside 1..10, sharpness that does not broadcast.
+      ValueError: fewer than two axes, P outside 1..10, sharpness that does not broadcast or is
+        not positive.
       TypeError: projections are not floating.
 
     Example:
@@ -204,9 +213,12 @@ def soft_hash(projections: jax.Array, sharpness: jax.typing.ArrayLike = 1.0) -> 
     dtype = jnp.promote_types(projections.dtype, jnp.float32)
     beta = jnp.asarray(sharpness, dtype)
     lead = projections.shape[:-2]
-    if math.prod(beta.shape) != 1 and jnp.broadcast_shapes(beta.shape, lead) != lead:
+    axes = zip(reversed(beta.shape), reversed(lead), strict=False)
+    if beta.ndim > len(lead) or any(size not in (1, wanted) for size, wanted in axes):
         raise ValueError(f"sharpness of shape {beta.shape} does not broadcast to {lead}")
-    beta = beta.reshape(()) if math.prod(beta.shape) == 1 else beta[..., None, None, None]
+    if not isinstance(beta, jax.core.Tracer) and not (beta > 0).all():
+        raise ValueError(f"sharpness must be > 0, got {beta.min()}; train its logarithm instead")
+    beta = beta[..., None, None, None]
     return soft_buckets(projections.astype(dtype)[..., None], beta)[..., 0]
 
 
@@ -256,5 +268,7 @@ def soft_buckets_pullback(
 def check_floating(**arrays: jax.Array) -> None:
     """Refuses arrays that are not floating, by name."""
     for name, array in arrays.items():
+        if not hasattr(array, "dtype"):
+            raise TypeError(f"{name} must be an array, got a {type(array).__name__}")
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} must be floating, got {array.dtype}; convert it first")

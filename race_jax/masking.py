@@ -82,8 +82,9 @@ def check_log_decay(
     if values is None or (mask is not None and keep is None):
         return
     values = values.astype(np.float32) if keep is None else values[keep].astype(np.float32)
-    if np.isnan(values).any() or (values == np.inf).any() or (values == -np.inf).any():
-        raise ValueError("log_decay must be finite; use -80 to forget everything")
+    if not np.isfinite(values).all():
+        wrong = values[~np.isfinite(values)][0]
+        raise ValueError(f"log_decay must be finite, got {wrong}; -80 forgets everything")
     if values.size and values.max() > 0:
         raise ValueError(
             f"log_decay must be <= 0, got {values.max()}; it is the logarithm of a factor in "

@@ -116,7 +116,15 @@ class RACEState:
           >>> state.mass.tolist(), int(state.segment[0])
           ([[[1.5, 1.5]]], 0)
         """
-        batch, length, heads, _ = phi_k.shape
+        batch, heads, features, value_dim = self.numerator.shape
+        sizes = {"phi_k": (phi_k, "F", features), "value": (value, "V", value_dim)}
+        for name, (array, letter, size) in sizes.items():
+            if array.shape != (batch, *phi_k.shape[1:2], heads, size):
+                raise ValueError(
+                    f"{name} must be (B, S, K, {letter}) = ({batch}, S, {heads}, {size}) to meet "
+                    f"this state, got shape {array.shape}"
+                )
+        length = phi_k.shape[1]
         masking.check_key_value_mask(key_value_mask, (batch, length))
         masking.check_segment_ids(segment_ids, (batch, length), key_value_mask)
         masking.check_log_decay(log_decay, (batch, length, heads), key_value_mask)
@@ -170,8 +178,13 @@ class RACEState:
           [[[[1.0]]]]
         """
         check_normalization(normalization)
-        batch, length, heads, features = phi_q.shape
-        kv_heads = self.mass.shape[1]
+        rows, kv_heads, features = self.mass.shape
+        if phi_q.ndim != 4 or phi_q.shape[0] != rows or phi_q.shape[3] != features:
+            raise ValueError(
+                f"phi_q must be (B, T, N, F) = ({rows}, T, N, {features}) to meet this state, got "
+                f"shape {phi_q.shape}"
+            )
+        batch, length, heads, _ = phi_q.shape
         if heads % kv_heads:
             raise ValueError(
                 f"query heads {heads} must be a multiple of the state's {kv_heads} key/value heads"

@@ -68,7 +68,7 @@ def forward(operands: Operands, *, tiling: Tiling) -> tuple[jax.Array, Sums]:
     z_q = group(operands.z_q, operands.value.shape[2])
     out = jnp.zeros((*z_q.shape[:4], operands.value.shape[-1]), operands.value.dtype)
     _, out = _walk(read, (), z_q, out, tiling)
-    return out.reshape(*operands.z_q.shape[:3], -1), totals
+    return out.reshape(*operands.z_q.shape[:3], operands.value.shape[-1]), totals
 
 
 def backward(
@@ -159,7 +159,7 @@ def _key_arrays(operands: Operands, tiling: Tiling) -> tuple[jax.Array, ...]:
 
 def group(x: jax.Array, kv_heads: int) -> jax.Array:
     """Query heads under their key/value head: ``(B, T, N, ...)`` as ``(B, T, K, G, ...)``."""
-    return x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:])
+    return x.reshape(*x.shape[:2], kv_heads, x.shape[2] // kv_heads, *x.shape[3:])
 
 
 def hash_keys(

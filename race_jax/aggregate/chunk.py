@@ -164,6 +164,13 @@ def forward(
     return numerator, mass
 
 
+def running_mass(phi_k: jax.Array, decay: Decay, sums: Sums) -> jax.Array:
+    """The bucket masses A_f(t) that token t sees, ``(B, K, F, C)``."""
+    within = jnp.broadcast_to(decay.within[:, :, 0], (*phi_k.shape[:2], *decay.within.shape[-2:]))
+    own = jnp.einsum("bkts,bkfs->bkft", within, phi_k)
+    return own + scale_tokens(decay.into, jnp.broadcast_to(sums.mass[..., None], own.shape))
+
+
 class Rows(NamedTuple):
     """The backward pass up to the rows: what the cotangent do of o = N / z asks of N and z.
 

@@ -9,7 +9,7 @@ Comes in: the operands of a causal or bidirectional call. Goes out: outputs and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,21 +23,54 @@ from race_jax.aggregate.sweep import layout, pad_time
 CHUNK = 64
 
 
+class Chunk(NamedTuple):
+    """The arguments of ``chunk.forward``."""
+
+    phi_q: jax.Array
+    phi_k: jax.Array
+    value: jax.Array
+    decay: Decay
+    sums: Sums
+
+
 def causal_bucket(operands: causal.Operands) -> tuple[jax.Array, Sums]:
     """Causal attention normalised per bucket: the output ``(B, T, N, V)`` and the final sums."""
-    return _causal_scan(operands, _bucket_rows)
+
+    def rows(chunk: Chunk, tokens: Tokens) -> jax.Array:
+        mass = chunks.running_mass(chunk.phi_k, chunk.decay, chunk.sums)
+        phi_q = _per_bucket(chunk.phi_q, mass[:, :, None], tokens.z_q.shape[-2])
+        out, _ = chunks.forward(phi_q, *chunk[1:])
+        return causal.visible_rows(tokens, out).astype(tokens.value.dtype)
+
+    out, final = _causal_scan(operands, rows)
+    return _join_heads(out), final
 
 
 def bidirectional_packed(operands: causal.Operands) -> jax.Array:
     """Bidirectional attention within segments, in linear time: the output ``(B, T, N, V)``."""
-    before, _ = _causal_scan(operands, _inclusive_rows)
-    flip = lambda tree: jax.tree.map(lambda x: jnp.flip(x, axis=1), tree)  # noqa: E731
-    arrays = operands.z_q, operands.z_k, operands.value, operands.mask, operands.segment
-    z_q, z_k, value, mask, segment = flip(arrays)
-    flipped = operands._replace(z_q=z_q, z_k=z_k, value=value, mask=mask, segment=segment)
-    after, _ = _causal_scan(flipped, _exclusive_rows)
-    rows = before + flip(after)
-    return state.normalize(rows[..., :-1], rows[..., -1]).astype(operands.value.dtype)
+
+    def rows(chunk: Chunk, tokens: Tokens) -> jax.Array:
+        numerator, mass = chunks.forward(*chunk)
+        return jnp.concatenate([numerator, mass[..., None]], axis=-1)
+
+    both = _join_heads(_both_directions(operands, rows))
+    return state.normalize(both[..., :-1], both[..., -1]).astype(operands.value.dtype)
+
+
+def bidirectional_packed_bucket(operands: causal.Operands) -> jax.Array:
+    """The same normalised per bucket; the masses of its segment are formed for every token."""
+
+    def masses(chunk: Chunk, tokens: Tokens) -> jax.Array:
+        mass = chunks.running_mass(chunk.phi_k, chunk.decay, chunk.sums)
+        return jnp.swapaxes(mass, 2, 3)[:, :, None]
+
+    mass = _both_directions(operands, masses)  # (B, T, K, 1, F)
+
+    def rows(chunk: Chunk, tokens: Tokens, mass: jax.Array) -> jax.Array:
+        phi_q = _per_bucket(chunk.phi_q, jnp.moveaxis(mass, 1, -1), tokens.z_q.shape[-2])
+        return chunks.forward(phi_q, *chunk[1:])[0]
+
+    return _join_heads(_both_directions(operands, rows, mass)).astype(operands.value.dtype)
 
 
 def bidirectional_bucket(operands: bidirectional.Operands) -> tuple[jax.Array, Sums]:
@@ -82,59 +115,39 @@ def _scan(step: Callable, carry: Any, arrays: Any) -> tuple[Any, Any]:
     return carry, jax.tree.map(lambda x: join(x)[:, :length], out)
 
 
-def _causal_scan(operands: causal.Operands, rows: Callable) -> tuple[jax.Array, Sums]:
-    batch, length, heads = operands.z_q.shape[:3]
+def _causal_scan(
+    operands: causal.Operands, rows: Callable, *extra: jax.Array, inclusive: bool = True
+) -> tuple[jax.Array, Sums]:
+    """``rows(chunk, tokens, *extra)`` of every chunk, ``(B, T, K, G, ..)``, and the final sums."""
+    length = operands.value.shape[1]
     tokens = causal.pad_operands(operands, layout(length, 1, CHUNK))
+    extra = jax.tree.map(lambda x: pad_time(x, tokens.value.shape[1]), extra)
 
-    def step(sums: Sums, tokens: Tokens) -> tuple[Sums, jax.Array]:
-        phi_q, phi_k, value = causal.features(operands.sharpness, tokens)
-        out = rows(tokens, phi_q, phi_k, value, sums)
-        sums = chunks.add_keys(phi_k, value, chunks.decay_factors(tokens), sums)
-        return sums, jnp.moveaxis(out, 3, 1)
+    def step(sums: Sums, piece: tuple) -> tuple[Sums, jax.Array]:
+        tokens, *extra = piece
+        decay = chunks.decay_factors(tokens, inclusive=inclusive)
+        chunk = Chunk(*causal.features(operands.sharpness, tokens), decay, sums)
+        out = rows(chunk, tokens, *extra)
+        return chunks.add_keys(chunk.phi_k, chunk.value, decay, sums), jnp.moveaxis(out, 3, 1)
 
-    final, out = _scan(step, operands.sums, tokens)
-    return out[:, :length].reshape(batch, length, heads, -1), final
-
-
-def _bucket_rows(
-    tokens: Tokens, phi_q: jax.Array, phi_k: jax.Array, value: jax.Array, sums: Sums
-) -> jax.Array:
-    decay = chunks.decay_factors(tokens)
-    mass = _running_mass(phi_k, decay, sums)[:, :, None]
-    phi_q = _per_bucket(phi_q, mass, tokens.z_q.shape[-2])
-    out, _ = chunks.forward(phi_q, phi_k, value, decay, sums)
-    return causal.visible_rows(tokens, out).astype(tokens.value.dtype)
+    final, out = _scan(step, operands.sums, (tokens, *extra))
+    return out[:, :length], final
 
 
-def _running_mass(phi_k: jax.Array, decay: Decay, sums: Sums) -> jax.Array:
-    """A_f(t) ``(B, K, F, C)``."""
-    within = jnp.broadcast_to(decay.within[:, :, 0], (*phi_k.shape[:2], *decay.within.shape[-2:]))
-    own = jnp.einsum("bkts,bkfs->bkft", within, phi_k)
-    return own + chunks.scale_tokens(decay.into, jnp.broadcast_to(sums.mass[..., None], own.shape))
+def _both_directions(operands: causal.Operands, rows: Callable, *extra: jax.Array) -> jax.Array:
+    """The causal rows, own token included, plus the reversed ones, own token excluded."""
+    flip = lambda tree: jax.tree.map(lambda x: jnp.flip(x, axis=1), tree)  # noqa: E731
+    before, _ = _causal_scan(operands, rows, *extra)
+    arrays = {name: getattr(operands, name) for name in ("z_q", "z_k", "value", "mask", "segment")}
+    flipped = operands._replace(**flip(arrays))
+    after, _ = _causal_scan(flipped, rows, *flip(extra), inclusive=False)
+    return before + flip(after)
+
+
+def _join_heads(rows: jax.Array) -> jax.Array:
+    """``(B, T, K, G, V)`` as ``(B, T, N, V)``."""
+    return rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
 
 
 def _per_bucket(phi_q: jax.Array, mass: jax.Array, tables: int) -> jax.Array:
     return phi_q / (tables * (mass + state.BUCKET_EPSILON))
-
-
-def _inclusive_rows(*chunk: Any) -> jax.Array:
-    return _rows(*chunk, inclusive=True)
-
-
-def _exclusive_rows(*chunk: Any) -> jax.Array:
-    return _rows(*chunk, inclusive=False)
-
-
-def _rows(
-    tokens: Tokens,
-    phi_q: jax.Array,
-    phi_k: jax.Array,
-    value: jax.Array,
-    sums: Sums,
-    *,
-    inclusive: bool,
-) -> jax.Array:
-    """Unnormalised [N | z] ``(B, K, G, C, V + 1)``."""
-    decay = chunks.decay_factors(tokens, inclusive=inclusive)
-    numerator, mass = chunks.forward(phi_q, phi_k, value, decay, sums)
-    return jnp.concatenate([numerator, mass[..., None]], axis=-1)

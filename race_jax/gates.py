@@ -1,0 +1,103 @@
+"""Gates of the layer: what the running sums forget, and what of the heads goes out.
+
+Comes in: hidden states and gate parameters. Goes out: the log decay g of every token and key/value
+head, and heads after the output gate:
+
+    g = log sigmoid(x w + b)          heads = RMSNorm(heads) * silu(x W_g)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FORGET_GATES = (None, "fixed", "learned", "data")
+SHORTEST_HALF_LIFE = 2.0  # tokens
+BIAS_RANGE = (1.0, 6.0)  # half-lives of 2 to 280 tokens
+EPSILON = 1e-6
+
+
+def half_lives(num_kv_heads: int, longest: float) -> np.ndarray:
+    """Half-lives in tokens ``(K,)``, geometric from 2 to `longest`; one head gets the longest."""
+    return np.geomspace(longest, SHORTEST_HALF_LIFE, num_kv_heads)[::-1]
+
+
+def initial_bias(num_kv_heads: int, half_life: float | None) -> np.ndarray:
+    """Gate biases ``(K,)`` that spread the heads from short to long memory.
+
+    From 1 to 6, or such that ``sigmoid(b)`` halves in the half-lives up to `half_life`.
+    """
+    if half_life is None:
+        return np.linspace(*BIAS_RANGE[::-1], num_kv_heads)[::-1]
+    return -np.log(np.expm1(math.log(2.0) / half_lives(num_kv_heads, half_life)))
+
+
+def log_decay(
+    x: jax.Array,
+    params: Mapping[str, Any],
+    *,
+    forget_gate: str | None,
+    half_life: float | None,
+    num_kv_heads: int,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array | None:
+    """The log decay of every token, in float32 at least.
+
+    Args:
+      x: ``(B, S, D)`` hidden states, free of junk.
+      params: ``gate_bias`` ``(K,)`` if the gate is learned or from the data; for the latter also
+        ``gate_kernel`` ``(D, K)``.
+      forget_gate: None, ``"fixed"``, ``"learned"`` or ``"data"``.
+      half_life: the longest half-life of a fixed gate, in tokens.
+      num_kv_heads: K.
+      precision: of the matrix product.
+
+    Returns:
+      ``(B, S, K)``, <= 0, or None without a gate.
+
+    Source: beyond the paper.
+    """
+    if forget_gate is None:
+        return None
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    if forget_gate == "fixed":
+        rates = jnp.asarray(-math.log(2.0) / half_lives(num_kv_heads, half_life), dtype)
+    else:
+        logits = params["gate_bias"].astype(dtype)
+        if forget_gate == "data":
+            kernel = params["gate_kernel"].astype(x.dtype)
+            logits += jnp.matmul(x, kernel, precision=precision, preferred_element_type=dtype)
+        rates = jax.nn.log_sigmoid(logits)
+    return jnp.broadcast_to(rates, (*x.shape[:2], num_kv_heads))
+
+
+def output_gate(
+    heads: jax.Array,
+    x: jax.Array,
+    kernel: jax.Array,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+    """Heads after normalisation and gating.
+
+        heads / sqrt(mean(heads**2) + 1e-6) * silu(x W_g)
+
+    Args:
+      heads: ``(B, T, N, V)``; the mean runs over V, in float32 at least.
+      x: ``(B, T, D)`` hidden states of the queries.
+      kernel: ``(D, N, V)``.
+      precision: of the matrix product.
+
+    Returns:
+      ``(B, T, N, V)`` in the dtype of `heads`.
+
+    Source: beyond the paper.
+    """
+    wide = heads.astype(jnp.promote_types(heads.dtype, jnp.float32))
+    wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + EPSILON)
+    gate = jax.nn.silu(jnp.tensordot(x, kernel.astype(x.dtype), axes=1, precision=precision))
+    return (wide * gate).astype(heads.dtype)

@@ -1,0 +1,278 @@
+"""The RACE attention layer as a pure function of arrays, shared by the NNX and the Linen module.
+
+Comes in: hidden states, parameters by Flax's names, planes, the state of earlier calls. Goes out:
+hidden states, and the state after the call. For every head, with x after the short convolution,
+
+    z_q = W (x A_q),  z_k = W (x A_k),  v = x A_v,  out = race(z_q, z_k, v, g(x)) A_out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from race_jax import gates, hashing, masking
+from race_jax.attention import race_attention_from_projections
+from race_jax.attention_fn import key_padding
+from race_jax.layer_settings import LayerSettings
+from race_jax.short_conv import TAPS, short_convolution
+from race_jax.state import RACEState
+
+EPSILON = 1e-6  # of the query and key norms, as in Flax's LayerNorm
+
+
+class LayerState(NamedTuple):
+    """What a layer carries from one call to the next: of one size, whatever the length.
+
+    The state is a value: nothing is written into the module, and keeping an old state is all it
+    takes to go back to it.
+
+    Attributes:
+      race: the table sums of the attention, a `race_jax.RACEState`.
+      taps: ``(B, 3, D)``, the last hidden states of the running segment, oldest first; None without
+        a short convolution.
+    """
+
+    race: RACEState
+    taps: jax.Array | None
+
+
+def init_state(settings: LayerSettings, batch: int) -> LayerState:
+    """The state before any token, for `batch` sequences. Its arrays are float32 at least."""
+    dtype = jnp.promote_types(settings.param_dtype, jnp.float32)
+    race = RACEState.init(
+        batch, settings.num_kv_heads, settings.features, settings.value_dim, dtype
+    )
+    taps = jnp.zeros((batch, TAPS, settings.in_features), dtype) if settings.short_conv else None
+    return LayerState(race, taps)
+
+
+def race_layer(
+    params: Mapping[str, Any],
+    planes: jax.Array,
+    inputs_q: jax.Array,
+    inputs_k: jax.Array | None = None,
+    inputs_v: jax.Array | None = None,
+    *,
+    settings: LayerSettings,
+    mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    is_causal: bool = False,
+    state: LayerState | None = None,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array | tuple[jax.Array, LayerState]:
+    """Applies the layer.
+
+    Args:
+      params: ``query``, ``key``, ``value`` with ``kernel`` ``(D, heads, H or V)`` and ``bias``;
+        ``out`` with ``kernel`` ``(N, V, D)`` and ``bias``; ``query_ln`` and ``key_ln`` with
+        ``scale`` ``(H,)`` if queries and keys are normalised; and `LayerSettings.own_parameters`.
+      planes: ``(L, P, H)``.
+      inputs_q: ``(B, T, D)``.
+      inputs_k: ``(B, S, D)``; None for self-attention.
+      inputs_v: ``(B, S, D)``; None for `inputs_k`.
+      settings: sizes and choices.
+      mask: key padding, ``(B, S)`` or ``(B, 1, 1, S)``, True where there is a token.
+      segment_ids: ``(B, T)`` int, packed documents.
+      is_causal: whether a token sees only itself and what stands before it.
+      state: of earlier calls; needs `is_causal`.
+      dropout_key: a key drops out entries of the output, None does not.
+
+    Returns:
+      ``(B, T, D)``, and with a `state` also the state after the call.
+
+    Raises:
+      ValueError: shapes that do not fit, or arguments that exclude each other.
+      TypeError: a state of another kind.
+    """
+    inputs = _complete_inputs(inputs_q, inputs_k, inputs_v)
+    _check_call(inputs, settings, is_causal=is_causal, has_state=state is not None)
+    batch, length = inputs[1].shape[:2]
+    if state is not None:
+        _check_state(state, settings, batch)
+    if mask is not None:
+        mask = key_padding(mask[:, None, None] if mask.ndim == 2 else mask, (batch,), length)
+    dtype = settings.dtype
+    if dtype is None:
+        dtype = jnp.result_type(*inputs, params["query"]["kernel"])
+
+    with jax.named_scope("race_layer/inputs"):
+        x_q, x_k, x_v = (x.astype(dtype) for x in inputs)
+        x_k, x_v = masking.select_tokens(x_k, mask), masking.select_tokens(x_v, mask)
+        if is_causal:
+            x_q = masking.select_tokens(x_q, mask)
+        taps = None
+        if settings.short_conv:
+            masking.check_segment_ids(segment_ids, (batch, length), mask)
+            before = init_state(settings, batch) if state is None else state
+            x_q, taps = short_convolution(
+                x_k,
+                params["conv_kernel"],
+                taps=before.taps,
+                segment=before.race.segment,
+                mask=mask,
+                segment_ids=segment_ids,
+            )
+            x_k = x_v = x_q
+    heads = race_attention_from_projections(
+        _hash(x_q, "query", params, planes, settings),
+        _hash(x_k, "key", params, planes, settings),
+        _linear(x_v, params["value"], settings.precision),
+        sharpness=_sharpness(params, settings),
+        is_causal=is_causal,
+        log_decay=_log_decay(x_k, params, settings),
+        key_value_mask=mask,
+        segment_ids=segment_ids,
+        normalization=settings.normalization,
+        initial_state=None if state is None else state.race,
+        return_state=state is not None,
+        implementation=settings.implementation,
+    )
+    if state is not None:
+        heads, race = heads
+    with jax.named_scope("race_layer/output"):
+        if settings.output_gate:
+            kernel = params["out_gate_kernel"]
+            heads = gates.output_gate(heads, x_q, kernel, settings.precision)
+        out = _linear(heads, params["out"], settings.precision, axes=2)
+        out = _dropout(out, settings.dropout_rate, dropout_key)
+    return out if state is None else (out, LayerState(race, taps))
+
+
+def _complete_inputs(
+    inputs_q: jax.Array, inputs_k: jax.Array | None, inputs_v: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Flax's rule: keys default to the queries, values to the keys."""
+    if inputs_k is None:
+        if inputs_v is not None:
+            raise ValueError("inputs_v without inputs_k: pass the keys' inputs as inputs_k")
+        inputs_k = inputs_q
+    return inputs_q, inputs_k, inputs_k if inputs_v is None else inputs_v
+
+
+def _check_call(
+    inputs: tuple[jax.Array, jax.Array, jax.Array],
+    settings: LayerSettings,
+    *,
+    is_causal: bool,
+    has_state: bool,
+) -> None:
+    x_q, x_k, x_v = inputs
+    widths = settings.in_features, settings.in_kv_features, settings.in_kv_features
+    for name, x, width in zip(("inputs_q", "inputs_k", "inputs_v"), inputs, widths, strict=True):
+        if x.ndim != 3 or x.shape[-1] != width:
+            raise ValueError(
+                f"{name} must be (batch, length, {width}), got shape {x.shape}; use jax.vmap for "
+                "more batch axes"
+            )
+    if x_k.shape[:2] != x_v.shape[:2] or len(x_q) != len(x_k):
+        raise ValueError(
+            "inputs must have one batch size, and keys and values one length; got shapes "
+            f"{x_q.shape}, {x_k.shape} and {x_v.shape}"
+        )
+    if is_causal and x_q.shape[1] != x_k.shape[1]:
+        raise ValueError(
+            f"is_causal=True needs as many keys as queries, got {x_k.shape[1]} keys and "
+            f"{x_q.shape[1]} queries; to continue a sequence pass state="
+        )
+    if settings.forget_gate is not None and not is_causal:
+        raise ValueError(
+            f"forget_gate={settings.forget_gate!r} has a direction: pass is_causal=True, or build "
+            "the layer with forget_gate=None"
+        )
+    if has_state and not is_causal:
+        raise ValueError("a state holds what came before: pass is_causal=True with state=")
+    if settings.short_conv and (x_k is not x_q or x_v is not x_q):
+        raise ValueError(
+            "short_conv=True runs along one sequence: leave inputs_k and inputs_v out, or build "
+            "the layer with short_conv=False for cross-attention"
+        )
+
+
+def _check_state(state: LayerState, settings: LayerSettings, batch: int) -> None:
+    if not isinstance(state, LayerState):
+        raise TypeError(
+            f"state must be a LayerState, from init_state or an earlier call; got {type(state)}"
+        )
+    sums = batch, settings.num_kv_heads, settings.features, settings.value_dim
+    taps = (batch, TAPS, settings.in_features) if settings.short_conv else None
+    given = state.race.numerator.shape, None if state.taps is None else state.taps.shape
+    if given != (sums, taps):
+        raise ValueError(
+            f"state must have race.numerator of shape {sums} and taps of shape {taps}, got "
+            f"{given[0]} and {given[1]}; make it with this layer's init_state, for batch {batch}"
+        )
+
+
+def _hash(
+    x: jax.Array,
+    name: str,
+    params: Mapping[str, Any],
+    planes: jax.Array,
+    settings: LayerSettings,
+) -> jax.Array:
+    """Hash projections ``(B, T, heads, L, P)`` of the queries or the keys."""
+    weights = params[name]
+    if settings.fold_planes:
+        # Weights times weights, once a call: a GPU's TF32 would keep ten bits of each.
+        with jax.default_matmul_precision("highest"):
+            folded = {part: hashing.fold_planes(array, planes) for part, array in weights.items()}
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        return _linear(x, folded, settings.precision, out_dtype=dtype)
+    heads = _linear(x, weights, settings.precision)
+    if settings.normalize_qk:
+        heads = _layer_norm(heads, params[f"{name}_ln"]["scale"])
+    return hashing.hash_projections(heads, planes)
+
+
+def _linear(
+    x: jax.Array,
+    weights: Mapping[str, jax.Array],
+    precision: jax.lax.PrecisionLike,
+    *,
+    axes: int = 1,
+    out_dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """The last `axes` axes of x times the kernel's first, plus the bias."""
+    out = jnp.tensordot(
+        x,
+        weights["kernel"].astype(x.dtype),
+        axes=axes,
+        precision=precision,
+        preferred_element_type=out_dtype,
+    )
+    return out + weights["bias"].astype(out.dtype) if "bias" in weights else out
+
+
+def _layer_norm(heads: jax.Array, scale: jax.Array) -> jax.Array:
+    """LayerNorm without bias over the head dim, its statistics in float32 at least."""
+    wide = heads.astype(jnp.promote_types(heads.dtype, jnp.float32))
+    wide -= wide.mean(axis=-1, keepdims=True)
+    wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + EPSILON)
+    return (wide * scale).astype(heads.dtype)
+
+
+def _sharpness(params: Mapping[str, Any], settings: LayerSettings) -> jax.Array | float:
+    return jnp.exp(params["log_sharpness"]) if settings.learn_sharpness else settings.sharpness
+
+
+def _log_decay(
+    x: jax.Array, params: Mapping[str, Any], settings: LayerSettings
+) -> jax.Array | None:
+    return gates.log_decay(
+        x,
+        params,
+        forget_gate=settings.forget_gate,
+        half_life=settings.half_life,
+        num_kv_heads=settings.num_kv_heads,
+        precision=settings.precision,
+    )
+
+
+def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)

@@ -1,0 +1,212 @@
+"""The static side of the layer: its sizes and choices, checked and filled in once.
+
+Comes in: the arguments that both Flax modules share. Goes out: `LayerSettings`, every default
+resolved, and the initial values of the parameters that Flax's own attention does not have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from race_jax import dispatch, gates, hashing, short_conv, state
+
+# Exactly the paper's Algorithms 1 and 2, with its one trained sharpness.
+PAPER = {
+    "planes_scale": 1.0,
+    "learn_planes": False,
+    "sharpness": 1.0,
+    "learn_sharpness": True,
+    "shared_sharpness": True,
+    "normalize_qk": False,
+    "forget_gate": None,
+    "short_conv": False,
+    "output_gate": False,
+    "normalization": "global",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSettings:
+    """Sizes and choices of a layer, by the names of the modules' arguments.
+
+    Sizes left at None are filled in as Flax fills them; what they mean stands in
+    `race_jax.RACEAttention`.
+
+    Raises:
+      ValueError: a value that is not allowed, or two that exclude each other.
+    """
+
+    num_heads: int
+    in_features: int
+    qkv_features: int | None = None
+    out_features: int | None = None
+    num_kv_heads: int | None = None
+    in_kv_features: int | None = None
+    head_dim: int | None = None
+    value_dim: int | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    dropout_rate: float = 0.0
+    decode: bool | None = None
+    precision: Any = None
+    use_bias: bool = True
+    normalize_qk: bool = False
+    num_tables: int = 4
+    num_planes: int = 4
+    planes_scale: float | None = None
+    learn_planes: bool = False
+    sharpness: float = 2.0
+    learn_sharpness: bool = True
+    shared_sharpness: bool = False
+    forget_gate: str | None = None
+    half_life: float | None = None
+    short_conv: bool = False
+    output_gate: bool = False
+    fold_planes: bool = False
+    normalization: str = "global"
+    implementation: str | None = None
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of all fields."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def of(cls, module: Any, **sizes: int) -> LayerSettings:
+        """The settings that a module's attributes say, with `sizes` in the place of some."""
+        return cls(
+            **{name: getattr(module, name) for name in cls.names() if name not in sizes}, **sizes
+        )
+
+    def __post_init__(self) -> None:
+        self._fill("num_kv_heads", self.num_heads)
+        self._fill("in_kv_features", self.in_features)
+        self._fill("out_features", self.in_features)
+        self._check_sizes()
+        if self.head_dim is None:
+            self._fill("qkv_features", self.in_features)
+        else:
+            self._fill("qkv_features", self.num_heads * self.head_dim)
+        self._fill("head_dim", self.qkv_features // self.num_heads)
+        if self.qkv_features != self.num_heads * self.head_dim:
+            raise ValueError(
+                f"qkv_features={self.qkv_features} must be num_heads={self.num_heads} times the "
+                f"head_dim, got head_dim={self.head_dim}; leave one of the two out"
+            )
+        self._fill("value_dim", self.head_dim)
+        self._fill("planes_scale", self.head_dim**-0.5)
+        self._check_choices()
+
+    def _fill(self, name: str, value: Any) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+    def _check_sizes(self) -> None:
+        for name in (
+            *("num_heads", "num_kv_heads", "in_features", "in_kv_features", "out_features"),
+            *("qkv_features", "head_dim", "value_dim", "num_tables", "num_planes"),
+        ):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if self.num_planes > hashing.MAX_PLANES:
+            raise ValueError(
+                f"num_planes must be at most {hashing.MAX_PLANES}, got {self.num_planes}; use more "
+                "tables instead"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be divisible by num_kv_heads={self.num_kv_heads}"
+            )
+
+    def _check_choices(self) -> None:
+        _check_among("forget_gate", self.forget_gate, gates.FORGET_GATES)
+        _check_among("implementation", self.implementation, dispatch.IMPLEMENTATIONS)
+        state.check_normalization(self.normalization)
+        for name in ("sharpness", "planes_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate must lie in [0, 1), got {self.dropout_rate}")
+        if self.decode:
+            raise NotImplementedError(
+                "decode=True asks for Flax's growing cache; RACE carries a state of one size: pass "
+                "state=module.init_state(batch) in the call and keep the state it returns"
+            )
+        if self.fold_planes and self.normalize_qk:
+            raise ValueError(
+                "fold_planes=True never makes the queries and keys that normalize_qk=True would "
+                "normalise; turn one of them off"
+            )
+        self._check_half_life()
+
+    def _check_half_life(self) -> None:
+        if self.half_life is None:
+            if self.forget_gate == "fixed":
+                raise ValueError(
+                    'forget_gate="fixed" needs half_life, the longest half-life in tokens, for '
+                    "instance half_life=1024"
+                )
+        elif self.forget_gate is None:
+            raise ValueError(f"half_life={self.half_life} has no effect without a forget_gate")
+        elif not gates.SHORTEST_HALF_LIFE <= self.half_life < math.inf:
+            raise ValueError(
+                f"half_life must be finite and at least {gates.SHORTEST_HALF_LIFE} tokens, got "
+                f"{self.half_life}"
+            )
+
+    @property
+    def features(self) -> int:
+        """F, the numbers that hold one hashed token."""
+        return self.num_tables * 2**self.num_planes
+
+    def draw_planes(self, key: jax.Array) -> jax.Array:
+        """The hash planes ``(L, P, H)``."""
+        return hashing.init_planes(
+            key,
+            num_tables=self.num_tables,
+            num_planes=self.num_planes,
+            head_dim=self.head_dim,
+            scale=self.planes_scale,
+            dtype=self.param_dtype,
+        )
+
+    def own_parameters(self) -> dict[str, Callable[[jax.Array], jax.Array]]:
+        """By name, how to draw each parameter that is not one of Flax's projections or norms.
+
+        ``log_sharpness`` ``(K,)`` or ``()``, ``gate_bias`` ``(K,)``, ``gate_kernel`` ``(D, K)``,
+        ``conv_kernel`` ``(4, D)``, ``out_gate_kernel`` ``(D, N, V)``: those that the choices need.
+        """
+        dtype, heads = self.param_dtype, self.num_kv_heads
+        dense = jax.nn.initializers.lecun_normal()
+        gate_shape = self.in_features, self.num_heads * self.value_dim
+        parameters = {
+            "log_sharpness": lambda key: jnp.full(
+                () if self.shared_sharpness else (heads,), math.log(self.sharpness), dtype
+            ),
+            "gate_bias": lambda key: jnp.asarray(gates.initial_bias(heads, self.half_life), dtype),
+            "gate_kernel": lambda key: dense(key, (self.in_kv_features, heads), dtype),
+            "conv_kernel": lambda key: short_conv.identity_kernel(self.in_features, dtype),
+            "out_gate_kernel": lambda key: dense(key, gate_shape, dtype).reshape(
+                self.in_features, self.num_heads, self.value_dim
+            ),
+        }
+        wanted = {
+            "log_sharpness": self.learn_sharpness,
+            "gate_bias": self.forget_gate in ("learned", "data"),
+            "gate_kernel": self.forget_gate == "data",
+            "conv_kernel": self.short_conv,
+            "out_gate_kernel": self.output_gate,
+        }
+        return {name: init for name, init in parameters.items() if wanted[name]}
+
+
+def _check_among(name: str, value: Any, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")

@@ -1,0 +1,94 @@
+"""Short convolution: each token's hidden state is mixed with those of the three tokens before it.
+
+Comes in: hidden states (B, T, D) and the taps that an earlier call left. Goes out: mixed states and
+new taps. With x_{t-j} the j-th real token before t in the segment of t, zero if there is none,
+
+    y_t = sum_{j=0..3} kernel_j * x_{t-j}
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from race_jax import masking
+
+WIDTH = 4  # tokens that an output sees, its own included
+TAPS = WIDTH - 1  # tokens that a later call needs to know
+
+
+def identity_kernel(features: int, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """The kernel ``(4, D)`` that passes every token through unchanged."""
+    return jnp.zeros((WIDTH, features), dtype).at[0].set(1)
+
+
+def short_convolution(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    taps: jax.Array,
+    segment: jax.Array,
+    mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Depthwise causal convolution over the real tokens of a segment.
+
+        y_t = sum_j kernel[j] * x_{t-j}
+
+    A padded slot is not a token: others look past it, and its own output is zero. Sums are kept in
+    float32 at least.
+
+    Args:
+      x: ``(B, T, D)`` hidden states; junk may stand in padded slots.
+      kernel: ``(4, D)``; row j weighs the j-th token back.
+      taps: ``(B, 3, D)``, the last tokens before the call, oldest first, zero where there is none.
+      segment: ``(B,)`` int32, the segment that the taps belong to.
+      mask: ``(B, T)`` bool, True where there is a token.
+      segment_ids: ``(B, T)`` int, contiguous runs; without them the taps' segment goes on.
+
+    Returns:
+      ``(B, T, D)`` in x's dtype, and ``(B, 3, D)``, the taps after the call, in the taps' dtype.
+
+    Source: beyond the paper.
+    """
+    length = x.shape[1]
+    tokens = jnp.concatenate([taps.astype(x.dtype), masking.select_tokens(x, mask)], axis=1)
+    slots = None if mask is None else _earlier_slots(mask)
+
+    def earlier(array: jax.Array, back: int) -> jax.Array:
+        """What stands `back` tokens before each slot, and before the slot behind the last one."""
+        if slots is None:
+            return array[:, TAPS - back : TAPS - back + length + 1]
+        index = slots[back - 1].reshape(*slots[0].shape, *(1,) * (array.ndim - 2))
+        return jnp.take_along_axis(array, index, axis=1)
+
+    if segment_ids is not None:
+        before = jnp.broadcast_to(segment[:, None], (len(x), TAPS)).astype(segment_ids.dtype)
+        ids = jnp.concatenate([before, segment_ids], axis=1)
+        own_ids = jnp.concatenate([segment_ids, earlier(ids, 1)[:, -1:]], axis=1)
+
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    kernel = kernel.astype(dtype)
+    mixed = kernel[0] * tokens[:, TAPS:].astype(dtype)
+    new_taps = []
+    for back in range(1, WIDTH):
+        tap = earlier(tokens, back)  # (B, T + 1, D)
+        if segment_ids is not None:
+            tap = jnp.where((earlier(ids, back) == own_ids)[..., None], tap, 0)
+        mixed += kernel[back] * tap[:, :-1].astype(dtype)
+        new_taps.insert(0, tap[:, -1])
+    mixed = masking.select_tokens(mixed.astype(x.dtype), mask)
+    return mixed, jnp.stack(new_taps, axis=1).astype(taps.dtype)
+
+
+def _earlier_slots(mask: jax.Array) -> list[jax.Array]:
+    """For each slot, and the one behind the last, the slots of the three real tokens before it.
+
+    Slots are counted from the oldest tap; since the taps count as real, every slot has three.
+    """
+    real = jnp.pad(mask, ((0, 0), (TAPS, 0)), constant_values=True)
+    latest = jax.lax.cummax(jnp.where(real, jnp.arange(real.shape[1]), 0), axis=1)
+    slots = [latest[:, TAPS - 1 :]]
+    while len(slots) < TAPS:
+        slots.append(jnp.take_along_axis(latest, slots[-1] - 1, axis=1))
+    return slots
