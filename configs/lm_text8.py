@@ -1,0 +1,31 @@
+"""Character-level language model on the first 6.9 million characters of text8.
+
+Trains RACE attention with a data gate at the settings of a small transformer: 4 layers of width
+256, 512 characters of context, no dropout; the last 300,000 characters are held out. Figures on
+this part are not figures on text8. `--config.model.attention=softmax` trains its softmax twin.
+
+Command:   RACE_JAX_DATA=FOLDER python scripts/train_lm.py --config configs/lm_text8.py
+Data:      text8/text8.first-6877825-bytes.txt.xz under FOLDER
+"""
+
+from race_jax.train.config import Config
+
+
+def get_config() -> Config:
+    """The run's settings."""
+    config = Config()
+    config.model.positions = "learned"
+    config.model.max_length = 512
+
+    config.data.source = "files"
+    config.data.train_files = ("text8/text8.first-6877825-bytes.txt.xz",)
+    config.data.valid_tail = 300_000
+    config.data.tokenizer = "characters"
+    config.data.sequence_length = 512
+
+    config.run.batch_size = 32
+    config.run.steps = 2000
+    config.run.eval_every = 500
+    config.run.checkpoint_every = 500
+    config.run.compare_xz = True
+    return config

@@ -1,0 +1,33 @@
+"""Word-level language model on WikiText-2.
+
+Trains RACE attention with a data gate at the settings of a small transformer: 4 layers of width
+256, 256 words of context, dropout 0.2, the whole validation and test splits scored in
+non-overlapping windows. `--config.model.attention=softmax` trains its softmax twin.
+
+Command:   RACE_JAX_DATA=FOLDER python scripts/train_lm.py --config configs/lm_wikitext2.py
+Data:      wikitext/wikitext-2.{train,valid,test}.txt.xz under FOLDER
+"""
+
+from race_jax.train.config import Config
+
+
+def get_config() -> Config:
+    """The run's settings."""
+    config = Config()
+    config.model.positions = "learned"
+    config.model.max_length = 256
+    config.model.dropout_rate = 0.2
+
+    config.data.source = "files"
+    config.data.train_files = ("wikitext/wikitext-2.train.txt.xz",)
+    config.data.valid_files = ("wikitext/wikitext-2.valid.txt.xz",)
+    config.data.test_files = ("wikitext/wikitext-2.test.txt.xz",)
+    config.data.tokenizer = "words"
+    config.data.end_of_line = True
+    config.data.sequence_length = 256
+
+    config.run.batch_size = 32
+    config.run.steps = 5000
+    config.run.eval_every = 1000
+    config.run.checkpoint_every = 1000
+    return config

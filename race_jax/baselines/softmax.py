@@ -1,0 +1,183 @@
+"""Softmax attention, the method to compare with, behind the signature of `race_attention`.
+
+In: query, key, value, an additive bias, and masks as vectors. Out: (B, T, N, V).
+Equation: out_t = sum_s softmax_s(q_t . k_s / sqrt(H) + bias_ts) v_s over visible keys s.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from race_jax import masking
+
+IMPLEMENTATIONS = (None, "xla", "cudnn")
+
+
+def softmax_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    aux: jax.Array | None = None,
+    *,
+    is_causal: bool = False,
+    log_decay: jax.Array | None = None,
+    key_value_mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    initial_state: object | None = None,
+    return_state: bool = False,
+    implementation: str | None = None,
+) -> jax.Array:
+    r"""Softmax attention with the masks of RACE attention, by `jax.nn.dot_product_attention`.
+
+    .. math::
+        out_t = \sum_s \mathrm{softmax}_s(q_t \cdot k_s / \sqrt{H} + bias_{ts}) \, v_s
+
+    over the keys that causality, padding and segments leave visible. Time is quadratic in the
+    length, and so is memory, except on cuDNN without masks. A query that sees no key returns
+    zeros, and so does a padded query where queries and keys are the same tokens (causal or
+    packed). The softmax is computed in float32.
+
+    Args:
+        query: shape (B, T, N, H), floating.
+        key: shape (B, S, K, H); query head n uses key/value head n // (N // K).
+        value: shape (B, S, K, V), of query's dtype; V may differ from H.
+        aux: bias added to the logits, broadcastable to (B, N, T, S), such as that of
+            `race_jax.models.layers.alibi_bias`; or None.
+        is_causal: a query sees its own token and earlier ones; needs T == S.
+        log_decay: not supported.
+        key_value_mask: shape (B, S) bool, True where there is a token; what stands in the other
+            slots of key and value is never read.
+        segment_ids: shape (B, T) integers; a token sees its own segment only; needs T == S.
+        initial_state: not supported.
+        return_state: not supported.
+        implementation: "xla", "cudnn" (an NVIDIA GPU, half precision), or None: cuDNN where
+            JAX's default backend and the inputs allow it, else XLA.
+
+    Returns:
+        Shape (B, T, N, V), value's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or an unknown implementation.
+        TypeError: inputs that are not floating, or a mask that is not bool.
+        NotImplementedError: a state or a decay is asked for, or "cudnn" cannot run here.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from race_jax.baselines import softmax_attention
+        >>> x = jnp.ones((1, 3, 2, 4))
+        >>> value = jnp.arange(24.0).reshape(1, 3, 2, 4)
+        >>> softmax_attention(x, x, value, is_causal=True)[0, :, 0, 0].tolist()
+        [0.0, 4.0, 8.0]
+
+    Source: Vaswani et al. 2017, section 3.2.1; the baseline of the RACE paper.
+    """
+    _refuse(log_decay, initial_state, return_state)
+    _check_shapes(query, key, value, is_causal, key_value_mask, segment_ids)
+    implementation = _choose(implementation, query, value, aux, key_value_mask, segment_ids)
+    out_shape = (*query.shape[:3], value.shape[-1])
+    if 0 in (*query.shape, *key.shape, *value.shape):
+        return jnp.zeros(out_shape, value.dtype)
+
+    same_tokens = is_causal or segment_ids is not None
+    key, value = (masking.select_tokens(x, key_value_mask) for x in (key, value))
+    if same_tokens:
+        query = masking.select_tokens(query, key_value_mask)
+    query, key, value, scale = _equal_head_dims(query, key, value)
+    with jax.named_scope("softmax_attention"):
+        out = jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            bias=aux,
+            mask=_pair_mask(query.shape[1], key.shape[1], key_value_mask, segment_ids),
+            scale=scale,
+            is_causal=is_causal,
+            implementation=implementation,
+        )[..., : out_shape[-1]]
+    if key_value_mask is None:
+        return out
+    seeing = key_value_mask if same_tokens else jnp.any(key_value_mask, axis=1, keepdims=True)
+    return jnp.where(seeing[:, :, None, None], out, jnp.zeros((), out.dtype))
+
+
+def _refuse(log_decay: object, initial_state: object, return_state: bool) -> None:
+    if log_decay is not None:
+        raise NotImplementedError("softmax attention has no forgetting gate; leave log_decay=None.")
+    if initial_state is not None or return_state:
+        raise NotImplementedError(
+            "softmax attention carries no constant-size state; attend to the whole sequence again."
+        )
+
+
+def _check_shapes(query, key, value, is_causal, key_value_mask, segment_ids) -> None:
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if array.ndim != 4:
+            raise ValueError(
+                f"{name} must have 4 axes (batch, tokens, heads, head_dim); got {array.shape}."
+            )
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating; got {array.dtype}.")
+    shapes = f"got query {query.shape}, key {key.shape}, value {value.shape}."
+    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0]:
+        raise ValueError(f"key and value must share batch, tokens and heads; {shapes}")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key must share head_dim; {shapes}")
+    if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
+        raise ValueError(f"query heads must be a multiple of key/value heads; {shapes}")
+    if (is_causal or segment_ids is not None) and query.shape[1] != key.shape[1]:
+        raise ValueError(f"is_causal and segment_ids need as many queries as keys; {shapes}")
+    masking.check_key_value_mask(key_value_mask, key.shape[:2])
+    masking.check_segment_ids(segment_ids, key.shape[:2], key_value_mask)
+
+
+def _choose(implementation, query, value, aux, key_value_mask, segment_ids) -> str:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{implementation=} is unknown; softmax attention takes one of {IMPLEMENTATIONS}."
+        )
+    if implementation == "xla":
+        return "xla"
+    dense = any(x is not None for x in (aux, key_value_mask, segment_ids))
+    obstacle = _cudnn_obstacle(query, value, dense)
+    if implementation == "cudnn" and obstacle:
+        raise NotImplementedError(f"cuDNN attention {obstacle}; pass implementation='xla'.")
+    return "xla" if obstacle else "cudnn"
+
+
+def _cudnn_obstacle(query: jax.Array, value: jax.Array, dense: bool) -> str | None:
+    """Why cuDNN cannot run this call, or None; the limits are those that JAX checks."""
+    width = max(query.shape[-1], value.shape[-1])
+    if jax.default_backend() != "gpu":
+        return f"needs an NVIDIA GPU, and JAX's default backend is {jax.default_backend()!r}"
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"needs bfloat16 or float16, got {query.dtype}"
+    if width % 8 or width > 128:
+        return f"needs a head width of at most 128 in multiples of 8, got {width}"
+    if dense and (query.shape[1] % 2 or value.shape[1] % 2):
+        return "needs even lengths where there is a mask or a bias"
+    return None
+
+
+def _equal_head_dims(query, key, value):
+    """Zero columns where H and V differ (they change no product), and the scale 1 / sqrt(H)."""
+    head_dim, value_dim = query.shape[-1], value.shape[-1]
+    width = max(head_dim, value_dim)
+
+    def widened(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
+
+    return widened(query), widened(key), widened(value), 1.0 / math.sqrt(head_dim)
+
+
+def _pair_mask(num_queries: int, num_keys: int, key_value_mask, segment_ids) -> jax.Array | None:
+    """Padding and segments as the (B, 1, T, S) mask that `jax.nn` wants; causality is its own."""
+    visible = None
+    if segment_ids is not None:
+        visible = segment_ids[:, :, None] == segment_ids[:, None, :]
+    if key_value_mask is not None:
+        present = jnp.broadcast_to(
+            key_value_mask[:, None, :], (key_value_mask.shape[0], num_queries, num_keys)
+        )
+        visible = present if visible is None else visible & present
+    return None if visible is None else visible[:, None]

@@ -1,0 +1,10 @@
+"""Transformers with RACE or softmax attention, and decoding from them.
+
+In: a `ModelConfig`. Out: Flax NNX models, from token ids to logits.
+"""
+
+from race_jax.models.config import ModelConfig
+from race_jax.models.heads import TransformerLM
+from race_jax.models.transformer import Transformer, TransformerState, parameter_count
+
+__all__ = ["ModelConfig", "Transformer", "TransformerLM", "TransformerState", "parameter_count"]

@@ -1,0 +1,271 @@
+"""Decoding: read a prompt once, then one token after another.
+
+In: a `TransformerLM`, prompts (B, T) with a padding mask, how to draw. Out: tokens (B, n).
+Equation: x_{t+1} ~ softmax(logits_t / temperature), cut to the top k and the top p.
+"""
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from race_jax.models.heads import TransformerLM
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+        temperature: positive; the logits are divided by it.
+        top_k: draw among the k likeliest tokens, or None.
+        top_p: draw among the likeliest tokens that together reach this probability, in (0, 1],
+            after ``top_k``; or None.
+        greedy: take the likeliest token, and ignore the rest.
+
+    Raises:
+        ValueError: a field is out of range.
+
+    Example:
+        >>> from race_jax.models.decode import Sampling
+        >>> Sampling(temperature=0.8, top_k=40).top_p is None
+        True
+
+    Source: top-p after Holtzman et al. 2020 (nucleus sampling).
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    greedy: bool = False
+
+    def __post_init__(self):
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(
+                f"temperature={self.temperature} must be positive and finite; "
+                "for the likeliest token each time use greedy."
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1, or None for all tokens.")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1], or None for all tokens.")
+
+
+def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """One token a row, drawn as `sampling` says.
+
+    Args:
+        logits: shape (B, vocab) float32.
+        key: a key of `jax.random`; greedy choice ignores it.
+        sampling: how to draw.
+
+    Returns:
+        Shape (B,) int32.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from race_jax.models.decode import Sampling, sample
+        >>> sample(jnp.array([[0.0, 3.0, 1.0]]), jax.random.key(0), Sampling(top_k=1)).tolist()
+        [1]
+    """
+    if sampling.greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    if sampling.top_k is not None:
+        kept = jnp.arange(ranked.shape[-1]) < sampling.top_k
+        ranked = jnp.where(kept, ranked, -jnp.inf)
+    if sampling.top_p is not None:
+        probabilities = jax.nn.softmax(ranked, axis=-1)
+        likelier = jnp.cumsum(probabilities, axis=-1) - probabilities
+        ranked = jnp.where(likelier < sampling.top_p, ranked, -jnp.inf)
+    rank = jax.random.categorical(key, ranked, axis=-1)
+    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def stream(
+    model: TransformerLM,
+    prompt: np.ndarray,
+    *,
+    max_tokens: int,
+    key_value_mask: np.ndarray | None = None,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+) -> Iterator[np.ndarray]:
+    """The continuation of each prompt, token by token as it comes.
+
+    A RACE model reads the prompt once and then carries its state: every further token costs the
+    same time and memory, whatever came before. A softmax model has no such state and reads
+    the whole sequence again for every token. Learned positions end the continuation where their
+    table ends, with a warning.
+
+    Args:
+        model: a causal language model.
+        prompt: shape (B, T) integers in [0, vocab), T at least 1.
+        max_tokens: tokens to draw, at least 1.
+        key_value_mask: shape (B, T) bool, True where there is a token: prompts of unequal length
+            are padded left or right; each needs at least one token. None for no padding.
+        sampling: how to draw.
+        seed: of the draws; the same seed gives the same tokens.
+
+    Returns:
+        An iterator of arrays of shape (B,) int32, at most ``max_tokens`` of them.
+
+    Raises:
+        ValueError: an empty prompt, a token outside the vocabulary, a mask of wrong shape,
+            ``max_tokens`` below 1, or a prompt that already fills the learned positions.
+        TypeError: a prompt that is not integers.
+
+    Example:
+        >>> import numpy as np
+        >>> from flax import nnx
+        >>> from race_jax.models import ModelConfig, TransformerLM
+        >>> from race_jax.models.decode import Sampling, stream
+        >>> config = ModelConfig(num_layers=1, width=16, num_heads=2, num_tables=2, num_planes=2)
+        >>> model = TransformerLM(config, vocab_size=10, rngs=nnx.Rngs(0))
+        >>> tokens = stream(model, np.array([[1, 2, 3]]), max_tokens=4)
+        >>> len(list(tokens))
+        4
+    """
+    prompt, mask = _checked_prompt(model, prompt, key_value_mask, max_tokens)
+    count = max_tokens
+    room = remaining_positions(model, int(mask.sum(axis=1).max()))
+    if room is not None and room < max_tokens:
+        warnings.warn(
+            f"learned positions end at max_length={model.trunk.max_length}: "
+            f"{room} tokens instead of {max_tokens}.",
+            stacklevel=2,
+        )
+        count = room
+    draw = _carry_state if model.trunk.carries_state else _read_again
+    return draw(model, prompt, mask, count, sampling, jax.random.key(seed))
+
+
+def generate(model: TransformerLM, prompt: np.ndarray, **options: Any) -> np.ndarray:
+    """All of `stream` at once: the continuations, shape (B, n) int32.
+
+    Example:
+        >>> import numpy as np
+        >>> from flax import nnx
+        >>> from race_jax.models import ModelConfig, TransformerLM
+        >>> from race_jax.models.decode import Sampling, generate
+        >>> config = ModelConfig(num_layers=1, width=16, num_heads=2, attention="softmax")
+        >>> model = TransformerLM(config, vocab_size=10, rngs=nnx.Rngs(0))
+        >>> generate(model, np.array([[1, 2]]), max_tokens=3, sampling=Sampling(greedy=True)).shape
+        (1, 3)
+    """
+    return np.stack(list(stream(model, prompt, **options)), axis=1)
+
+
+def remaining_positions(model: TransformerLM, length: int) -> int | None:
+    """Tokens that can be drawn after `length` tokens; None where positions set no end.
+
+    Raises:
+        ValueError: the learned positions leave no room for another token.
+    """
+    limit = model.trunk.max_length
+    if limit is None:
+        return None
+    if length > limit:
+        raise ValueError(
+            f"a prompt of {length} tokens does not fit the learned positions, "
+            f"max_length={limit}; shorten it."
+        )
+    # The last drawn token is never read, so it needs no position of its own.
+    return limit - length + 1
+
+
+def _checked_prompt(model, prompt, key_value_mask, max_tokens) -> tuple[np.ndarray, np.ndarray]:
+    prompt = np.asarray(prompt)
+    if prompt.ndim != 2 or 0 in prompt.shape:
+        raise ValueError(
+            f"prompt must have shape (batch, tokens) with at least one token; got {prompt.shape}."
+        )
+    if not np.issubdtype(prompt.dtype, np.integer):
+        raise TypeError(f"prompt must be token ids, integers; got {prompt.dtype}.")
+    if max_tokens < 1:
+        raise ValueError(f"{max_tokens=} must be at least 1.")
+    mask = np.ones(prompt.shape, bool) if key_value_mask is None else np.asarray(key_value_mask)
+    if mask.shape != prompt.shape or mask.dtype != np.bool_:
+        raise ValueError(
+            f"key_value_mask must be bool of the prompt's shape {prompt.shape}; "
+            f"got {mask.dtype} {mask.shape}."
+        )
+    if not mask.any(axis=1).all():
+        raise ValueError("every prompt needs at least one token that key_value_mask does not hide.")
+    prompt = np.where(mask, prompt, 0).astype(np.int32)
+    vocab_size = model.embedding.shape[0]
+    if prompt.min() < 0 or prompt.max() >= vocab_size:
+        raise ValueError(
+            f"prompt holds token ids from {prompt.min()} to {prompt.max()}; "
+            f"the vocabulary is 0 to {vocab_size - 1}."
+        )
+    return prompt, mask
+
+
+def _carry_state(model, prompt, mask, count, sampling, key) -> Iterator[np.ndarray]:
+    graph, variables = nnx.split(model)
+    masked = None if mask.all() else mask
+    tokens, state = _prefill(graph, variables, prompt, masked, key, sampling)
+    yield np.asarray(tokens)
+    for i in range(1, count):
+        tokens, state = _step(graph, variables, tokens, state, key, i, sampling)
+        yield np.asarray(tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _prefill(graph, variables, prompt, mask, key, sampling):
+    model = nnx.merge(graph, variables)
+    hidden, state = model.hidden(
+        prompt, key_value_mask=mask, state=model.init_state(prompt.shape[0])
+    )
+    last = _last_hidden(hidden, jnp.ones(prompt.shape, bool) if mask is None else mask)
+    return sample(model.logits(last), jax.random.fold_in(key, 0), sampling), state
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=3)
+def _step(graph, variables, tokens, state, key, i, sampling):
+    model = nnx.merge(graph, variables)
+    logits, state = model(tokens[:, None], state=state)
+    return sample(logits[:, 0], jax.random.fold_in(key, i), sampling), state
+
+
+def _read_again(model, prompt, mask, count, sampling, key) -> Iterator[np.ndarray]:
+    graph, variables = nnx.split(model)
+    # One buffer of the final length, its unwritten end masked: every token runs the same program.
+    room = ((0, 0), (0, count - 1))
+    buffer = jnp.pad(jnp.asarray(prompt), room)
+    mask = jnp.pad(jnp.asarray(mask), room)
+    for i in range(count):
+        tokens, buffer, mask = _reread(
+            graph, variables, buffer, mask, key, i, prompt.shape[1] + i, sampling
+        )
+        yield np.asarray(tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=(2, 3))
+def _reread(graph, variables, buffer, mask, key, i, slot, sampling):
+    model = nnx.merge(graph, variables)
+    last = _last_hidden(model.hidden(buffer, key_value_mask=mask), mask)
+    tokens = sample(model.logits(last), jax.random.fold_in(key, i), sampling)
+    # The last of `count` tokens falls beyond the buffer and is dropped: nothing reads it.
+    return (
+        tokens,
+        buffer.at[:, slot].set(tokens, mode="drop"),
+        mask.at[:, slot].set(True, mode="drop"),
+    )
+
+
+def _last_hidden(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """The hidden state (B, D) of each row's last unpadded token."""
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,332 @@
+"""The trunk: pre-norm transformer blocks with the attention chosen by name.
+
+In: token ids (B, T), masks as vectors, and, to continue a sequence, a state. Out: (B, T, D).
+Equations: x += attention(norm(x)); x += MLP(norm(x)); after the last block, norm(x).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from race_jax.models.config import ModelConfig
+from race_jax.models.layers import MLP, SoftmaxAttention, TokenEmbedding, token_positions
+from race_jax.nnx import RACEAttention
+from race_jax.state import EMPTY
+
+_NO_STATE = (
+    "only causal RACE models carry a state; a softmax model reads the whole sequence again for "
+    "every token (race_jax.models.decode does so)."
+)
+_TOO_LONG = (
+    "position {} is beyond the learned positions, max_length={}; shorten the sequence, or train "
+    "with positions='none'."
+)
+
+
+class TransformerState(NamedTuple):
+    """What a RACE transformer keeps of the tokens it has read; its size is constant.
+
+    Attributes:
+        layers: one `LayerState` a block.
+        position: shape (B,) int32, tokens read so far of the current segment.
+    """
+
+    layers: tuple
+    position: jax.Array
+
+
+class Block(nnx.Module):
+    """One pre-norm block: attention and MLP, each added to what came in.
+
+    Kernels start N(0, 1 / fan_in), truncated. Those of the two projections that add to the residual
+    stream start smaller by sqrt(2 * num_layers), so that what 2 * num_layers branches add has the
+    variance of one, whatever the depth (Radford et al. 2019, section 2.3).
+
+    Args:
+        config: a validated record.
+        is_causal: whether a token sees only itself and earlier tokens.
+        rngs: streams "params" and "planes".
+    """
+
+    def __init__(self, config: ModelConfig, *, is_causal: bool, rngs: nnx.Rngs):
+        width, dtype = config.width, jnp.dtype(config.dtype)
+        branch_init = nnx.initializers.variance_scaling(
+            0.5 / config.num_layers, "fan_in", "truncated_normal"
+        )
+        self.attention_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.attention = _attention(config, branch_init, rngs)
+        self.mlp_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(
+            width, config.mlp_ratio * width, dtype=dtype, out_kernel_init=branch_init, rngs=rngs
+        )
+        self.dropout = nnx.Dropout(config.dropout_rate)
+        self.is_causal = is_causal
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        key_value_mask: jax.Array | None,
+        segment_ids: jax.Array | None,
+        state: tuple | None,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, tuple | None]:
+        """x (B, T, D) to (B, T, D), and the layer's state where one came in."""
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        attended, state = self._attend(
+            self.attention_norm(x), positions, key_value_mask, segment_ids, state
+        )
+        x += self._drop(attended, keys[0])
+        x += self._drop(self.mlp(self.mlp_norm(x)), keys[1])
+        return x, state
+
+    def _attend(self, x, positions, key_value_mask, segment_ids, state):
+        if isinstance(self.attention, SoftmaxAttention):
+            out = self.attention(
+                x,
+                positions=positions,
+                is_causal=self.is_causal,
+                key_value_mask=key_value_mask,
+                segment_ids=segment_ids,
+            )
+            return out, None
+        out = self.attention(
+            x,
+            mask=key_value_mask,
+            segment_ids=segment_ids,
+            is_causal=self.is_causal,
+            state=state,
+            deterministic=True,
+        )
+        return (out, None) if state is None else out
+
+    def _drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        return self.dropout(x, deterministic=key is None, rngs=key)
+
+
+class Transformer(nnx.Module):
+    """Token ids to hidden states: what the heads of `race_jax.models.heads` stand on.
+
+    Args:
+        config: sizes and choices; validated here.
+        vocab_size: number of tokens.
+        is_causal: True for language models, False for encoders (which take no forgetting gate).
+        rngs: streams "params" and "planes".
+
+    Raises:
+        ValueError: a config field is out of range, the vocabulary is empty, or an encoder is
+            given a forgetting gate.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, *, is_causal: bool, rngs: nnx.Rngs):
+        config.validate()
+        if vocab_size < 1:
+            raise ValueError(f"{vocab_size=} must be at least 1.")
+        if config.attention == "race" and config.gate is not None and not is_causal:
+            raise ValueError(
+                f"forget_gate={config.forget_gate!r} needs a causal model, because a gate has a "
+                "direction; take forget_gate=None for an encoder."
+            )
+        dtype = jnp.dtype(config.dtype)
+        learned = config.positions == "learned"
+        self.embedding = TokenEmbedding(
+            vocab_size,
+            config.width,
+            max_length=config.max_length if learned else None,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.blocks = nnx.List(
+            [Block(config, is_causal=is_causal, rngs=rngs) for _ in range(config.num_layers)]
+        )
+        self.norm = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
+        self.dropout = nnx.Dropout(config.dropout_rate)
+        self.carries_state = config.attention == "race" and is_causal
+        self.max_length = config.max_length if learned else None
+        self.remat = config.remat
+
+    def init_state(self, batch: int) -> TransformerState:
+        """The state before the first token, for `batch` sequences.
+
+        Raises:
+            NotImplementedError: the model is softmax or not causal, and carries no state.
+        """
+        if not self.carries_state:
+            raise NotImplementedError(_NO_STATE)
+        layers = tuple(block.attention.init_state(batch) for block in self.blocks)
+        return TransformerState(layers, jnp.zeros(batch, jnp.int32))
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        key_value_mask: jax.Array | None = None,
+        state: TransformerState | None = None,
+        deterministic: bool = True,
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array | tuple[jax.Array, TransformerState]:
+        """Hidden states after the last norm, and the new state where one came in.
+
+        Args:
+            tokens: shape (B, T) integers in [0, vocab_size); an id out of range gives NaN.
+            segment_ids: shape (B, T) integers, one contiguous run a packed document; or None.
+            positions: shape (B, T) integers; None counts the unpadded tokens of each segment,
+                from the state's position on.
+            key_value_mask: shape (B, T) bool, True where there is a token; or None.
+            state: what `init_state` or an earlier call returned.
+            deterministic: whether dropout is off.
+            rngs: stream "dropout", needed where dropout is on.
+
+        Returns:
+            Shape (B, T, D) of the compute dtype, or that and a `TransformerState`.
+
+        Raises:
+            ValueError: tokens of wrong rank, vectors of another shape, more tokens than learned
+                positions, or dropout without rngs.
+            TypeError: tokens that are not integers.
+            NotImplementedError: a state is given to a model that carries none.
+        """
+        self._check(tokens, segment_ids, positions, key_value_mask, state)
+        drop_keys = self._dropout_keys(deterministic, rngs)
+        start = jnp.zeros(tokens.shape[0], jnp.int32) if state is None else state.position
+        if positions is None:
+            positions = token_positions(
+                tokens.shape[1],
+                start,
+                key_value_mask=key_value_mask,
+                segment_ids=segment_ids,
+                start_segment=_last_segment(state, start),
+            )
+        self._check_positions(positions)
+        with jax.named_scope("transformer/embedding"):
+            x = self.embedding(tokens, positions)
+            x = self.dropout(x, deterministic=drop_keys[0] is None, rngs=drop_keys[0])
+        layers = [None] * len(self.blocks) if state is None else list(state.layers)
+        for i, block in enumerate(self.blocks):
+            run = _rematerialised(block) if self.remat else block
+            with jax.named_scope(f"transformer/block_{i}"):
+                x, layers[i] = run(
+                    x, positions, key_value_mask, segment_ids, layers[i], drop_keys[i + 1]
+                )
+        x = self.norm(x)
+        if state is None:
+            return x
+        return x, TransformerState(tuple(layers), _next_position(positions, start, key_value_mask))
+
+    def _dropout_keys(self, deterministic: bool, rngs: nnx.Rngs | None) -> list:
+        count = len(self.blocks) + 1
+        if deterministic or self.dropout.rate == 0.0:
+            return [None] * count
+        if rngs is None:
+            raise ValueError(
+                f"dropout_rate={self.dropout.rate} with deterministic=False needs random numbers; "
+                "pass rngs=nnx.Rngs(dropout=seed)."
+            )
+        return list(jax.random.split(rngs.dropout(), count))
+
+    def _check(self, tokens, segment_ids, positions, key_value_mask, state) -> None:
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must have shape (batch, tokens); got {tokens.shape}.")
+        if not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise TypeError(f"tokens must be integers; got {tokens.dtype}.")
+        for name, vector in (
+            ("segment_ids", segment_ids),
+            ("positions", positions),
+            ("key_value_mask", key_value_mask),
+        ):
+            if vector is not None and vector.shape != tokens.shape:
+                raise ValueError(
+                    f"{name} must have the shape of tokens, {tokens.shape}; got {vector.shape}."
+                )
+        consecutive = segment_ids is None and positions is None and key_value_mask is None
+        if self.max_length is not None and consecutive and tokens.shape[1] > self.max_length:
+            raise ValueError(_TOO_LONG.format(tokens.shape[1] - 1, self.max_length))
+        if state is not None and not self.carries_state:
+            raise NotImplementedError(_NO_STATE)
+        if state is not None and state.position.shape != tokens.shape[:1]:
+            raise ValueError(
+                f"state is for a batch of {state.position.shape[0]}, tokens have {tokens.shape}."
+            )
+
+    def _check_positions(self, positions: jax.Array) -> None:
+        if self.max_length is None or isinstance(positions, jax.core.Tracer) or not positions.size:
+            return
+        last = int(positions.max())
+        if last >= self.max_length:
+            raise ValueError(_TOO_LONG.format(last, self.max_length))
+
+
+def parameter_count(model: nnx.Module) -> int:
+    """Number of trainable numbers in a module; fixed hash planes are not counted.
+
+    Example:
+        >>> from flax import nnx
+        >>> from race_jax.models import parameter_count
+        >>> parameter_count(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+        8
+    """
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def _attention(
+    config: ModelConfig, out_kernel_init: nnx.Initializer, rngs: nnx.Rngs
+) -> SoftmaxAttention | RACEAttention:
+    shared = {
+        "num_heads": config.num_heads,
+        "in_features": config.width,
+        "num_kv_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "dtype": jnp.dtype(config.dtype),
+        "out_kernel_init": out_kernel_init,
+        "implementation": config.implementation,
+        "rngs": rngs,
+    }
+    if config.attention == "softmax":
+        return SoftmaxAttention(positions=config.positions, **shared)
+    return RACEAttention(
+        num_tables=config.num_tables,
+        num_planes=config.num_planes,
+        planes_scale=config.planes_scale,
+        learn_planes=config.learn_planes,
+        sharpness=config.sharpness,
+        learn_sharpness=config.learn_sharpness,
+        forget_gate=config.gate,
+        half_life=config.half_life,
+        short_conv=config.short_conv,
+        output_gate=config.output_gate,
+        fold_planes=config.fold_planes,
+        normalization=config.normalization,
+        **shared,
+    )
+
+
+def _rematerialised(block: Block):
+    """The block as a pure function of its variables, recomputed in the backward pass."""
+    graph, variables = nnx.split(block)
+
+    @jax.checkpoint
+    def run(variables, *arguments):
+        return nnx.merge(graph, variables)(*arguments)
+
+    return lambda *arguments: run(variables, *arguments)
+
+
+def _last_segment(state: TransformerState | None, start: jax.Array) -> jax.Array:
+    """The segment of each row's last token, of which `start` counts the tokens; -1 before any."""
+    return jnp.full_like(start, EMPTY) if state is None else state.layers[0].race.segment
+
+
+def _next_position(positions, start, key_value_mask) -> jax.Array:
+    """One past each row's last unpadded token; where there is none, the position before."""
+    length = positions.shape[1]
+    if length == 0:
+        return start
+    if key_value_mask is None:
+        return positions[:, -1] + 1
+    last = length - 1 - jnp.argmax(key_value_mask[:, ::-1], axis=1)
+    after = jnp.take_along_axis(positions, last[:, None], axis=1)[:, 0] + 1
+    return jnp.where(jnp.any(key_value_mask, axis=1), after, start)

@@ -1,0 +1,138 @@
+"""Byte-pair tokenizers, by the optional package `tokenizers`.
+
+In: a JSON file of that package, or training text. Out: a `BytePairTokenizer`. Equation: none.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from race_jax.train.sources import read_file
+from race_jax.train.vocabulary import Tokenizer, pieces
+
+
+class BytePairTokenizer(Tokenizer):
+    """A tokenizer of the optional package `tokenizers`, given as its JSON text.
+
+    Special tokens are never added. A long text is encoded in pieces of about a million characters
+    that end between two words.
+    """
+
+    name = "bpe"
+
+    def __init__(self, json_text: str):
+        self.json_text = json_text
+        tokenizers = _tokenizers()
+        try:
+            self._inner = tokenizers.Tokenizer.from_str(json_text)
+        except Exception as error:  # the package raises nothing narrower
+            raise ValueError(f"not a `tokenizers` JSON file: {error}") from error
+        # A file may ask for the lengths that some model takes; text of any length is ours.
+        self._inner.no_truncation()
+        self._inner.no_padding()
+        # A rare letter: without an unknown token or byte fallback it would vanish unseen.
+        if not self._encode_piece("\U00013000").size:
+            raise ValueError(
+                "this tokenizer silently drops characters that it does not know; take one with "
+                "byte-level pieces, byte fallback or an unknown token"
+            )
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str], *, vocab_size: int) -> "BytePairTokenizer":
+        """Trains byte-level pairs on `texts`; `vocab_size` counts the 256 bytes."""
+        if vocab_size < 256:
+            raise ValueError(
+                f"config.data.vocab_limit must be >= 256 for byte-level pairs, got {vocab_size}"
+            )
+        tokenizers = _tokenizers()
+        inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        inner.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
+        return cls(inner.to_str())
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """One more than the highest id."""
+        return max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
+
+    def _encode_piece(self, piece: str) -> np.ndarray:
+        # In parts, which the package spreads over all cores.
+        parts = list(pieces(piece, size=1 << 16))
+        encoded = self._inner.encode_batch_fast(parts, add_special_tokens=False)
+        return np.array([index for part in encoded for index in part.ids], np.int64)
+
+    def decode(self, ids: np.ndarray | Sequence[int]) -> str:
+        """The text, special tokens shown."""
+        return self._inner.decode(self._checked(ids).tolist(), skip_special_tokens=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and the whole JSON text: a checkpoint needs no other file."""
+        return {"name": self.name, "json_text": self.json_text}
+
+
+def read_or_train(
+    path: Path, texts: Iterable[str], *, vocab_limit: int | None
+) -> BytePairTokenizer:
+    """Reads a tokenizer's JSON file; trains it first where it does not exist yet.
+
+    Args:
+        path: the file, `config.data.tokenizer_file`.
+        texts: training text, consumed only to train.
+        vocab_limit: size to train to; a file that exists may not hold more. None never trains.
+
+    Returns:
+        The tokenizer of the file.
+
+    Raises:
+        ValueError: the file is missing with no `vocab_limit`, damaged, or holds too many tokens.
+        ImportError: the package `tokenizers` is not installed.
+    """
+    _tokenizers()
+    if not path.exists():
+        if vocab_limit is None:
+            raise ValueError(
+                f"config.data.tokenizer_file: {path} does not exist; to train it from the "
+                "training text give its size, as --config.data.vocab_limit=8192"
+            )
+        trained = BytePairTokenizer.from_texts(texts, vocab_size=vocab_limit)
+        _write_whole(path, trained.json_text)
+    data = read_file(path)
+    try:
+        tokenizer = BytePairTokenizer(data.decode("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"config.data.tokenizer_file: {path}: {error}") from error
+    if vocab_limit is not None and tokenizer.vocab_size > vocab_limit:
+        raise ValueError(
+            f"config.data.tokenizer_file: {path} holds {tokenizer.vocab_size} tokens, more than "
+            f"config.data.vocab_limit={vocab_limit}; leave vocab_limit out to use the file"
+        )
+    return tokenizer
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file that is never seen half written, even by another process of the same run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _tokenizers() -> Any:
+    try:
+        return importlib.import_module("tokenizers")
+    except ImportError as error:
+        raise ImportError(
+            "config.data.tokenizer='bpe' needs the package `tokenizers`; "
+            "install it with: pip install 'race-jax[bpe]'"
+        ) from error

@@ -1,0 +1,283 @@
+"""The typed record that describes one training run.
+
+In: plain values from a config module, the command line or a stored JSON dict. Out: a checked
+`Config`, whose every error names the field. Equation: none.
+"""
+
+import copy
+import dataclasses
+import json
+from typing import Any
+
+from race_jax.models.config import ModelConfig
+from race_jax.train.records import above_zero, at_least, check_fields, fill, one_of
+
+SOURCES = ("stdlib", "files", "huggingface")
+TOKENIZERS = ("bytes", "words", "characters", "bpe")
+PACKINGS = ("contiguous", "packed")
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Where the text comes from and how it becomes windows of tokens.
+
+    Attributes:
+        source: "stdlib" (the Python standard library's own source files), "files" (local text,
+            plain, .gz or .xz) or "huggingface" (a data set by name, needs `datasets`).
+        root: folder that relative file names start from; None takes the environment variable
+            RACE_JAX_DATA, which is used for nothing else.
+        train_files, valid_files, test_files: file names, a tuple or one comma-separated string.
+        dataset, dataset_config, text_field: the Hugging Face names.
+        tokenizer: "bytes", "characters", "words" (from the training split) or "bpe".
+        tokenizer_file: a `tokenizers` JSON file, for "bpe".
+        vocab_limit: keep only this many most frequent words; the rest become `<unk>`.
+        end_of_line: append `<eos>` at each line end, for word models.
+        packing: "contiguous" windows of one stream, or "packed" documents with segment ids.
+        document_separator: text that divides a file into documents when packed; "" keeps it whole.
+        sequence_length: T, tokens per window.
+        valid_fraction: share held out where no `valid_files` are given: of the files (stdlib), of
+            the end of the text (files).
+        valid_tail: characters held out at the end of the text instead of a share; 0 is off.
+        num_workers: grain worker processes; 0 reads in this one.
+    """
+
+    source: str = "stdlib"
+    root: str | None = None
+    train_files: tuple[str, ...] = ()
+    valid_files: tuple[str, ...] = ()
+    test_files: tuple[str, ...] = ()
+    dataset: str = ""
+    dataset_config: str = ""
+    text_field: str = "text"
+    tokenizer: str = "bytes"
+    tokenizer_file: str | None = None
+    vocab_limit: int | None = None
+    end_of_line: bool = False
+    packing: str = "contiguous"
+    document_separator: str = ""
+    sequence_length: int = 256
+    valid_fraction: float = 0.05
+    valid_tail: int = 0
+    num_workers: int = 0
+
+    def validate(self) -> None:
+        """Raises ValueError naming the first field that cannot be used."""
+        one_of("config.data.source", self.source, SOURCES)
+        one_of("config.data.tokenizer", self.tokenizer, TOKENIZERS)
+        one_of("config.data.packing", self.packing, PACKINGS)
+        at_least("config.data.sequence_length", self.sequence_length, 1)
+        at_least("config.data.valid_tail", self.valid_tail, 0)
+        at_least("config.data.num_workers", self.num_workers, 0)
+        if self.vocab_limit is not None:
+            at_least("config.data.vocab_limit", self.vocab_limit, 2)
+        if not 0 < self.valid_fraction < 1:
+            raise ValueError(
+                f"config.data.valid_fraction must lie in (0, 1), got {self.valid_fraction}"
+            )
+        self._validate_source()
+
+    def _validate_source(self) -> None:
+        if self.source == "files" and not self.train_files:
+            raise ValueError('config.data.train_files must name a file for source="files", got ()')
+        if self.source == "huggingface" and not self.dataset:
+            raise ValueError('config.data.dataset must be given for source="huggingface", got ""')
+        if self.tokenizer == "bpe" and not self.tokenizer_file:
+            raise ValueError(
+                'config.data.tokenizer_file must name a tokenizers JSON file for tokenizer="bpe", '
+                f"got {self.tokenizer_file}"
+            )
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """AdamW, its schedule, clipping and accumulation.
+
+    Attributes:
+        learning_rate: the highest rate, reached after `warmup_steps`.
+        end_learning_rate: the rate at the last step.
+        schedule: "cosine", "linear" or "constant" after a linear warm-up from zero.
+        warmup_steps: steps of warm-up.
+        b1, b2, eps: Adam's moments and floor.
+        weight_decay: decoupled decay, on matrices only (see `optimizer.decay_mask`).
+        clip_norm: largest global gradient norm; None does not clip.
+        accumulation_steps: parts that a batch is cut into, one after the other, to save memory.
+    """
+
+    learning_rate: float = 1e-3
+    end_learning_rate: float = 1e-5
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    accumulation_steps: int = 1
+
+    def validate(self) -> None:
+        """Raises ValueError naming the first field that cannot be used."""
+        one_of("config.optimizer.schedule", self.schedule, SCHEDULES)
+        for name in ("learning_rate", "eps"):
+            above_zero(f"config.optimizer.{name}", getattr(self, name))
+        if self.clip_norm is not None:
+            above_zero("config.optimizer.clip_norm", self.clip_norm)
+        for name in ("end_learning_rate", "warmup_steps", "weight_decay"):
+            at_least(f"config.optimizer.{name}", getattr(self, name), 0)
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"config.optimizer.{name} must lie in [0, 1), got {getattr(self, name)}"
+                )
+        at_least("config.optimizer.accumulation_steps", self.accumulation_steps, 1)
+        if self.end_learning_rate > self.learning_rate:
+            raise ValueError(
+                "config.optimizer.end_learning_rate must not exceed learning_rate "
+                f"{self.learning_rate}, got {self.end_learning_rate}"
+            )
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """The device mesh.
+
+    Attributes:
+        data: devices that share a batch; None takes as many local devices (on CPU: usable cores)
+            as divide the batch.
+    """
+
+    data: int | None = None
+
+    def validate(self) -> None:
+        """Raises ValueError naming the first field that cannot be used."""
+        if self.data is not None:
+            at_least("config.mesh.data", self.data, 1)
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """Length of the run and what it leaves behind.
+
+    Attributes:
+        directory: folder of checkpoints, metrics and plots; None is `runs/<config file's name>`.
+        steps: optimizer steps.
+        batch_size: sequences per optimizer step, over all devices and accumulation parts.
+        seed: seed of parameters, planes, data order and dropout.
+        max_seconds: stop cleanly (checkpoint saved, resumable) after this time; None never does.
+        log_every: steps between two lines of metrics.
+        eval_every: steps between two evaluations; 0 evaluates at the end only.
+        eval_batches: batches in an evaluation before the last; None takes the whole split. The
+            last evaluation always takes the whole split.
+        checkpoint_every: steps between two checkpoints.
+        keep_checkpoints: newest checkpoints that are kept.
+        tensorboard: also write TensorBoard events where `tensorboardX` is installed.
+        compare_xz: at the end also print what xz -9e makes of the held-out text.
+        sample_tokens: length of the sample printed at the end; 0 prints none.
+        sample_prompt: text that the sample goes on from.
+    """
+
+    directory: str | None = None
+    steps: int = 1000
+    batch_size: int = 32
+    seed: int = 0
+    max_seconds: float | None = None
+    log_every: int = 10
+    eval_every: int = 0
+    eval_batches: int | None = None
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    tensorboard: bool = True
+    compare_xz: bool = False
+    sample_tokens: int = 0
+    sample_prompt: str = "\n"
+
+    def validate(self) -> None:
+        """Raises ValueError naming the first field that cannot be used."""
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+            at_least(f"config.run.{name}", getattr(self, name), 1)
+        # One checkpoint more than the newest, so that a damaged one has a predecessor.
+        at_least("config.run.keep_checkpoints", self.keep_checkpoints, 2)
+        for name in ("seed", "eval_every", "sample_tokens"):
+            at_least(f"config.run.{name}", getattr(self, name), 0)
+        if self.seed >= 2**32:
+            raise ValueError(f"config.run.seed must be < 2**32, got {self.seed}")
+        if self.eval_batches is not None:
+            at_least("config.run.eval_batches", self.eval_batches, 1)
+        if self.max_seconds is not None:
+            above_zero("config.run.max_seconds", self.max_seconds)
+        if self.sample_tokens and not self.sample_prompt:
+            raise ValueError(
+                'config.run.sample_prompt must not be empty with sample_tokens, got ""'
+            )
+
+
+@dataclasses.dataclass
+class Config:
+    """Everything that decides a run.
+
+    Example:
+        >>> config = Config()
+        >>> config.optimizer.learning_rate = -1.0
+        >>> config.validate()
+        Traceback (most recent call last):
+            ...
+        ValueError: config.optimizer.learning_rate must be > 0, got -1.0
+    """
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+    def validate(self) -> "Config":
+        """Returns a checked, normalised copy, which no later change of this record can reach.
+
+        Raises:
+            ValueError: a field is unknown, has the wrong type, is out of range, or does not fit
+                another one; the message names it.
+        """
+        config = copy.deepcopy(self)
+        check_fields(config, "config")
+        try:
+            config.model.validate()
+        except ValueError as error:
+            raise ValueError(f"config.model.{error}") from None
+        for section in (config.data, config.optimizer, config.mesh, config.run):
+            section.validate()
+        config._validate_together()
+        return config
+
+    def _validate_together(self) -> None:
+        run, parts = self.run, self.optimizer.accumulation_steps
+        if run.batch_size % parts:
+            raise ValueError(
+                f"config.run.batch_size must be divisible by accumulation_steps {parts}, "
+                f"got {run.batch_size}"
+            )
+        if self.mesh.data is not None and (run.batch_size // parts) % self.mesh.data:
+            raise ValueError(
+                f"config.mesh.data must divide the {run.batch_size // parts} sequences of one "
+                f"accumulation part, got {self.mesh.data}"
+            )
+        if self.optimizer.warmup_steps >= run.steps:
+            raise ValueError(
+                f"config.optimizer.warmup_steps must be < config.run.steps {run.steps}, "
+                f"got {self.optimizer.warmup_steps}"
+            )
+        if self.model.positions == "learned" and self.data.sequence_length > self.model.max_length:
+            raise ValueError(
+                "config.data.sequence_length must not exceed config.model.max_length "
+                f"{self.model.max_length} with learned positions, got {self.data.sequence_length}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as nested dicts of JSON values; tuples become lists."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """The checked record that `to_dict` wrote. Raises ValueError naming an unknown field."""
+        config = cls()
+        fill(config, values, "config")
+        return config.validate()

@@ -1,0 +1,136 @@
+"""Cross-entropy over a large vocabulary without the logits of a whole batch.
+
+In: hidden states, the tied embedding, targets and weights. Out: weighted nats and their weight.
+Equation: sum_t w_t (log sum_v exp(h_t · e_v) - h_t · e_target(t)), a chunk of tokens at a time.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# Logits of one chunk, in numbers: 16 MB in float32, whatever the vocabulary.
+LOGITS_PER_CHUNK = 2**22
+
+
+def chunked_cross_entropy(
+    hidden: jax.Array,
+    embedding: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted cross-entropy of tied logits, chunk by chunk.
+
+    Equation: `nats = sum_t w_t (logsumexp_v(h_t · e_v) - h_t · e_target(t))`.
+
+    Logits exist for one chunk of tokens only, forward and backward: the gradients are formed in
+    the forward pass, while the chunk's logits are there, and scaled in the backward pass. Products
+    take `hidden`'s dtype and accumulate in float32; so does everything after them.
+
+    Args:
+        hidden: shape (B, T, D), the states after the last norm.
+        embedding: shape (vocab, D); its rows are the output vectors.
+        targets: shape (B, T), integers in [0, vocab).
+        weights: shape (B, T); a token of weight 0 adds nothing to the loss or its gradients.
+        chunk: tokens per chunk; None takes about 2**22 / vocab.
+
+    Returns:
+        The weighted sum of nats and the sum of weights, float32 scalars. Divide them after summing
+        over devices and accumulation parts, so that the mean is that of the whole batch.
+
+    Raises:
+        ValueError: shapes that do not fit or a chunk below 1.
+        TypeError: targets that are not integers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> hidden, embedding = jnp.zeros((1, 3, 8)), jnp.ones((16, 8))
+        >>> targets, weights = jnp.zeros((1, 3), int), jnp.ones((1, 3))
+        >>> nats, weight = chunked_cross_entropy(hidden, embedding, targets, weights)
+        >>> print(f"{nats / weight:.4f} nats a token, {jnp.log(16):.4f} expected")
+        2.7726 nats a token, 2.7726 expected
+
+    Source: beyond the paper.
+    """
+    _check(hidden, embedding, targets, weights, chunk)
+    tokens, (vocab, width) = targets.size, embedding.shape
+    chunk = min(chunk or max(1, LOGITS_PER_CHUNK // vocab), max(1, tokens))
+    padding = (0, -tokens % chunk)  # of weight 0
+    nats = _weighted_nats(
+        jnp.pad(hidden.reshape(tokens, width), (padding, (0, 0))).reshape(-1, chunk, width),
+        embedding,
+        jnp.pad(targets.reshape(tokens), padding).reshape(-1, chunk),
+        jnp.pad(weights.astype(jnp.float32).reshape(tokens), padding).reshape(-1, chunk),
+    )
+    return nats, jnp.sum(weights, dtype=jnp.float32)
+
+
+def _logits(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
+    """(C, D), (vocab, D) -> (C, vocab) in float32."""
+    return jnp.einsum(
+        "cd,vd->cv", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def _token_nats(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Nats of each token's target and the log of its partition sum, (C,) each."""
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    return log_total - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0], log_total
+
+
+def _weigh(nats: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.where(weights != 0, nats, 0.0) * weights
+
+
+@jax.custom_vjp
+def _weighted_nats(hidden, embedding, targets, weights):
+    """hidden (chunks, C, D), targets and weights (chunks, C) -> the weighted sum of nats."""
+
+    def one_chunk(chunk):
+        hidden, targets = chunk
+        return _token_nats(_logits(hidden, embedding), targets)[0]
+
+    return jnp.sum(_weigh(jax.lax.map(one_chunk, (hidden, targets)), weights))
+
+
+def _weighted_nats_fwd(hidden, embedding, targets, weights):
+    def one_chunk(d_embedding, chunk):
+        hidden, targets, weights = chunk
+        logits = _logits(hidden, embedding)
+        nats, log_total = _token_nats(logits, targets)
+        hit = targets[:, None] == jnp.arange(embedding.shape[0])
+        d_logits = jnp.exp(logits - log_total[:, None]) - hit
+        d_logits = _weigh(d_logits, weights[:, None]).astype(hidden.dtype)
+        d_hidden = d_logits @ embedding.astype(hidden.dtype)
+        d_embedding += jnp.einsum("cv,cd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        return d_embedding, (d_hidden, nats)
+
+    zeros = jnp.zeros(embedding.shape, jnp.float32)
+    d_embedding, (d_hidden, nats) = jax.lax.scan(one_chunk, zeros, (hidden, targets, weights))
+    d_embedding = d_embedding.astype(embedding.dtype)
+    return jnp.sum(_weigh(nats, weights)), (d_hidden, d_embedding, nats)
+
+
+def _weighted_nats_bwd(residuals, cotangent):
+    d_hidden, d_embedding, nats = ((cotangent * x).astype(x.dtype) for x in residuals)
+    return d_hidden, d_embedding, None, nats
+
+
+_weighted_nats.defvjp(_weighted_nats_fwd, _weighted_nats_bwd)
+
+
+def _check(hidden, embedding, targets, weights, chunk) -> None:
+    if hidden.ndim != 3 or embedding.ndim != 2 or hidden.shape[-1] != embedding.shape[-1]:
+        raise ValueError(
+            "hidden must be (B, T, D) and embedding (vocab, D) with one D; "
+            f"got {hidden.shape} and {embedding.shape}"
+        )
+    if targets.shape != hidden.shape[:2] or weights.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"targets and weights must have hidden's (B, T) {hidden.shape[:2]}; "
+            f"got {targets.shape} and {weights.shape}"
+        )
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise TypeError(f"targets must be integers, got {targets.dtype}; pass token ids")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be >= 1, got {chunk}; None chooses it")

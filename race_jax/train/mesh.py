@@ -1,0 +1,82 @@
+"""Which devices share a run, and what is spread over them.
+
+In: the mesh settings and the sequences of a batch. Out: a mesh with the axis "data", shardings,
+batches on the devices. Equation: none.
+"""
+
+import os
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from race_jax.train.config import Config
+
+DATA_AXIS = "data"
+
+# What each part of a run is spread over. Parameters are whole on every device today; spreading
+# them over a second axis means a second column here.
+RULES = {"parameters": P(), "optimizer": P(), "batch": P(DATA_AXIS)}
+
+
+def prepare_cpu_devices(config: Config) -> None:
+    """Gives XLA one CPU device per usable core, as many as divide the batch.
+
+    One device runs most of a step on one core; two devices keep two cores busy. JAX fixes its
+    devices at first use, so this comes before; later it has no effect and the run takes the devices
+    that there are. Accelerators are not touched.
+
+    Args:
+        config: the checked configuration; `mesh.data` overrides the count of cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    wanted = config.mesh.data or _largest_divisor(_sequences(config), cores or 1)
+    try:
+        jax.config.update("jax_num_cpu_devices", wanted)
+    except RuntimeError:
+        return  # JAX is already running
+
+
+def make_mesh(config: Config) -> Mesh:
+    """A one-axis mesh over local devices.
+
+    Args:
+        config: the checked configuration. `mesh.data` devices, or None for as many as divide the
+            sequences of one accumulation part.
+
+    Returns:
+        A mesh with the axis "data".
+
+    Raises:
+        ValueError: `mesh.data` asks for more devices than there are.
+    """
+    devices = jax.local_devices()
+    count = config.mesh.data or _largest_divisor(_sequences(config), len(devices))
+    if count > len(devices):
+        raise ValueError(
+            f"config.mesh.data must be <= {len(devices)}, the number of {devices[0].platform} "
+            f"devices of this process; got {count}"
+        )
+    return jax.make_mesh(
+        (count,), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices[:count]
+    )
+
+
+def sharding(mesh: Mesh, kind: str) -> NamedSharding:
+    """The sharding of "parameters", "optimizer" or "batch" on `mesh`."""
+    return NamedSharding(mesh, RULES[kind])
+
+
+def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
+    """Spreads a host batch, a dict of (B, T) arrays, over the data axis."""
+    return jax.device_put(batch, sharding(mesh, "batch"))
+
+
+def _sequences(config: Config) -> int:
+    """Sequences of one accumulation part: what the data axis has to divide."""
+    return config.run.batch_size // config.optimizer.accumulation_steps
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(count for count in range(1, limit + 1) if number % count == 0)

@@ -1,0 +1,58 @@
+"""The loss curve of a run as a picture.
+
+In: the records of a `MetricsLog`. Out: a PNG file, whole or not at all. Equation: none.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from race_jax.train.files import write_whole
+from race_jax.train.metrics import Record
+
+
+def plot_losses(records: Sequence[Record], path: Path, title: str) -> None:
+    """Draws training and held-out losses by step.
+
+    Args:
+        records: what the run measured.
+        path: the PNG file.
+        title: the text above the axes.
+
+    Raises:
+        ValueError: there is no training record.
+    """
+    # Not pyplot: it would pick a window system and keep the figure.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train = [record for record in records if record["kind"] == "train"]
+    held_out = [record for record in records if record["kind"] in ("eval", "final")]
+    if not train:
+        raise ValueError("no training record to draw")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    steps, losses = ([record[name] for record in train] for name in ("step", "loss"))
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+    axes.plot(steps, _running_mean(losses), color="tab:blue", label="training, running mean")
+    if held_out:
+        axes.plot(
+            [record["step"] for record in held_out],
+            [record["loss"] for record in held_out],
+            "o-",
+            color="tab:orange",
+            label=f"held out, last {held_out[-1]['loss']:.3f}",
+        )
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_whole(path, FigureCanvasAgg(figure).print_png)
+
+
+def _running_mean(losses: Sequence[float], keep: float = 0.95) -> list[float]:
+    """Exponential mean, corrected for its start."""
+    total = weight = 0.0
+    means = []
+    for loss in losses:
+        total, weight = keep * total + loss, keep * weight + 1.0
+        means.append(total / weight)
+    return means

@@ -1,0 +1,89 @@
+"""Checks that any dataclass record of settings needs, written once.
+
+In: a record that a person filled by hand, on the command line or from JSON. Out: the same record
+in one normal form, or a ValueError naming the field by its dotted path. Equation: none.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from typing import Any
+
+
+def fill(record: Any, values: dict[str, Any], path: str) -> None:
+    """Sets the fields of the dataclass `record` and of its sections from nested dicts."""
+    for name, value in values.items():
+        current = getattr(record, name, None)
+        if dataclasses.is_dataclass(current) and isinstance(value, dict):
+            fill(current, value, f"{path}.{name}")
+        else:
+            setattr(record, name, value)
+
+
+def check_fields(record: Any, path: str) -> None:
+    """Refuses unknown fields and wrong types; writes the one form of each accepted value."""
+    names = [field.name for field in dataclasses.fields(record)]
+    for name in vars(record):
+        if name not in names:
+            raise unknown_field(path, name, names)
+    for name, kind in typing.get_type_hints(type(record)).items():
+        value = getattr(record, name)
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, kind):
+                raise ValueError(f"{path}.{name} must be a {kind.__name__}, got {value!r}")
+            check_fields(value, f"{path}.{name}")
+        else:
+            setattr(record, name, _as_kind(value, kind, f"{path}.{name}"))
+
+
+def unknown_field(path: str, name: str, names: list[str]) -> ValueError:
+    """The error for a field that `path` does not have, with the nearest one that it has."""
+    close = difflib.get_close_matches(name, names, n=1)
+    fields = f"its fields are {', '.join(names)}" if names else f"{path} has no fields"
+    return ValueError(
+        f"{path}.{name} does not exist; " + (f"did you mean {close[0]}?" if close else fields)
+    )
+
+
+def _as_kind(value: Any, kind: Any, path: str) -> Any:
+    """`value` in the form that the annotation `kind` promises, or ValueError naming `path`."""
+    kinds = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
+    if type(None) in kinds and (value is None or value in ("none", "None")):
+        return None
+    if typing.get_origin(kinds[0]) is tuple:
+        return _as_names(value, path)
+    wanted = kinds[0]
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if type(value) is not wanted:
+        raise ValueError(f"{path} must be {wanted.__name__}, got {value!r}")
+    if wanted is float and not math.isfinite(value):
+        raise ValueError(f"{path} must be finite, got {value}")
+    return value
+
+
+def _as_names(value: Any, path: str) -> tuple[str, ...]:
+    """A tuple of names from a tuple, a list, or comma-separated text."""
+    parts = (value,) if isinstance(value, str) else value
+    if not isinstance(parts, (tuple, list)) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"{path} must be a tuple of names or comma-separated text, got {value!r}")
+    return tuple(name.strip() for part in parts for name in part.split(",") if name.strip())
+
+
+def one_of(path: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{path} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def at_least(path: str, value: float, least: float) -> None:
+    """Raises ValueError unless `value >= least`."""
+    if value < least:
+        raise ValueError(f"{path} must be >= {least}, got {value}")
+
+
+def above_zero(path: str, value: float) -> None:
+    """Raises ValueError unless `value > 0`."""
+    if value <= 0:
+        raise ValueError(f"{path} must be > 0, got {value}")

@@ -1,0 +1,139 @@
+"""One optimizer step and one evaluation step, as pure functions of arrays.
+
+In: a `TrainState` and a batch (B, T) spread over the mesh. Out: the next state and scalars.
+Equation: g = sum over devices and parts of d(nats) / sum of weights; the mean of the whole batch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from race_jax.train.losses import chunked_cross_entropy
+from race_jax.train.mesh import DATA_AXIS
+from race_jax.train.state import TrainState
+
+Batch = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+EvalStep = Callable[[nnx.State, nnx.State, Batch], dict[str, jax.Array]]
+
+
+def make_train_step(
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    accumulation_steps: int = 1,
+) -> TrainStep:
+    """A jitted step `(state, batch, key) -> (state, metrics)` that donates its state.
+
+    Each device sums nats and gradients over its own sequences, part after part; the sums and the
+    weights are added over devices and divided once. So one device or many, one part or many, give
+    the mean over the tokens of the whole batch.
+
+    Args:
+        graph: the model's graph definition.
+        optimizer: an optax transformation.
+        mesh: the mesh whose "data" axis shares the batch.
+        accumulation_steps: parts of a device's share, one after the other.
+
+    Returns:
+        The step. `key` is the run's; dropout draws from it folded with step, device and part.
+        Metrics are float32 scalars: loss (nats per token), grad_norm, tokens (their weight), and
+        finite (bool), which is False where loss or gradient is not.
+    """
+
+    def device_sums(params, fixed, batch, key):
+        key = jax.random.fold_in(key, jax.lax.axis_index(DATA_AXIS))
+        sums = _accumulate(graph, params, fixed, batch, key, accumulation_steps)
+        return jax.lax.psum(sums, DATA_AXIS)
+
+    batch_sums = jax.shard_map(
+        device_sums,
+        mesh=mesh,
+        in_specs=(P(), P(), P(DATA_AXIS), P()),
+        out_specs=P(),
+        check_vma=False,  # the core chooses its implementation by platform_dependent
+    )
+
+    def step(state: TrainState, batch: Batch, key: jax.Array):
+        key = jax.random.fold_in(key, state.step)
+        nats, weight, grads = batch_sums(state.params, state.fixed, batch, key)
+        grads = jax.tree.map(lambda grad: grad / jnp.maximum(weight, 1e-30), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        loss, grad_norm = nats / weight, optax.tree.norm(grads)
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "tokens": weight,
+            "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
+        }
+        return TrainState(params, state.fixed, opt_state, state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(graph: nnx.GraphDef, mesh: Mesh) -> EvalStep:
+    """A jitted step `(params, fixed, batch) -> {"nats", "weight"}`, sums over a whole batch.
+
+    Args:
+        graph: the model's graph definition.
+        mesh: the mesh whose "data" axis shares the batch.
+
+    Returns:
+        The step; it changes nothing and applies no dropout.
+    """
+
+    def device_sums(params, fixed, batch):
+        nats, weight = _loss_sums(graph, params, fixed, batch, key=None)
+        return jax.lax.psum({"nats": nats, "weight": weight}, DATA_AXIS)
+
+    return jax.jit(
+        jax.shard_map(
+            device_sums,
+            mesh=mesh,
+            in_specs=(P(), P(), P(DATA_AXIS)),
+            out_specs=P(),
+            check_vma=False,
+        )
+    )
+
+
+def _accumulate(graph, params, fixed, batch, key, parts: int) -> tuple[Any, Any, Any]:
+    """Sums of nats, weights and gradients over the parts of one device's share."""
+
+    def part_sums(part, index):
+        def loss(params):
+            return _loss_sums(graph, params, fixed, part, jax.random.fold_in(key, index))
+
+        (nats, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return nats, weight, grads
+
+    if parts == 1:
+        return part_sums(batch, 0)
+    shares = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+
+    def add(sums, share):
+        return jax.tree.map(jnp.add, sums, part_sums(*share)), None
+
+    return jax.lax.scan(add, zeros, (shares, jnp.arange(parts)))[0]
+
+
+def _loss_sums(graph, params, fixed, batch: Batch, key) -> tuple[jax.Array, jax.Array]:
+    """Weighted nats and weights of one share of a batch; dropout only where a key is given."""
+    model = nnx.merge(graph, params, fixed)
+    hidden = model.hidden(
+        batch["inputs"],
+        segment_ids=batch.get("segment_ids"),
+        positions=batch.get("positions"),
+        deterministic=key is None,
+        rngs=None if key is None else nnx.Rngs(dropout=key),
+    )
+    return chunked_cross_entropy(hidden, model.embedding[...], batch["targets"], batch["weights"])

@@ -1,0 +1,245 @@
+"""The parts of a run, put together once, and what the loop does with them.
+
+In: a checked configuration, data, a run directory. Out: steps taken, records, checkpoints.
+Equation: none.
+"""
+
+import itertools
+import time
+from pathlib import Path
+from types import TracebackType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from race_jax.train import report
+from race_jax.train.checkpoint import Checkpoints, checkpoint_folder
+from race_jax.train.config import Config
+from race_jax.train.data import Data, HeldOut
+from race_jax.train.files import check_space, claim
+from race_jax.train.mesh import make_mesh, put_batch, sharding
+from race_jax.train.metrics import MetricsLog, Record, evaluation_record
+from race_jax.train.optimizer import make_optimizer, make_schedule
+from race_jax.train.plot import plot_losses
+from race_jax.train.progress import Progress
+from race_jax.train.state import init_state
+from race_jax.train.step import make_eval_step, make_train_step
+
+
+class Trainer:
+    """A run in the middle of its work.
+
+    Setting up goes in this order: (1) mesh, optimizer and a fresh state; (2) the newest whole
+    checkpoint, if there is one, into state and data iterator, after the configuration was found to
+    be the same; (3) metrics cut back to the step of that checkpoint; (4) the step compiled; (5) the
+    report of what is about to run.
+
+    Args:
+        config: a checked configuration.
+        data: what `build_data` made of it.
+        directory: the run's folder, open for this process.
+
+    Attributes:
+        step: optimizer steps taken.
+    """
+
+    def __init__(self, config: Config, data: Data, directory: Path):
+        self._config, self._data, self._directory = config, data, directory
+        self._prompt = report.sample_prompt(config, data)
+        self._mesh = make_mesh(config)
+        optimizer = make_optimizer(config.optimizer, config.run.steps)
+        self._rate = make_schedule(config.optimizer, config.run.steps)
+        self._graph, self._state = init_state(
+            config.model, data.vocab_size, config.run.seed, optimizer, self._mesh
+        )
+        self._batches = data.train_iterator()
+        self._checkpoints = Checkpoints(
+            checkpoint_folder(directory), keep=config.run.keep_checkpoints
+        )
+        self._resume()
+        self._log = MetricsLog(directory, self.step, tensorboard=config.run.tensorboard)
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._key = jax.device_put(
+            jax.random.key(config.run.seed), sharding(self._mesh, "parameters")
+        )
+        self._eval_step = make_eval_step(self._graph, self._mesh)
+        self._train_step = self._compile(optimizer)
+        self._progress = Progress(
+            self.step, config.run.steps, config.run.batch_size * config.data.sequence_length
+        )
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.close()
+        self._log.close()
+        self._checkpoints.close()
+
+    def is_due(self, every: int) -> bool:
+        """Whether something done every so many steps, 0 for never, is due now."""
+        return every > 0 and self.step % every == 0
+
+    def take_step(self) -> None:
+        """Trains on the next batch."""
+        if self._pending:
+            # At most one step in flight: more would let a request to stop wait for all of them.
+            jax.block_until_ready(self._pending[-1][1])
+        batch = put_batch(self._mesh, self._select(next(self._batches)))
+        self._state, metrics = self._train_step(self._state, batch, self._key)
+        self.step += 1
+        self._pending.append((self.step, metrics))
+
+    def log(self) -> None:
+        """Writes and shows what the steps since the last call measured.
+
+        Raises:
+            FloatingPointError: one of them was not finite.
+        """
+        if not self._pending:
+            return
+        steps, values = zip(*jax.device_get(self._pending), strict=True)
+        self._pending = []
+        for step, value in zip(steps, values, strict=True):
+            if not value["finite"]:
+                raise FloatingPointError(self._not_finite(step, value))
+        records = [
+            {
+                "kind": "train",
+                "step": step,
+                "loss": float(value["loss"]),
+                "grad_norm": float(value["grad_norm"]),
+                "learning_rate": float(self._rate(step - 1)),
+                "tokens": float(value["tokens"]),
+            }
+            for step, value in zip(steps, values, strict=True)
+        ]
+        speed = self._progress.update(
+            steps[-1], float(np.mean([record["loss"] for record in records]))
+        )
+        records.append({"kind": "speed", "step": steps[-1], "tokens_per_second": speed})
+        self._log.write(records)
+
+    def evaluate(self) -> Record:
+        """Scores the held-out text, or the part of it that `run.eval_batches` allows."""
+        self.log()
+        record = self._score("eval", self._data.valid, self._config.run.eval_batches)
+        self._progress.say(
+            f"step {self.step}: held out {record['loss']:.4f} nats a token, perplexity "
+            f"{record['perplexity']:.2f}, {record['bits_per_byte']:.3f} bits per byte"
+        )
+        self._progress.resume()
+        return record
+
+    def save(self) -> None:
+        """Writes a checkpoint of a state whose losses were all finite."""
+        self.log()
+        about = {
+            "data": self._batches.get_state(),
+            "config": self._config.to_dict(),
+            "tokenizer": self._data.tokenizer.to_dict(),
+        }
+        self._checkpoints.save(self._state, about)
+        self._progress.resume()
+
+    def say_stopped(self, reason: str | None) -> None:
+        """Says that the run ended early, and how to go on."""
+        self._progress.say(
+            f"stopped at step {self.step} of {self._config.run.steps} ({reason}); checkpoint "
+            "saved; the same command goes on from here"
+        )
+
+    def finish(self) -> Record:
+        """Scores all held-out text, draws the losses and prints the outcome."""
+        self._progress.close()
+        final = self._score("final", self._data.valid, None)
+        test = None if self._data.test is None else self._score("test", self._data.test, None)
+        picture = self._directory / "loss.png"
+        plot_losses(self._log.records, picture, title=self._directory.name)
+        lines = report.end_lines(self._config, self._data, final, test, picture)
+        if self._config.run.sample_tokens:
+            params, fixed = jax.device_put(
+                (self._state.params, self._state.fixed), self._mesh.devices.flat[0]
+            )
+            model = nnx.merge(self._graph, params, fixed)
+            lines += report.sample_lines(
+                self._config, self._data, model, self._prompt, self._directory
+            )
+        print("\n".join(lines), flush=True)
+        return final
+
+    def _resume(self) -> None:
+        """Takes up the newest whole checkpoint, unless it belongs to another run."""
+        resuming = bool(self._checkpoints.steps())
+        about = {"text_digest": self._data.digest}
+        claim(self._directory, self._config, about, resuming=resuming)
+        restored = self._checkpoints.restore(self._state)
+        if restored is not None:
+            self._state = restored.state
+            self._batches.set_state(restored.about["data"])
+        self.step = int(self._state.step)
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
+        check_space(self._directory, needed * (1 + self._config.run.keep_checkpoints))
+
+    def _compile(self, optimizer) -> jax.stages.Compiled:
+        """The training step, compiled; prints what is about to run."""
+        step = make_train_step(
+            self._graph,
+            optimizer,
+            self._mesh,
+            accumulation_steps=self._config.optimizer.accumulation_steps,
+        )
+        shape = (self._config.run.batch_size, self._config.data.sequence_length)
+        dtypes = dict.fromkeys(self._names, jnp.int32) | {"weights": jnp.float32}
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(self._mesh, "batch"))
+            for name, dtype in dtypes.items()
+        }
+        start = time.monotonic()
+        compiled = step.lower(self._state, batch, self._key).compile()
+        lines = report.start_lines(
+            self._config, self._data, self._mesh, self._state, compiled, self._directory
+        )
+        lines.append(f"{'compiled':10} in {time.monotonic() - start:.0f} s")
+        if self.step:
+            lines.append(f"{'resuming':10} after step {self.step}")
+        print("\n".join(lines), flush=True)
+        return compiled
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """The arrays of a batch that the model needs: segments only where rows hold several."""
+        names = ("inputs", "targets", "weights")
+        return names if self._config.data.packing == "contiguous" else (*names, "segment_ids")
+
+    def _select(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: batch[name] for name in self._names}
+
+    def _score(self, kind: str, held_out: HeldOut, limit: int | None) -> Record:
+        """Evaluates the model on at most `limit` batches of a split, and records it."""
+        nats = weight = 0.0
+        for batch in itertools.islice(held_out.batches, limit):
+            batch = put_batch(self._mesh, self._select(batch))
+            sums = self._eval_step(self._state.params, self._state.fixed, batch)
+            nats += float(sums["nats"])
+            weight += float(sums["weight"])
+        num_bytes = held_out.num_bytes * weight / held_out.num_tokens
+        record = evaluation_record(kind, self.step, nats, weight, num_bytes)
+        self._log.write([record])
+        return record
+
+    def _not_finite(self, step: int, value: dict[str, np.ndarray]) -> str:
+        saved = self._checkpoints.steps()
+        stands = f"the checkpoint of step {saved[-1]} stands" if saved else "nothing was saved yet"
+        return (
+            f"loss {value['loss']} and gradient norm {value['grad_norm']} are not both finite at "
+            f"step {step}; {stands}; try a lower --config.optimizer.learning_rate, a longer "
+            "warm-up, or a smaller clip_norm"
+        )

@@ -1,0 +1,239 @@
+"""Tokenizers whose vocabulary needs no other package: bytes, characters, words.
+
+In: text. Out: one array of ids in the smallest of uint8, uint16, int32 that holds the vocabulary;
+and a JSON record of the tokenizer for checkpoints. Equation: none.
+"""
+
+import abc
+import collections
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+UNKNOWN = "<unk>"
+END_OF_LINE = "<eos>"
+PIECE = 1 << 20  # characters that are encoded at a time, so that 100 MB need no list of all words
+
+
+class Tokenizer(abc.ABC):
+    """What all tokenizers share.
+
+    Attributes:
+        name: the tokenizer's name in `config.data.tokenizer` and in its record.
+        separator: text put between two documents that are joined into one stream.
+    """
+
+    name: ClassVar[str]
+    separator: ClassVar[str] = "\n"
+
+    @property
+    @abc.abstractmethod
+    def vocab_size(self) -> int:
+        """Number of ids; they run from 0."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`. Raises ValueError showing what the vocabulary does not know."""
+        sizes = {np.uint8: 1 << 8, np.uint16: 1 << 16, np.int32: 1 << 31}
+        dtype = next(dtype for dtype, size in sizes.items() if self.vocab_size <= size)
+        parts = [self._encode_piece(piece).astype(dtype) for piece in pieces(text)]
+        return np.concatenate([np.zeros(0, dtype), *parts])
+
+    @abc.abstractmethod
+    def decode(self, ids: np.ndarray | Sequence[int]) -> str:
+        """The text of `ids`. Raises ValueError for an id outside the vocabulary."""
+
+    @abc.abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """A record of JSON values from which `from_dict` makes an equal tokenizer."""
+
+    def num_bytes(self, ids: np.ndarray) -> int:
+        """UTF-8 bytes of the text that `ids` stand for."""
+        return len(self.decode(ids).encode("utf-8"))
+
+    def _checked(self, ids: np.ndarray | Sequence[int]) -> np.ndarray:
+        ids = np.asarray(ids, np.int64)
+        if ids.size and not (ids.min() >= 0 and ids.max() < self.vocab_size):
+            raise ValueError(f"ids must lie in [0, {self.vocab_size}), got {ids.min()}…{ids.max()}")
+        return ids
+
+    def _encode_piece(self, piece: str) -> np.ndarray:
+        """The ids of a stretch of text short enough to be handled at once."""
+        raise NotImplementedError
+
+
+class ByteTokenizer(Tokenizer):
+    """One token a byte: 256 ids, no file, takes anything.
+
+    Example:
+        >>> ByteTokenizer().encode("é").tolist(), ByteTokenizer().decode([195, 169])
+        ([195, 169], 'é')
+    """
+
+    name = "bytes"
+    separator = "\0"  # no text file holds it
+
+    @property
+    def vocab_size(self) -> int:
+        """256."""
+        return 256
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """The bytes of `text`, which may itself be bytes; those are not copied."""
+        data = text.encode("utf-8") if isinstance(text, str) else text
+        return np.frombuffer(data, np.uint8)
+
+    def decode(self, ids: np.ndarray | Sequence[int]) -> str:
+        """The text of the bytes; what is not UTF-8 shows as U+FFFD."""
+        return self._checked(ids).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def num_bytes(self, ids: np.ndarray) -> int:
+        """One a token."""
+        return len(ids)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its name alone."""
+        return {"name": self.name}
+
+
+class CharacterTokenizer(Tokenizer):
+    """One token a character of a fixed alphabet, ids in the order of `alphabet`.
+
+    Example:
+        >>> CharacterTokenizer(" ab").encode("abba").tolist()
+        [1, 2, 2, 1]
+    """
+
+    name = "characters"
+
+    def __init__(self, alphabet: str):
+        self.alphabet = alphabet
+        codes = _code_points(alphabet)
+        # One id past the highest code point stands for everything unknown.
+        self._ids = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)
+        self._ids[codes] = np.arange(len(codes))
+        self._codes = codes
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str]) -> "CharacterTokenizer":
+        """The characters that occur in `texts`, sorted."""
+        found: set[str] = set()
+        for text in texts:
+            found.update(text)
+        return cls("".join(sorted(found)))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of characters of the alphabet."""
+        return len(self._codes)
+
+    def _encode_piece(self, piece: str) -> np.ndarray:
+        ids = self._ids[np.minimum(_code_points(piece), len(self._ids) - 1)]
+        if ids.size and ids.min() < 0:
+            raise ValueError(
+                f"the character {piece[int(ids.argmin())]!r} does not occur in the training text, "
+                "so the alphabet lacks it; --config.data.tokenizer=bytes takes any text"
+            )
+        return ids
+
+    def decode(self, ids: np.ndarray | Sequence[int]) -> str:
+        """The characters, joined."""
+        return self._codes[self._checked(ids)].tobytes().decode("utf-32-le", "surrogatepass")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and alphabet."""
+        return {"name": self.name, "alphabet": self.alphabet}
+
+
+class WordTokenizer(Tokenizer):
+    r"""One token a word, as white space divides them, and `<eos>` for each line break if asked.
+
+    Without end_of_line a line break is white space like any other. Words outside the vocabulary
+    become `<unk>` if the vocabulary has it, else they are an error.
+
+    Example:
+        >>> words = WordTokenizer(["<eos>", "the", "cat"], end_of_line=True)
+        >>> words.encode("the cat\n").tolist(), words.decode([1, 2, 0])
+        ([1, 2, 0], 'the cat \n')
+    """
+
+    name = "words"
+
+    def __init__(self, vocabulary: Sequence[str], end_of_line: bool = False):
+        self.vocabulary = tuple(vocabulary)
+        self.end_of_line = end_of_line
+        self._ids = {word: index for index, word in enumerate(self.vocabulary)}
+        self._unknown = self._ids.get(UNKNOWN, -1)
+
+    @classmethod
+    def from_texts(
+        cls, texts: Iterable[str], *, end_of_line: bool = False, limit: int | None = None
+    ) -> "WordTokenizer":
+        """The words of `texts`, the most frequent first, ties in alphabetical order.
+
+        With a `limit` on the vocabulary, `<unk>` comes first and counts; it is then always there.
+        """
+        counts: collections.Counter[str] = collections.Counter()
+        for text in texts:
+            for piece in pieces(text):
+                counts.update(_words(piece, end_of_line))
+        if limit is not None:
+            del counts[UNKNOWN]
+        words = sorted(counts, key=lambda word: (-counts[word], word))
+        if limit is not None:
+            words = [UNKNOWN, *words[: limit - 1]]
+        return cls(words, end_of_line)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of words, `<unk>` and `<eos>` among them."""
+        return len(self.vocabulary)
+
+    def _encode_piece(self, piece: str) -> np.ndarray:
+        words = _words(piece, self.end_of_line)
+        known, unknown = self._ids.get, self._unknown
+        ids = np.fromiter((known(word, unknown) for word in words), np.int32, count=len(words))
+        if ids.size and ids.min() < 0:
+            raise ValueError(
+                f"the word {words[int(ids.argmin())]!r} does not occur in the training text, and "
+                f"the vocabulary has no {UNKNOWN}; --config.data.vocab_limit=SIZE adds one"
+            )
+        return ids
+
+    def decode(self, ids: np.ndarray | Sequence[int]) -> str:
+        """The words with a space between, `<eos>` as a line break."""
+        words = (self.vocabulary[index] for index in self._checked(ids))
+        return " ".join(
+            "\n" if self.end_of_line and word == END_OF_LINE else word for word in words
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name, words and line-end rule."""
+        return {
+            "name": self.name,
+            "vocabulary": list(self.vocabulary),
+            "end_of_line": self.end_of_line,
+        }
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def _words(piece: str, end_of_line: bool) -> list[str]:
+    return (piece.replace("\n", f" {END_OF_LINE} ") if end_of_line else piece).split()
+
+
+def pieces(text: str, size: int = PIECE) -> Iterator[str]:
+    """Cuts `text` between words into pieces of `size` characters or a little more.
+
+    A piece is cut anyhow before it is twice as long.
+    """
+    between_words = re.compile(r"(?<=\S)\s(?=\S)")
+    start = 0
+    while start < len(text):
+        border = between_words.search(text, start + size, start + 2 * size)
+        end = border.start() if border else start + 2 * size
+        yield text[start:end]
+        start = end

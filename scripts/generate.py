@@ -1,0 +1,123 @@
+"""Continues a prompt with a trained model: the text to stdout as it comes, the rest to stderr.
+
+    python scripts/generate.py --checkpoint runs/lm_default --prompt "def main("
+
+In: a run's directory and a prompt. Out: text. Equation: that of `race_jax.models.decode`.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+import numpy as np
+from absl import app, flags
+
+from race_jax.models.decode import Sampling, remaining_positions, stream
+from race_jax.models.heads import TransformerLM
+from race_jax.train.checkpoint import load_for_inference
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a training run.", required=True)
+_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.", required=True)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Tokens to draw.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; positive.")
+_TOP_K = flags.DEFINE_integer("top_k", None, "Draw among this many likeliest tokens.")
+_TOP_P = flags.DEFINE_float("top_p", None, "Draw among the likeliest of this probability.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+_GREEDY = flags.DEFINE_bool("greedy", False, "Take the likeliest token each time.")
+
+_UNFINISHED = "\ufffd"  # what a tokenizer shows for bytes that are no whole character
+
+
+def text_pieces(tokenizer, prompt: np.ndarray, tokens: Iterator[int]) -> Iterator[str]:
+    """The text that each token adds, a character of several tokens held back until it is whole.
+
+    Each token is decoded after the one before it, since some tokenizers put a space between two.
+    """
+    window = prompt[-1:].tolist()
+    shown = len(tokenizer.decode(window))
+    text = ""
+    for token in tokens:
+        window.append(token)
+        text = tokenizer.decode(window)
+        whole = len(text) - text.endswith(_UNFINISHED)
+        yield text[shown:whole]
+        shown = max(shown, whole)
+        if whole == len(text):
+            window = window[-1:]
+            text = tokenizer.decode(window)
+            shown = len(text)
+    yield text[shown:]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Checks the flags, loads the model, writes the continuation and its speed."""
+    if len(arguments) > 1:
+        _fail(f"unknown arguments {arguments[1:]}; quote a prompt of several words")
+    if not _PROMPT.value:
+        _fail("--prompt is empty: the model continues a text and needs at least one token of it")
+    try:
+        sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _GREEDY.value)
+        model, tokenizer, _ = load_for_inference(_CHECKPOINT.value)
+        prompt = np.asarray(tokenizer.encode(_PROMPT.value), np.int32)
+        count = _count(model, len(prompt))
+        tokens = stream(model, prompt[None], max_tokens=count, sampling=sampling, seed=_SEED.value)
+    except (ValueError, RuntimeError) as error:
+        _fail(str(error))
+    if not model.trunk.carries_state:
+        _say("a softmax model carries no state: every token reads the whole sequence again")
+    clock: list[float] = []
+    _write(_PROMPT.value)
+    try:
+        for piece in text_pieces(tokenizer, prompt, _timed(tokens, clock)):
+            _write(piece)
+    except KeyboardInterrupt:
+        _say("\nstopped")
+    _write("\n")
+    _say(_speed(clock))
+
+
+def _count(model: TransformerLM, length: int) -> int:
+    """Tokens to draw: those asked for, or as many as learned positions leave room for."""
+    if length == 0:
+        raise ValueError("the prompt holds no token: give it a character other than white space")
+    room = remaining_positions(model, length)
+    if room is None or room >= _MAX_TOKENS.value:
+        return _MAX_TOKENS.value
+    _say(
+        f"the learned positions end at {model.trunk.max_length} tokens: "
+        f"{room} are drawn instead of {_MAX_TOKENS.value}"
+    )
+    return room
+
+
+def _timed(tokens: Iterator[np.ndarray], clock: list[float]) -> Iterator[int]:
+    for token in tokens:
+        clock.append(time.perf_counter())
+        yield int(token[0])
+
+
+def _speed(clock: list[float]) -> str:
+    if len(clock) < 3:
+        return f"{len(clock)} tokens; too few to tell the speed"
+    # The first two tokens compile the two programs, of the prompt and of one step.
+    rate = (len(clock) - 2) / (clock[-1] - clock[1])
+    return f"{len(clock)} tokens, {rate:.1f} tokens/s (compilation left out)"
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _fail(reason: str) -> NoReturn:
+    _say(f"generate.py: {reason}")
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main)
