@@ -1,0 +1,161 @@
+"""`scripts/train_lm.py` as a user runs it: to its end, interrupted, killed, gone on with.
+
+One run goes through undisturbed. Another, with the same command, is asked to stop, goes on, is
+killed without warning and goes on again; it must end with the same numbers to the last bit.
+"""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from race_jax.train.checkpoint import checkpoint_folder
+from race_jax.train.flags import parse_config
+from race_jax.train.loop import train
+from race_jax.train.metrics import read_records
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+STEPS, EVERY = 240, 40
+CONFIG = f"""
+from race_jax.train.config import Config
+
+def get_config():
+    config = Config()
+    config.model.num_layers, config.model.width, config.model.num_heads = 1, 32, 2
+    config.model.num_tables, config.model.num_planes = 2, 2
+    config.data.source, config.data.train_files = "files", ("text.txt",)
+    config.data.sequence_length = 32
+    config.mesh.data = 2
+    config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-2, 10
+    config.run.steps, config.run.batch_size, config.run.log_every = {STEPS}, 8, 5
+    config.run.checkpoint_every, config.run.keep_checkpoints = {EVERY}, 10
+    config.run.eval_every, config.run.tensorboard = 100, False
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working directory with a config and a text of sentences drawn from a small grammar."""
+    folder = tmp_path_factory.mktemp("run")
+    rng = np.random.default_rng(0)
+    words = [rng.choice(part, 2000) for part in (
+        ["the cat ", "a dog ", "my bird "], ["sees ", "likes ", "eats "], ["fish\n", "bread\n"]
+    )]  # fmt: skip
+    (folder / "text.txt").write_text("".join(map("".join, zip(*words, strict=True))))
+    (folder / "small.py").write_text(CONFIG)
+    return folder
+
+
+def command(folder: pathlib.Path, run: str) -> list[str]:
+    return [
+        sys.executable,
+        str(ROOT / "scripts" / "train_lm.py"),
+        "--config=small.py",
+        f"--config.data.root={folder}",
+        f"--config.run.directory={run}",
+    ]
+
+
+def start(folder: pathlib.Path, run: str) -> subprocess.Popen:
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    return subprocess.Popen(
+        command(folder, run),
+        cwd=folder,
+        env=os.environ | cache | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    return out
+
+
+def wait_for_step(process: subprocess.Popen, directory: pathlib.Path, step: int) -> None:
+    """Returns once the run has logged `step` or a later one."""
+    for _ in range(24_000):
+        steps = [r["step"] for r in records(directory) if r["kind"] == "train"]
+        if steps and steps[-1] >= step:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    raise AssertionError(f"no step {step} in four minutes")
+
+
+def records(directory: pathlib.Path) -> list[dict]:
+    path = directory / "metrics.jsonl"
+    return read_records(path) if path.exists() else []
+
+
+def results(directory: pathlib.Path) -> list[dict]:
+    """Everything measured but the time that it took."""
+    return [record for record in records(directory) if record["kind"] != "speed"]
+
+
+def losses(directory: pathlib.Path) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in records(directory) if r["kind"] == "train"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    """What the run prints and leaves when nothing happens to it."""
+    out = finish(start(folder, "undisturbed"))
+    return out, folder / "undisturbed"
+
+
+def test_the_main_job_reaches_a_loss(undisturbed):
+    out, directory = undisturbed
+    final = records(directory)[-1]
+    assert final["kind"] == "final"
+    # The grammar has 18 sentences, of 4.17 bits, and of 18.3 letters on average: 0.23 bits a byte.
+    assert final["bits_per_byte"] < 0.6
+    assert f"held out   {final['bits_per_byte']:.3f} bits per byte" in out
+    assert "2 x cpu" in out
+    assert list(losses(directory)) == list(range(1, STEPS + 1))
+    assert (directory / "loss.png").stat().st_size > 10_000
+
+
+def test_stopped_and_killed_it_goes_on_to_the_bit(folder, undisturbed):
+    directory = folder / "disturbed"
+    process = start(folder, "disturbed")
+    wait_for_step(process, directory, EVERY // 2)
+    process.send_signal(signal.SIGTERM)
+    out = finish(process)
+    assert "(SIGTERM); checkpoint saved; the same command goes on from here" in out
+
+    process = start(folder, "disturbed")
+    wait_for_step(process, directory, 2 * EVERY + 10)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+    newest = max(checkpoint_folder(directory).glob("[0-9]*"), key=lambda path: int(path.name))
+    (newest / "digests.json").unlink()
+    out = finish(start(folder, "disturbed"))
+    assert f"the checkpoint of step {newest.name} is damaged" in out
+    assert results(directory) == results(undisturbed[1])
+
+
+def test_a_checkpoint_of_two_devices_goes_on_on_one(
+    folder, undisturbed, monkeypatch, capsys, assert_close
+):
+    directory = folder / "moved"
+    shutil.copytree(undisturbed[1], directory)
+    last = checkpoint_folder(directory) / str(STEPS)
+    shutil.rmtree(last)
+    monkeypatch.chdir(folder)
+    config = parse_config([*command(folder, "moved")[2:], "--config.mesh.data=1"])
+    assert train(config).step == STEPS
+    assert "1 x cpu" in capsys.readouterr().out
+    two, one = (list(losses(run).values())[-EVERY:] for run in (undisturbed[1], directory))
+    assert_close("losses", one, two, kind="streamed")

@@ -1,0 +1,196 @@
+"""The kernels' functions in dense form, float64 on any platform, and random arguments for both.
+
+Written from the equations alone: all pairs of tokens, the corner softmax as a softmax.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import (
+    Blocks,
+    bidirectional_backward,
+    bidirectional_forward,
+    causal_backward,
+    causal_forward,
+)
+
+CAUSAL_GRADIENTS = (
+    "zq", "zk", "value", "sharpness", "log_decay", "initial_numerator", "initial_mass",
+)  # fmt: skip
+CAUSAL_ARGUMENTS = (
+    *CAUSAL_GRADIENTS[:5], "key_value_mask", "segment_ids", *CAUSAL_GRADIENTS[5:],
+    "initial_segment",
+)  # fmt: skip
+BIDIRECTIONAL_ARGUMENTS = (
+    *CAUSAL_GRADIENTS[:4], "key_value_mask", "initial_numerator", "initial_mass",
+)  # fmt: skip
+
+
+class Case(NamedTuple):
+    """Sizes and options of one call."""
+
+    batch: int = 1
+    length: int = 64
+    heads: int = 2
+    kv_heads: int = 2
+    tables: int = 2
+    planes: int = 2
+    value_dim: int = 16
+    gate: bool = False
+    mask: bool = False
+    packed: bool = False
+    dtype: str = "float32"
+    sharpness: float = 2.0
+    queries: int | None = None  # bidirectional: T, where it differs from S
+
+
+def draw(case: Case) -> tuple[dict[str, Any], list[Any]]:
+    """Arguments by name as the caller prepares them, and cotangents of the three results."""
+    rng = np.random.default_rng(7)
+    b, t, n, k = case.batch, case.length, case.heads, case.kv_heads
+    features = case.tables * 2**case.planes
+
+    def normal(*shape, dtype=case.dtype):
+        return np.asarray(jnp.asarray(rng.standard_normal(shape), dtype))
+
+    mask = rng.random((b, t)) > 0.2 if case.mask else None
+    segments = np.cumsum(rng.random((b, t)) < 4 / t, axis=1) if case.packed else None
+    given = {
+        "zq": normal(b, case.queries or t, n, case.tables, case.planes),
+        "zk": normal(b, t, k, case.tables, case.planes),
+        "value": normal(b, t, k, case.value_dim),
+        "sharpness": (case.sharpness * rng.uniform(0.5, 1, k)).astype(np.float32),
+        "log_decay": -rng.exponential(0.05, (b, t, k)).astype(np.float32) if case.gate else None,
+        "key_value_mask": mask,
+        "segment_ids": None if segments is None else segments.astype(np.int32),
+        "initial_numerator": normal(b, k, features, case.value_dim, dtype="float32"),
+        "initial_mass": np.abs(normal(b, k, features, dtype="float32")),
+        "initial_segment": np.zeros((b,), np.int32),
+    }
+    if mask is not None:
+        for name in ("zq", "zk", "value", "log_decay"):
+            if given[name] is not None and given[name].shape[1] == t:
+                keep = mask.reshape(b, t, *[1] * (given[name].ndim - 2))
+                given[name] = np.where(keep, given[name], 0).astype(given[name].dtype)
+    out = normal(b, case.queries or t, n, case.value_dim)
+    d_numerator, d_mass = given["initial_numerator"][::-1], given["initial_mass"][::-1]
+    return given, [out, d_numerator.copy(), d_mass.copy()]
+
+
+def features(z, sharpness):
+    """φ (B, T, heads, L·R) by the corner softmax."""
+    planes = z.shape[-1]
+    corners = jnp.asarray(list(itertools.product((-1.0, 1.0), repeat=planes)), z.dtype)
+    logits = jnp.einsum("bthlp,rp->bthlr", jnp.tanh(z), corners) * sharpness[:, None, None]
+    return jax.nn.softmax(logits, axis=-1).reshape(*z.shape[:3], -1)
+
+
+def _read(numerator, denominator, allowed=True):
+    seen = (denominator >= 1e-30) & allowed
+    return jnp.where(seen[..., None], numerator / jnp.where(seen, denominator, 1)[..., None], 0)
+
+
+def causal(given: dict[str, Any]) -> tuple:
+    """Outputs, final numerator and final mass, all pairs."""
+    mask, segments = given["key_value_mask"], given["segment_ids"]
+    batch, length, kv_heads = given["zk"].shape[:3]
+    group = given["zq"].shape[2] // kv_heads
+    by_query = lambda x, axis=2: jnp.repeat(x, group, axis)  # noqa: E731
+    phi_q = features(given["zq"], by_query(given["sharpness"], 0))
+    phi_k = features(given["zk"], given["sharpness"])
+    decay = given["log_decay"]
+    total = jnp.zeros(phi_k.shape[:3]) if decay is None else jnp.cumsum(decay, axis=1)
+    visible = jnp.tril(jnp.ones((length, length), bool))[None]
+    entering, allowed = jnp.ones((batch, length), bool), True
+    if segments is not None:
+        visible = visible & (segments[:, :, None] == segments[:, None, :])
+        entering = segments == given["initial_segment"][:, None]
+    if mask is not None:
+        phi_k, allowed = phi_k * mask[..., None, None], mask[..., None]
+    since = total[:, :, None] - total[:, None, :]
+    weight = jnp.where(visible[..., None], jnp.exp(jnp.where(visible[..., None], since, 0)), 0)
+    weight = by_query(weight, 3) * jnp.einsum("btnf,bsnf->btsn", phi_q, by_query(phi_k))
+    enter = by_query(jnp.exp(total) * entering[..., None])
+    state = by_query(given["initial_numerator"], 1), by_query(given["initial_mass"], 1)
+    numerator = jnp.einsum("btsn,bsnv->btnv", weight, by_query(given["value"]))
+    numerator += jnp.einsum("btnf,bnfv,btn->btnv", phi_q, state[0], enter)
+    denominator = weight.sum(2) + jnp.einsum("btnf,bnf,btn->btn", phi_q, state[1], enter)
+    leave, kept = jnp.exp(total[:, -1:] - total), jnp.exp(total[:, -1])
+    if segments is not None:
+        leave = leave * (segments == segments[:, -1:])[..., None]
+        kept = kept * (segments[:, -1] == given["initial_segment"])[:, None]
+    final = jnp.einsum("bskf,bskv,bsk->bkfv", phi_k, given["value"], leave)
+    mass = jnp.einsum("bskf,bsk->bkf", phi_k, leave)
+    final += kept[..., None, None] * given["initial_numerator"]
+    mass += kept[..., None] * given["initial_mass"]
+    return _read(numerator, denominator, allowed), final, mass
+
+
+def bidirectional(given: dict[str, Any]) -> tuple:
+    """Outputs, total numerator and total mass."""
+    group = given["zq"].shape[2] // given["zk"].shape[2]
+    phi_q = features(given["zq"], jnp.repeat(given["sharpness"], group))
+    phi_k = features(given["zk"], given["sharpness"])
+    if given["key_value_mask"] is not None:
+        phi_k = phi_k * given["key_value_mask"][..., None, None]
+    total = given["initial_numerator"] + jnp.einsum("bskf,bskv->bkfv", phi_k, given["value"])
+    mass = given["initial_mass"] + phi_k.sum(1)
+    numerator = jnp.einsum("btnf,bnfv->btnv", phi_q, jnp.repeat(total, group, 1))
+    denominator = jnp.einsum("btnf,bnf->btn", phi_q, jnp.repeat(mass, group, 1))
+    return _read(numerator, denominator), total, mass
+
+
+def oracle(function, given: dict[str, Any], cotangents: list) -> tuple[dict, dict]:
+    """Outputs and gradients by name, in float64."""
+    with jax.enable_x64(True):
+        exact = {name: _as_float64(x) for name, x in given.items()}
+        names = [x for x in CAUSAL_GRADIENTS if exact.get(x) is not None]
+        run = lambda *arrays: function(exact | dict(zip(names, arrays)))  # noqa: E731
+        out, pull = jax.vjp(run, *(exact[name] for name in names))
+        gradients = pull(tuple(_as_float64(x) for x in cotangents))
+        return _outputs(out), {n: np.asarray(x) for n, x in zip(names, gradients)}
+
+
+def _as_float64(x):
+    if x is None or np.asarray(x).dtype.kind in "bi":
+        return x
+    return jnp.asarray(np.asarray(x, np.float64))
+
+
+def _outputs(results) -> dict:
+    return dict(zip(("out", "numerator", "mass"), map(np.asarray, results)))
+
+
+def causal_kernels(
+    given: dict[str, Any], cotangents: list, *, interpret: bool, config: Blocks | None = None
+) -> tuple:
+    """Results and gradients of the causal kernels; to be traced."""
+    arguments = [given[name] for name in CAUSAL_ARGUMENTS]
+    options = {"interpret": interpret, "config": config}
+    result = causal_forward(*arguments, **options)
+    states = result.split_numerator, result.split_mass
+    return result[:3], causal_backward(*arguments, *states, *cotangents, **options)
+
+
+def bidirectional_kernels(
+    given: dict[str, Any], cotangents: list, *, interpret: bool, config: Blocks | None = None
+) -> tuple:
+    """Results and gradients of the bidirectional kernels; to be traced."""
+    arguments = [given[name] for name in BIDIRECTIONAL_ARGUMENTS]
+    options = {"interpret": interpret, "config": config}
+    result = bidirectional_forward(*arguments, **options)
+    return result, bidirectional_backward(*arguments, *result[1:], *cotangents, **options)
+
+
+def run(kernels, given: dict[str, Any], cotangents: list, **options) -> tuple[dict, dict]:
+    """Outputs and gradients of `kernels`, by name."""
+    results, gradients = jax.jit(functools.partial(kernels, **options))(given, cotangents)
+    named = gradients._asdict()
+    return _outputs(results), {n: np.asarray(x) for n, x in named.items() if given[n] is not None}

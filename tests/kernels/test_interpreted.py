@@ -1,0 +1,51 @@
+"""The kernels in Pallas' interpreter on the CPU, against the dense form in float64."""
+
+import pytest
+
+from pallas_kernels import Block, Blocks
+from tests.kernels import dense
+from tests.kernels.dense import Case
+
+# Two value blocks, keys and values apart: the paths that the small default does not take.
+BLOCKED = Blocks(64, *[Block(16)] * 6)
+FUSED = Blocks(64, *[Block(32)] * 5)
+
+CAUSAL = {
+    "everything": (
+        Case(
+            batch=2, length=300, heads=4, tables=3, value_dim=24, gate=True, mask=True, packed=True
+        ),
+        BLOCKED,
+    ),
+    "plain, bfloat16": (Case(length=128, tables=4, planes=4, dtype="bfloat16"), None),
+    "one token, gate": (Case(length=1, gate=True), FUSED),
+}
+BIDIRECTIONAL = {
+    "everything": (
+        Case(batch=2, length=300, queries=70, heads=4, tables=3, value_dim=24, mask=True),
+        BLOCKED,
+    ),
+    "plain, bfloat16": (Case(length=64, dtype="bfloat16"), None),
+}
+
+
+@pytest.mark.parametrize(("case", "config"), CAUSAL.values(), ids=CAUSAL)
+def test_causal_outputs_and_gradients(case, config, assert_close):
+    given, cotangents = dense.draw(case)
+    out, gradients = dense.run(
+        dense.causal_kernels, given, cotangents, interpret=True, config=config
+    )
+    want_out, want_gradients = dense.oracle(dense.causal, given, cotangents)
+    assert_close("outputs", out, want_out, kind="outputs", dtype=case.dtype)
+    assert_close("gradients", gradients, want_gradients, kind="gradients", dtype=case.dtype)
+
+
+@pytest.mark.parametrize(("case", "config"), BIDIRECTIONAL.values(), ids=BIDIRECTIONAL)
+def test_bidirectional_outputs_and_gradients(case, config, assert_close):
+    given, cotangents = dense.draw(case)
+    out, gradients = dense.run(
+        dense.bidirectional_kernels, given, cotangents, interpret=True, config=config
+    )
+    want_out, want_gradients = dense.oracle(dense.bidirectional, given, cotangents)
+    assert_close("outputs", out, want_out, kind="outputs", dtype=case.dtype)
+    assert_close("gradients", gradients, want_gradients, kind="gradients", dtype=case.dtype)

@@ -1,0 +1,123 @@
+"""The compiled kernels on a card, against the dense form in float64: `pytest -m gpu`."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from pallas_kernels import Block, Blocks
+from pallas_kernels.plan import plan
+from tests.kernels import dense
+from tests.kernels.dense import Case
+
+pytestmark = pytest.mark.gpu
+
+FULL = {"heads": 4, "gate": True, "mask": True, "packed": True}
+CAUSAL = [
+    Case(length=1, tables=4, planes=4, value_dim=128, gate=True),
+    Case(length=63, tables=2, planes=2, value_dim=64, **FULL),
+    Case(length=64, tables=3, planes=3, value_dim=16, heads=8, sharpness=8.0),
+    Case(length=65, tables=4, planes=4, value_dim=256, mask=True),
+    Case(batch=3, length=1000, tables=4, planes=4, value_dim=128, **FULL),
+    Case(length=1000, tables=8, planes=5, value_dim=80, gate=True, sharpness=8.0),
+    Case(length=4160, tables=3, planes=3, value_dim=64, packed=True),
+]
+BIDIRECTIONAL = [
+    Case(length=1, tables=4, planes=4, value_dim=128),
+    Case(length=1000, queries=65, tables=3, planes=3, value_dim=80, heads=4, mask=True),
+    Case(batch=2, length=4160, tables=4, planes=4, value_dim=128, sharpness=8.0),
+]
+BOTH = [dense.causal_kernels, dense.bidirectional_kernels]
+DTYPES = ["float32", "bfloat16"]
+
+
+def check(kernels, case, assert_close, config=None):
+    """The kernels against float64, and a second run against the first, bit for bit."""
+    given, cotangents = dense.draw(case)
+    exact = dense.causal if kernels is dense.causal_kernels else dense.bidirectional
+    want = dense.oracle(exact, given, cotangents)
+    got = dense.run(kernels, given, cotangents, interpret=False, config=config)
+    assert_close("outputs", got[0], want[0], kind="outputs", dtype=case.dtype)
+    assert_close("gradients", got[1], want[1], kind="gradients", dtype=case.dtype)
+    again = dense.run(kernels, given, cotangents, interpret=False, config=config)
+    assert_close("rerun", again, got, kind="rerun")
+
+
+def chosen(case: Case) -> Blocks:
+    """The blocks that the heuristic picks."""
+    given, _ = dense.draw(case)
+    return plan(given["zq"], given["zk"], given["value"], False, None)[2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CAUSAL, ids=str)
+def test_causal(case, dtype, assert_close):
+    check(dense.causal_kernels, case._replace(dtype=dtype), assert_close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", BIDIRECTIONAL, ids=str)
+def test_bidirectional(case, dtype, assert_close):
+    check(dense.bidirectional_kernels, case._replace(dtype=dtype), assert_close)
+
+
+@pytest.mark.parametrize("block", [
+    Block(value, warps, stages, packed)
+    for value, warps, stages, packed in [
+        (128, 4, 1, False), (128, 4, 2, False), (128, 4, 2, True), (128, 4, 3, False),
+        (64, 4, 1, False), (64, 4, 2, True), (64, 4, 3, False), (128, 8, 2, False),
+    ]
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("apart", [False, True], ids=["fused", "apart"])
+def test_every_block_of_the_tuning_space(block, apart, assert_close):
+    case = Case(length=600, tables=4, planes=4, value_dim=128, gate=True, dtype="bfloat16")
+    config = Blocks(64, *[block] * (6 if apart else 5))
+    check(dense.causal_kernels, case, assert_close, config)
+
+
+@pytest.mark.parametrize("kernels", BOTH)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_output_is_written(kernels, dtype, assert_close):
+    case = Case(batch=2, length=300, heads=4, tables=4, planes=4, value_dim=64, dtype=dtype)
+    check(kernels, case, assert_close, dataclasses.replace(chosen(case), poison=True))
+
+
+@pytest.mark.parametrize("kernels", BOTH)
+def test_large_sharpness_stays_finite(kernels):
+    case = Case(length=300, tables=4, planes=4, value_dim=64, sharpness=60.0)
+    results = dense.run(kernels, *dense.draw(case), interpret=False)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(results))
+
+
+def _random(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("length", [(1 << 22) + 4096, 1 << 24], ids=["past 2**31", "16M tokens"])
+def test_a_long_sequence_equals_its_halves(length, assert_close):
+    """Outputs of 4 heads of 128: more than 2**31 elements; the state carried at an odd token."""
+    zq, zk = (_random(i, 1, length, 4, 3, 3) for i in range(2))
+    value, sharpness = _random(2, 1, length, 4, 128), jnp.full((4,), 2.0)
+    fresh = jnp.zeros((1, 4, 24, 128)), jnp.zeros((1, 4, 24)), jnp.zeros((1,), jnp.int32)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def run(start, stop, zq, zk, value, state):
+        cut = slice(start, stop)
+        rest = (sharpness, None, None, None, *state)
+        result = pallas_kernels.causal_forward(zq[:, cut], zk[:, cut], value[:, cut], *rest)
+        return result.out, (result.final_numerator, result.final_mass, state[2])
+
+    middle = length // 2 + 77
+    arrays = zq, zk, value
+    whole, final = run(0, length, *arrays, fresh)
+    head, state = run(0, middle, *arrays, fresh)
+    tail, last = run(middle, length, *arrays, state)
+    ends = [slice(0, 256), slice(middle - 256, middle), slice(length - 256, length)]
+    parts = head[:, ends[0]], head[:, ends[1]], tail[:, -256:]
+    for where, part in zip(ends, parts):
+        assert_close(f"out {where}", part, whole[:, where], kind="resumed", dtype="bfloat16")
+    assert_close("state", last[:2], final[:2], kind="resumed", dtype="bfloat16")

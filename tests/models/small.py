@@ -1,0 +1,68 @@
+"""Tiny language models by name, each made and compiled once for all tests of this folder."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from race_jax.models import ModelConfig, TransformerLM
+
+VOCAB = 11
+SIZES = {"num_layers": 1, "width": 16, "num_heads": 4, "num_tables": 2, "num_planes": 2}
+CONFIGS = {
+    "race": {},
+    "race with everything": {
+        "num_layers": 2,
+        "num_kv_heads": 2,
+        "short_conv": True,
+        "output_gate": True,
+        "fold_planes": False,
+        "positions": "learned",
+        "max_length": 32,
+    },
+    "race bfloat16": {"dtype": "bfloat16"},
+    "softmax": {"attention": "softmax", "num_kv_heads": 2},
+    "softmax learned": {"attention": "softmax", "positions": "learned", "max_length": 16},
+    "softmax rope": {"attention": "softmax", "positions": "rope"},
+    "softmax alibi": {"attention": "softmax", "positions": "alibi"},
+}
+
+
+class Compiled(NamedTuple):
+    """A model, and its logits as a compiled function of tokens and keyword arguments."""
+
+    model: TransformerLM
+    logits: Callable
+
+
+def build(vocab_size: int = VOCAB, **changes) -> TransformerLM:
+    """A model of `SIZES` and the changes, with a random number in every place.
+
+    So no part is idle, as biases of zero and identity convolutions are at the start of training;
+    and nothing is compiled to draw them. Matrices outweigh biases, else one token would mostly be
+    the likeliest whatever was read.
+    """
+    config = ModelConfig(**SIZES | changes)
+    model = nnx.eval_shape(lambda: TransformerLM(config, vocab_size, rngs=nnx.Rngs(0)))
+    graph, variables = nnx.split(model)
+    rng = np.random.default_rng(7)  # one with which greedy texts vary
+
+    def drawn(path, leaf):
+        center = float("scale" in jax.tree_util.keystr(path))
+        spread = 0.5 if leaf.ndim > 1 else 0.1
+        return jnp.asarray(rng.normal(center, spread, leaf.shape), leaf.dtype)
+
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(drawn, variables))
+
+
+@functools.cache
+def compiled(name: str) -> Compiled:
+    """One of `CONFIGS`."""
+    model = build(**CONFIGS[name])
+    graph, variables = nnx.split(model)
+    run = jax.jit(lambda variables, tokens, kw: nnx.merge(graph, variables)(tokens, **kw))
+    return Compiled(model, lambda tokens, **kw: run(variables, tokens, kw))

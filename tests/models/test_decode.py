@@ -1,0 +1,148 @@
+"""Decoding: what is drawn, and that carrying a state draws what reading everything again draws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from race_jax.models.decode import Sampling, generate, sample, stream
+from tests.models.small import VOCAB, build, compiled
+
+GREEDY = Sampling(greedy=True)
+LENGTHS = np.array([2, 4, 5])
+
+
+@pytest.fixture
+def prompts(rng):
+    """Prompts of 2, 4 and 5 tokens, padded right and left: name to tokens and mask, (3, 5)."""
+    slot, tokens = np.arange(5), rng.integers(0, VOCAB, (3, 5))
+    right = slot < LENGTHS[:, None]
+    left = slot >= 5 - LENGTHS[:, None]
+    shifted = np.stack([np.roll(row, 5 - n) for row, n in zip(tokens, LENGTHS, strict=True)])
+    return {"right": (tokens, right), "left": (shifted, left)}
+
+
+@pytest.mark.parametrize(
+    "name", ["race", "race with everything", "softmax learned", "softmax rope", "softmax alibi"]
+)
+def test_greedy_decoding_equals_reading_everything_again(prompts, name):
+    model, logits = compiled(name)
+    drawn = {
+        side: generate(model, tokens, key_value_mask=mask, max_tokens=7, sampling=GREEDY)
+        for side, (tokens, mask) in prompts.items()
+    }
+    np.testing.assert_array_equal(drawn["left"], drawn["right"])
+    tokens = prompts["right"][0]
+    whole = np.zeros((3, 12), int)
+    for row, length in enumerate(LENGTHS):
+        whole[row, :length] = tokens[row, :length]
+        whole[row, length : length + 7] = drawn["right"][row]
+    choices = np.asarray(logits(whole).argmax(axis=-1))
+    for row, length in enumerate(LENGTHS):
+        want = choices[row, length - 1 : length + 6]
+        np.testing.assert_array_equal(drawn["right"][row], want)
+    assert len(np.unique(drawn["right"])) > 2
+
+
+@pytest.mark.parametrize("name", ["race", "race with everything", "race bfloat16"])
+def test_the_state_keeps_its_size(name):
+    model = compiled(name).model
+    before = jax.eval_shape(lambda: model.init_state(2))
+    for length in (1, 9):
+        tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
+        _, after = jax.eval_shape(lambda t, s: model(t, state=s), tokens, before)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), before
+        )
+
+
+def test_seeds_decide_the_draws():
+    model, prompt = compiled("race").model, np.array([[1, 2, 3]])
+
+    def draw(seed):
+        return generate(model, prompt, max_tokens=8, seed=seed).tolist()
+
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+
+
+def frequencies(sampling, logits, draws=4000):
+    rows = jnp.broadcast_to(jnp.asarray(logits), (draws, len(logits)))
+    tokens = jax.jit(sample, static_argnums=2)(rows, jax.random.key(0), sampling)
+    return np.bincount(tokens, minlength=len(logits)) / draws
+
+
+PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "want"),
+    [
+        (Sampling(), PROBABILITIES),
+        (Sampling(temperature=0.5), PROBABILITIES**2),
+        (Sampling(top_k=2), PROBABILITIES * [0, 1, 0, 1, 0]),
+        (Sampling(top_k=9), PROBABILITIES),
+        (Sampling(top_p=0.69), PROBABILITIES * [0, 1, 0, 1, 0]),
+        (Sampling(top_p=0.71), PROBABILITIES * [0, 1, 0, 1, 1]),
+        (Sampling(top_p=1e-6), PROBABILITIES * [0, 1, 0, 0, 0]),
+        (Sampling(top_p=1.0), PROBABILITIES),
+        (Sampling(top_k=3, top_p=0.8), PROBABILITIES * [0, 1, 0, 1, 0]),
+        (GREEDY, PROBABILITIES * [0, 1, 0, 0, 0]),
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_with_their_probabilities(sampling, want):
+    found = frequencies(sampling, np.log(PROBABILITIES))
+    want = want / want.sum()
+    assert not found[want == 0].any()
+    # Five standard deviations of a frequency out of 4000 draws, at most.
+    np.testing.assert_allclose(found, want, atol=5 * 0.5 / np.sqrt(4000))
+
+
+def test_top_k_keeps_exactly_k_of_equal_tokens():
+    assert (frequencies(Sampling(top_k=2), np.zeros(5)) > 0).sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": 0.0}, "temperature=0.0 must be positive .* use greedy"),
+        ({"temperature": float("nan")}, "temperature=nan must be positive"),
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
+        ({"top_p": 1.5}, r"top_p=1.5 must lie in \(0, 1\]"),
+    ],
+)
+def test_bad_sampling_is_refused_in_words(options, words):
+    with pytest.raises(ValueError, match=words):
+        Sampling(**options)
+
+
+def test_learned_positions_end_the_continuation():
+    model = build(positions="learned", max_length=6)
+    prompt = np.array([[1, 2, 3, 4]])
+    with pytest.warns(UserWarning, match="end at max_length=6: 3 tokens instead of 9"):
+        tokens = stream(model, prompt, max_tokens=9)
+    assert len(list(tokens)) == 3
+    with pytest.raises(ValueError, match="prompt of 8 tokens does not fit the learned positions"):
+        stream(model, np.tile(prompt, 2), max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "kind", "words"),
+    [
+        ([1, 2], {}, ValueError, "prompt must have shape"),
+        ([[]], {}, ValueError, r"at least one token; got \(1, 0\)"),
+        ([[1.0]], {}, TypeError, "prompt must be token ids"),
+        ([[VOCAB]], {}, ValueError, "from 11 to 11; the vocabulary is 0 to 10"),
+        ([[-1]], {}, ValueError, "from -1 to -1"),
+        ([[1]], {"max_tokens": 0}, ValueError, "max_tokens=0 must be at least 1"),
+        ([[1]], {"key_value_mask": [[1]]}, ValueError, "key_value_mask must be bool"),
+        ([[1]], {"key_value_mask": [[False]]}, ValueError, "every prompt needs at least one token"),
+    ],
+)
+def test_bad_prompts_are_refused_at_the_call(prompt, options, kind, words):
+    if "key_value_mask" in options:
+        options = {"key_value_mask": np.array(options["key_value_mask"])}
+    with pytest.raises(kind, match=words):
+        stream(compiled("race").model, np.array(prompt), **{"max_tokens": 1} | options)

@@ -1,0 +1,143 @@
+"""scripts/generate.py: text as it comes, and a clear word where something is wrong."""
+
+import importlib.util
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from flax import nnx
+
+from race_jax.models import ModelConfig
+from race_jax.models.decode import Sampling
+from race_jax.models.decode import generate as draw
+from race_jax.train.checkpoint import Checkpoints, checkpoint_folder
+from race_jax.train.config import Config, DataConfig
+from race_jax.train.state import TrainState
+from race_jax.train.vocabulary import ByteTokenizer, CharacterTokenizer, WordTokenizer
+from tests.models.small import SIZES, build
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "generate.py"
+WORDS = WordTokenizer(["<eos>", "the", "cat", "sat"], end_of_line=True)
+
+
+@pytest.fixture(scope="session")
+def script():
+    spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    flags.FLAGS.mark_as_parsed()
+    return module
+
+
+def save_run(directory, tokenizer, **changes):
+    """A run of no steps, with the model that `build` makes."""
+    model = ModelConfig(**SIZES | changes)
+    config = Config(model=model, data=DataConfig(sequence_length=8)).validate()
+    params, fixed = nnx.state(build(tokenizer.vocab_size, **changes), nnx.Param, ...)
+    state = TrainState(params, fixed, opt_state={"none": jnp.zeros(1)}, step=jnp.zeros((), int))
+    checkpoints = Checkpoints(checkpoint_folder(directory))
+    checkpoints.save(state, {"config": config.to_dict(), "tokenizer": tokenizer.to_dict()})
+    checkpoints.close()
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def race_run(tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("race"), ByteTokenizer())
+
+
+@pytest.fixture(scope="session")
+def softmax_run(tmp_path_factory):
+    changes = {"attention": "softmax", "positions": "learned", "max_length": 8}
+    return save_run(tmp_path_factory.mktemp("softmax"), WORDS, **changes)
+
+
+def run(script, **options):
+    with flagsaver.flagsaver(**options):
+        script.main(["generate.py"])
+
+
+def test_the_command_line_writes_the_model_s_own_continuation(race_run):
+    arguments = [f"--checkpoint={race_run}", "--prompt=é", "--max_tokens=9", "--greedy"]
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *arguments],
+        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    prompt = ByteTokenizer().encode("é")
+    drawn = draw(build(256), prompt[None], max_tokens=9, sampling=Sampling(greedy=True))[0]
+    want = ByteTokenizer().decode([*prompt, *drawn]) + "\n"
+    assert done.stdout.decode() == want
+    assert b"9 tokens, " in done.stderr
+    assert b" tokens/s" in done.stderr
+
+
+def test_softmax_says_that_it_reads_again_and_positions_where_they_end(script, softmax_run, capsys):
+    run(script, checkpoint=softmax_run, prompt="the cat", max_tokens=20, seed=3)
+    out, err = capsys.readouterr()
+    assert out.startswith("the cat ")
+    assert len(WORDS.encode(out.removesuffix("\n"))) == 2 + 7
+    assert "every token reads the whole sequence again" in err
+    assert "the learned positions end at 8 tokens: 7 are drawn instead of 20" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"checkpoint": "nowhere"}, "no checkpoints in nowhere"),
+        ({"prompt": ""}, "--prompt is empty"),
+        ({"prompt": " "}, "holds no token"),
+        ({"prompt": "the dog"}, "the word 'dog' does not occur in the training text"),
+        ({"prompt": "the cat " * 5}, "does not fit the learned positions"),
+        ({"temperature": 0.0}, "temperature=0.0 must be positive"),
+        ({"top_p": 1.5}, r"top_p=1.5 must lie in \(0, 1\]"),
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_said_in_one_line(script, softmax_run, capsys, options, words):
+    with pytest.raises(SystemExit) as stop:
+        run(script, **{"checkpoint": softmax_run, "prompt": "the cat"} | options)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert err.startswith("generate.py: ")
+    assert err.count("\n") == 1
+    assert re.search(words, err)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prompt", "text"),
+    [
+        (ByteTokenizer(), "a", "ä€😀 plain \ufffd"),
+        (ByteTokenizer(), "é", "\n"),
+        (CharacterTokenizer("abä "), "ab", "b äa"),
+        (WORDS, "the", "cat sat \n the"),
+    ],
+    ids=["bytes", "bytes after two", "characters", "words"],
+)
+def test_text_comes_piece_by_piece_and_whole(script, tokenizer, prompt, text):
+    before = tokenizer.encode(prompt)
+    tokens = tokenizer.encode(text).tolist()
+    pieces = list(script.text_pieces(tokenizer, before, iter(tokens)))
+    whole = tokenizer.decode([*before, *tokens])
+    assert tokenizer.decode(before) + "".join(pieces) == whole
+    assert len(pieces) == len(tokens) + 1
+    if len(tokens) == len(text):
+        assert all(pieces[:-1])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bytes_that_are_no_text_come_out_as_the_tokenizer_shows_them(script, seed):
+    tokens = np.random.default_rng(seed).choice([65, 0xC3, 0xA9, 0xE2, 0x82, 0xAC, 0xFF], 40)
+    tokenizer, before = ByteTokenizer(), ByteTokenizer().encode("a")
+    pieces = script.text_pieces(tokenizer, before, iter(tokens.tolist()))
+    assert "".join(pieces) == tokenizer.decode(tokens)

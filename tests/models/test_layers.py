@@ -1,0 +1,65 @@
+"""Positions, and what the parts of a block do with them."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from race_jax.models.layers import alibi_bias, rotate, token_positions
+
+
+def places(mask, segments, start, start_segment):
+    """The definition: each token's count within its segment; padding repeats the place before."""
+    found, count, current = [], start, start_segment
+    for present, segment in zip(mask, segments, strict=True):
+        if present:
+            count = 0 if segment != current else count
+            current = segment
+            count += 1
+        found.append(max(count - 1, 0))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_positions_count_the_tokens_of_each_segment(rng, seed):
+    rng = np.random.default_rng(seed)
+    mask = rng.random((4, 9)) < 0.6
+    segments = np.sort(rng.integers(0, 3, (4, 9))).astype(np.int32)
+    start = np.array([0, 5, 3, 2], np.int32)
+    start_segment = np.array([-1, 0, 1, segments[3, 0]], np.int32)
+    segments = np.where(mask, segments, 99)
+    got = token_positions(
+        9,
+        jnp.asarray(start),
+        key_value_mask=jnp.asarray(mask),
+        segment_ids=jnp.asarray(segments),
+        start_segment=jnp.asarray(start_segment),
+    )
+    want = [places(*row) for row in zip(mask, segments, start.tolist(), start_segment, strict=True)]
+    assert got.tolist() == want
+
+
+def test_rotary_products_depend_on_the_distance_alone(rng, assert_close):
+    query, key = (jnp.asarray(rng.normal(size=(1, 5, 2, 8)), jnp.float32) for _ in range(2))
+    place = jnp.arange(5)[None]
+
+    def products(shift):
+        turned = rotate(query, place + shift), rotate(key, place + shift)
+        return jnp.einsum("btnh,bsnh->bnts", *turned)
+
+    assert_close("shifted", products(13), products(0), kind="identity")
+    assert np.abs(products(0) - jnp.einsum("btnh,bsnh->bnts", query, key)).max() > 0.1
+
+
+def test_rotation_is_by_the_published_angles():
+    turned = rotate(jnp.eye(4)[None, None, :2], jnp.array([[3]]))[0, 0]
+    want = [
+        [np.cos(3), 0, np.sin(3), 0],
+        [0, np.cos(3 / 100), 0, np.sin(3 / 100)],
+    ]
+    np.testing.assert_allclose(turned, want, atol=1e-6)
+
+
+def test_linear_biases_have_the_published_slopes():
+    bias = alibi_bias(8, jnp.array([[4, 5, 7]]))
+    np.testing.assert_array_equal(bias[0, :, 2, 0], -3.0 * 0.5 ** np.arange(1, 9))
+    np.testing.assert_array_equal(bias[0, 0], bias[0, 0].T)

@@ -1,0 +1,258 @@
+"""The language model as a whole: causality, packing, padding, positions, gradients, sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from race_jax.models import ModelConfig, Transformer, TransformerLM, parameter_count
+from race_jax.models.transformer import Block
+from race_jax.nnx import HashPlanes
+from tests.models.small import CONFIGS, SIZES, VOCAB, build, compiled
+
+DTYPES = {name: changes.get("dtype", "float32") for name, changes in CONFIGS.items()}
+
+
+@pytest.fixture
+def documents(rng):
+    """Two documents of 5 and 7 tokens."""
+    return rng.integers(0, VOCAB, 5), rng.integers(0, VOCAB, 7)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_padded_and_plain_documents_give_the_same_logits(documents, assert_close, name):
+    first, second = documents
+    junk = np.full(7, 3)
+    interior = np.array([0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 0], bool)
+    spread = np.full(12, 8)
+    spread[interior] = second
+    tokens = np.stack([[*first, *second], [*junk, *first], [*second, *junk[:5]], spread])
+    slot = np.arange(12)
+    mask = np.stack([slot >= 0, slot >= 7, slot < 7, interior])
+    segments = np.where(slot < 5, 2, 6) * np.array([[1], [0], [0], [0]])
+    run = compiled(name).logits
+    logits = run(tokens, key_value_mask=mask, segment_ids=segments)
+    plain = run(np.tile(second, (7, 1)))  # the shape of the test below: one program for both
+    assert plain.dtype == jnp.float32
+    assert plain.shape == (7, 7, VOCAB)
+
+    def check(label, got, want):
+        assert_close(label, got, want, kind="identity", dtype=DTYPES[name])
+
+    check("left padding", logits[1, 7:], logits[0, :5])
+    check("second packed document", logits[0, 5:], plain[0])
+    check("right padding", logits[2, :7], plain[0])
+    check("interior padding", logits[3, interior], plain[0])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_future_does_not_change_the_past(documents, assert_close, name):
+    tokens = np.tile(documents[1], (7, 1))
+    changed = tokens.copy()
+    changed[np.arange(7), np.arange(7)] = (tokens[0] + 1) % VOCAB  # row t differs at token t
+    run = compiled(name).logits
+    logits, others = run(tokens), run(changed)
+    past = np.tri(7, k=-1, dtype=bool)
+    assert_close("past", others[past], logits[past], kind="identity", dtype=DTYPES[name])
+    now = np.abs(others - logits)[np.arange(7), np.arange(7)]
+    assert now.max(axis=-1).min() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "shift_matters", "stretch_matters"),
+    [
+        ("race", False, False),
+        ("race with everything", True, True),
+        ("softmax", False, False),
+        ("softmax learned", True, True),
+        ("softmax rope", False, True),
+        ("softmax alibi", False, True),
+    ],
+)
+def test_what_positions_mean(documents, assert_close, name, shift_matters, stretch_matters):
+    tokens, run = np.tile(documents[1], (7, 1)), compiled(name).logits
+    place = np.tile(np.arange(7), (7, 1))
+    logits = run(tokens, positions=place)
+    assert_close("by default", run(tokens), logits, kind="identity")
+
+    def changes(positions):
+        return np.abs(run(tokens, positions=positions) - logits).max() > 1e-3
+
+    assert changes(place + 3) == shift_matters
+    assert changes(place * 2) == stretch_matters
+
+
+@pytest.mark.parametrize("name", ["race", "race with everything"])
+def test_a_sequence_may_be_split_anywhere(rng, assert_close, name):
+    tokens = rng.integers(0, VOCAB, (3, 12))
+    mask = rng.random((3, 12)) < 0.8
+    mask[1] = True
+    segments = np.sort(rng.integers(0, 3, (3, 12)))
+    model, run = compiled(name)
+    whole, end = run(tokens, key_value_mask=mask, segment_ids=segments, state=model.init_state(3))
+    parts, state = [], model.init_state(3)
+    for piece in (slice(0, 1), slice(1, 2), slice(2, 7), slice(7, 12)):
+        logits, state = run(
+            tokens[:, piece],
+            key_value_mask=mask[:, piece],
+            segment_ids=segments[:, piece],
+            state=state,
+        )
+        parts.append(logits)
+    got = np.concatenate(parts, axis=1)
+    assert_close("logits", got[mask], np.asarray(whole)[mask], kind="identity")
+    assert_close("state", state, end, kind="identity")
+
+
+def test_a_block_may_be_recomputed_in_the_backward_pass(rng, assert_close):
+    tokens = jnp.asarray(rng.integers(0, VOCAB, (2, 6)))
+
+    def loss_and_gradients(remat):
+        model = build(remat=remat, dropout_rate=0.3)
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+        @jax.jit
+        def run(params, key):
+            def loss(params):
+                hidden = nnx.merge(graph, params, rest).hidden(
+                    tokens, deterministic=False, rngs=nnx.Rngs(dropout=key)
+                )
+                return (hidden**3).mean()
+
+            return jax.value_and_grad(loss)(params)
+
+        return run(params, jax.random.key(5)), run(params, jax.random.key(6))
+
+    (first, other), (again, _) = loss_and_gradients(remat=False), loss_and_gradients(remat=True)
+    assert_close("loss and gradients", again, first, kind="gradients")
+    assert abs(first[0] - other[0]) > 1e-4  # another seed drops other entries
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(first[1]["trunk"]["norm"]))
+
+
+def test_the_tied_embedding_gets_the_gradients_of_both_its_uses(assert_close):
+    tokens = jnp.asarray([[1, 2, 3, 1]])
+    graph, params = nnx.split(build(attention="softmax"))
+
+    def model(table):
+        def place(path, leaf):
+            return table if "embedding" in jax.tree_util.keystr(path) else leaf
+
+        return nnx.merge(graph, jax.tree_util.tree_map_with_path(place, params))
+
+    def loss(read, written):
+        logits = model(written).logits(model(read).hidden(tokens))
+        return jax.nn.logsumexp(logits, axis=-1).sum()
+
+    @jax.jit
+    def gradients(table):
+        both = jax.grad(lambda table: loss(table, table))(table)
+        return both, *jax.grad(loss, argnums=(0, 1))(table, table)
+
+    both, read, written = gradients(params["trunk"]["embedding"]["tokens"][...])
+    assert_close("sum", both, read + written, kind="gradients")
+    assert np.flatnonzero(np.abs(read).max(axis=1)).tolist() == [1, 2, 3]
+    assert (np.abs(written).max(axis=1) > 0).all()
+
+
+def test_bfloat16_is_close_to_float32(documents, assert_close):
+    tokens = np.tile(documents[1], (7, 1))
+    half = compiled("race bfloat16")
+    hidden = nnx.eval_shape(lambda: half.model.hidden(jnp.asarray(tokens)))
+    assert hidden.dtype == jnp.bfloat16
+    parameters = nnx.state(half.model, nnx.Param)
+    assert {leaf.dtype for leaf in jax.tree.leaves(parameters)} == {jnp.dtype("float32")}
+    got, want = half.logits(tokens), compiled("race").logits(tokens)
+    assert_close("logits", got, want, kind="outputs", dtype="bfloat16")
+
+
+def test_parameters_are_counted_and_fixed_planes_are_not():
+    width, heads, hidden = 16, 4, 64
+    attention = 4 * (width * width + width)  # query, key, value, out
+    gate = width * heads + heads
+    block = attention + gate + heads + (width * hidden + hidden) + (hidden * width + width)
+    norms = (2 * 2 + 1) * 2 * width
+    want = VOCAB * width + 2 * block + norms
+    model = build(num_layers=2)
+    assert parameter_count(model) == want
+    assert parameter_count(build(num_layers=2, learn_planes=True)) == want + 2 * (2 * 2 * 4)
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, HashPlanes))) == 2 * 2 * 2 * 4
+
+
+def test_branches_start_smaller_than_what_they_read():
+    @jax.jit
+    def kernels():
+        config = ModelConfig(**SIZES | {"width": 64, "num_layers": 8})
+        block = Block(config, is_causal=True, rngs=nnx.Rngs(0))
+        layers = block.attention.value, block.mlp.up, block.attention.out, block.mlp.down
+        return [layer.kernel[...] for layer in layers]
+
+    # fan-in**-0.5, and sqrt(2 * 8) less for the two that add to the residual stream
+    want = np.array([1 / 8, 1 / 8, 1 / 8 / 4, 1 / 16 / 4])
+    np.testing.assert_allclose([np.std(kernel) for kernel in kernels()], want, rtol=0.05)
+
+
+def test_an_encoder_sees_the_future():
+    @jax.jit
+    def hidden(tokens):
+        config = ModelConfig(**SIZES | {"forget_gate": None, "num_layers": 1})
+        return Transformer(config, VOCAB, is_causal=False, rngs=nnx.Rngs(0))(tokens)
+
+    change = np.abs(np.diff(hidden(jnp.array([[1, 2, 3], [1, 2, 4]])), axis=0))
+    assert change[0, 0].max() > 1e-4
+
+
+def test_an_encoder_refuses_what_has_a_direction():
+    def encoder(**changes):
+        config = ModelConfig(**SIZES | changes)
+        return Transformer(config, VOCAB, is_causal=False, rngs=nnx.Rngs(0))
+
+    with pytest.raises(ValueError, match="forget_gate='data' needs a causal model"):
+        encoder()
+    ungated = nnx.eval_shape(lambda: encoder(forget_gate=None))
+    with pytest.raises(NotImplementedError, match="only causal RACE models carry a state"):
+        ungated.init_state(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "options", "kind", "words"),
+    [
+        ("race", [1, 2], {}, ValueError, "tokens must have shape"),
+        ("race", [[1.0, 2.0]], {}, TypeError, "tokens must be integers"),
+        ("race", [[1, 2]], {"segment_ids": [[0]]}, ValueError, "segment_ids must have the shape"),
+        ("race", [[1, 2]], {"positions": [[0]]}, ValueError, "positions must have the shape"),
+        ("race", [[1, 2]], {"key_value_mask": [[True]]}, ValueError, "key_value_mask must have"),
+        ("softmax learned", [[1] * 17], {}, ValueError, "position 16 is beyond"),
+    ],
+)
+def test_bad_calls_are_refused_in_words(name, tokens, options, kind, words):
+    options = {option: jnp.asarray(value) for option, value in options.items()}
+    with pytest.raises(kind, match=words):
+        compiled(name).model(jnp.asarray(tokens), **options)
+
+
+def test_states_that_do_not_fit_are_refused():
+    race, softmax = (compiled(name).model for name in ("race", "softmax"))
+    tokens = jnp.array([[1, 2]])
+    with pytest.raises(NotImplementedError, match="a softmax model reads the whole sequence"):
+        softmax.init_state(1)
+    with pytest.raises(NotImplementedError, match="a softmax model reads the whole sequence"):
+        softmax(tokens, state=race.init_state(1))
+    with pytest.raises(ValueError, match="state is for a batch of 3"):
+        race(tokens, state=race.init_state(3))
+
+
+def test_dropout_asks_for_random_numbers():
+    model = build(attention="softmax", dropout_rate=0.1)
+    with pytest.raises(ValueError, match=r"pass rngs=nnx.Rngs\(dropout=seed\)"):
+        model(jnp.array([[1, 2]]), deterministic=False)
+
+
+def test_a_token_outside_the_vocabulary_is_not_a_number():
+    logits = compiled("softmax").logits(np.array([[1, VOCAB]]))
+    assert np.isnan(logits[0, 1]).all()
+
+
+def test_an_empty_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="vocab_size=0 must be at least 1"):
+        TransformerLM(ModelConfig(**SIZES), 0, rngs=nnx.Rngs(0))

@@ -1,0 +1,212 @@
+"""The XLA path against the float64 oracle: outputs, returned state and every gradient by name."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import race_jax
+from race_jax import reference
+from tests.problems import evaluate, make_problem, oracle, outputs
+
+EVERYTHING = {
+    "batch": 4,
+    "heads": 4,
+    "kv_heads": 2,
+    "padding": True,
+    "state": True,
+    "planes_per_head": True,
+}
+CAUSAL = {"is_causal": True, "gate": 0.2, "segments": 3} | EVERYTHING
+
+# A covering set: lengths on and off every chunk size, head dims, odd and even table shapes, each
+# argument alone and all of them together.
+GRID = {
+    "one token": {"is_causal": True, "queries": 1, "batch": 1, "heads": 1, "num_planes": 1},
+    "7, P=10": {"is_causal": True, "queries": 7, "tables": 1, "num_planes": 10, "heads": 3},
+    "63, H=24, V=33": {"is_causal": True, "queries": 63, "head_dim": 24, "value_dim": 33},
+    "64, H=64": {"is_causal": True, "queries": 64, "head_dim": 64, "gate": 0.1},
+    "65, H=128, L=5": {"is_causal": True, "queries": 65, "head_dim": 128, "tables": 5},
+    "1000, gate": {"is_causal": True, "queries": 1000, "num_planes": 3, "gate": 0.05},
+    "1000, all": {"queries": 1000, "num_planes": 3} | CAUSAL,
+    "130, all, bucket": {"queries": 130, "normalization": "bucket"} | CAUSAL,
+    # A chunk's total decay stays above about -100, as the tolerances ask for.
+    "65, strong gate, unit planes": {"is_causal": True, "queries": 65, "gate": 1.4, "scale": 1.0},
+    "70, beta 8, unit planes": {"is_causal": True, "queries": 70, "sharpness": 8.0, "scale": 1.0},
+    "bidirectional, T=65, S=7": {"queries": 65, "keys": 7, "head_dim": 24, "value_dim": 16},
+    "bidirectional, T=7, S=1000, all": {"queries": 7, "keys": 1000, "num_planes": 3} | EVERYTHING,
+    "bidirectional, one token": {"queries": 1, "batch": 1, "heads": 1},
+    "bidirectional, bucket": {"queries": 65, "normalization": "bucket"} | EVERYTHING,
+    "packed, 130": {"queries": 130, "padding": True, "segments": 4, "batch": 4},
+    "packed, bucket": {
+        "queries": 70,
+        "padding": True,
+        "segments": 3,
+        "batch": 4,
+        "normalization": "bucket",
+    },
+}
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_outputs_and_gradients_match_the_oracle(name, assert_close):
+    problem = make_problem(**GRID[name])
+    want, want_gradients = oracle(problem)
+    got, gradients = evaluate(problem)
+    assert_close("", got, want, kind="outputs")
+    assert_close("", gradients, want_gradients, kind="gradients")
+
+
+@pytest.mark.parametrize("name", ["65, H=128, L=5", "130, all, bucket", "packed, 130"])
+def test_bfloat16_matches_the_oracle_on_rounded_inputs(name, assert_close):
+    problem = make_problem(**GRID[name]).astype(jnp.bfloat16)
+    want, want_gradients = oracle(problem)
+    got, gradients = evaluate(problem)
+    assert got["out"].dtype == gradients["d_query"].dtype == jnp.bfloat16
+    assert all(x.dtype.itemsize == 4 for name, x in got.items() if "state" in name)
+    assert_close("", got, want, kind="outputs", dtype=jnp.bfloat16)
+    assert_close("", gradients, want_gradients, kind="gradients", dtype=jnp.bfloat16)
+
+
+def test_float64_is_computed_in_float64(assert_close):
+    problem = make_problem(queries=70, is_causal=True, gate=0.2, segments=3)
+    problem = problem.astype(np.float64, (*problem.arrays, *problem.cotangents))
+    want, want_gradients = oracle(problem)
+    with jax.enable_x64(True):
+        got, gradients = evaluate(problem)
+    assert_close("out", got["out"], want["out"], kind="outputs", dtype="float64")
+    assert_close("", gradients, want_gradients, kind="gradients", dtype="float64")
+
+
+def test_many_blocks_match_the_token_by_token_oracle(assert_close):
+    """Long enough that blocks, and not only chunks, are combined."""
+    problem = make_problem(
+        queries=9001, batch=1, heads=1, value_dim=3, is_causal=True, gate=0.01, segments=3
+    )
+    want, want_gradients = oracle(problem, reference.token_by_token)
+    got, gradients = evaluate(problem)
+    assert_close("", got, want, kind="outputs")
+    assert_close("", gradients, want_gradients, kind="gradients")
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_projections_are_the_same_op(is_causal, assert_close):
+    """race_attention_from_projections(hash_projections(q), ...) is race_attention(q, ...)."""
+    problem = make_problem(
+        queries=65, heads=4, kv_heads=2, state=True, padding=True, is_causal=is_causal
+    )
+
+    def from_projections(query, key, value, planes, **options):
+        z_q, z_k = (race_jax.hash_projections(x, planes) for x in (query, key))
+        return race_jax.race_attention_from_projections(z_q, z_k, value, **options)
+
+    assert_close("", outputs(problem, from_projections), outputs(problem), kind="identity")
+
+
+def test_output_dtype_is_the_values_dtype():
+    x = jnp.ones((1, 3, 1, 4))
+    planes = jnp.ones((1, 2, 4))
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        out, state = jax.eval_shape(
+            functools.partial(race_jax.race_attention, return_state=True),
+            x,
+            x,
+            x.astype(dtype),
+            planes,
+        )
+        assert out.dtype == dtype
+        assert state.numerator.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_query_head_n_uses_key_value_head_n_over_group(is_causal, assert_close):
+    grouped = make_problem(queries=20, heads=6, kv_heads=2, is_causal=is_causal)
+    repeated = grouped.replace(
+        key=np.repeat(grouped.arrays["key"], 3, axis=2),
+        value=np.repeat(grouped.arrays["value"], 3, axis=2),
+        sharpness=np.repeat(grouped.arrays["sharpness"], 3),
+    )
+    got, want = outputs(grouped)["out"], outputs(repeated)["out"]
+    assert_close("out", got, want, kind="identity")
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_output_is_a_convex_average_of_visible_values(is_causal, assert_close):
+    problem = make_problem(queries=70, is_causal=is_causal, value_dim=3)
+    value = problem.arrays["value"]
+    out = outputs(problem)["out"]
+    if is_causal:
+        low, high = np.minimum.accumulate(value, 1), np.maximum.accumulate(value, 1)
+    else:
+        low, high = value.min(1, keepdims=True), value.max(1, keepdims=True)
+    slack = 1e-6 * np.abs(value).max()
+    assert np.all(out >= low - slack)
+    assert np.all(out <= high + slack)
+    ones = outputs(problem.replace(value=np.ones_like(value)))["out"]
+    assert_close("out of v = 1", ones, np.ones_like(ones), kind="identity")
+
+
+def test_value_one_gives_one_in_bfloat16():
+    """The denominator is summed from the very features that the numerator is."""
+    problem = make_problem(queries=130, is_causal=True, gate=0.1).astype(jnp.bfloat16)
+    ones = problem.replace(value=np.ones_like(problem.arrays["value"]))
+    assert np.all(outputs(ones)["out"].astype(np.float32) == 1)
+
+
+def test_keys_have_no_order_without_causality(rng, assert_close):
+    problem = make_problem(queries=65, keys=70, padding=True, batch=4)
+    order = rng.permutation(70)
+    shuffled = problem.replace(
+        key=problem.arrays["key"][:, order],
+        value=problem.arrays["value"][:, order],
+        key_value_mask=problem.masks["key_value_mask"][:, order],
+    )
+    assert_close("", outputs(shuffled), outputs(problem), kind="identity")
+
+
+def test_permuting_tokens_permutes_outputs_without_causality(rng, assert_close):
+    problem = make_problem(queries=65)
+    order = rng.permutation(65)
+    tokens = {name: problem.arrays[name][:, order] for name in ("query", "key", "value")}
+    got, want = outputs(problem.replace(**tokens))["out"], outputs(problem)["out"][:, order]
+    assert_close("out", got, want, kind="identity")
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_second_run_is_bit_identical(is_causal, assert_close):
+    options = {"gate": 0.1, "segments": 3} if is_causal else {"padding": True}
+    problem = make_problem(queries=1000, batch=3, is_causal=is_causal, state=is_causal, **options)
+
+    assert_close("", evaluate(problem), evaluate(problem), kind="rerun")
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_no_tokens(is_causal, assert_close):
+    """T = 0 gives no outputs, and leaves a causal state as it was."""
+    problem = make_problem(queries=0, state=True, is_causal=is_causal)
+    got = outputs(problem)
+    assert got["out"].shape == (2, 0, 2, 5)
+    names = ["state.numerator", "state.mass"] + ["state.log_decay"] * is_causal
+    for name in names:
+        assert_close(name, got[name], problem.arrays[name], kind="rerun")
+    assert_close("segment", got["state.segment"], problem.state_segment, kind="rerun")
+
+
+@pytest.mark.parametrize("state", [True, False])
+def test_no_keys(state, assert_close):
+    """S = 0 reads the initial state, or gives zeros."""
+    problem = make_problem(queries=5, keys=0, state=state)
+    (want, want_gradients), (got, gradients) = oracle(problem), evaluate(problem)
+    assert_close("", got, want, kind="outputs")
+    assert_close("", gradients, want_gradients, kind="gradients")
+    assert state or not np.any(got["out"])
+
+
+def test_scalar_sharpness_is_every_heads(assert_close):
+    problem = make_problem(queries=9, heads=2, kv_heads=2, is_causal=True)
+    got, want = (
+        outputs(problem.replace(sharpness=s)) for s in (np.float32(3), np.full(2, 3, np.float32))
+    )
+    assert_close("", got, want, kind="rerun")

@@ -1,0 +1,75 @@
+"""What is compiled: program text does not grow with the length, memory no faster than the inputs.
+
+Nothing here runs at the lengths named: programs are lowered, or compiled, from shapes alone.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import race_jax
+
+HEADS, KV_HEADS, HEAD_DIM = 2, 1, 64
+
+
+def shapes(length):
+    """Arguments at that length, and the bytes of its tokens' arrays."""
+    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    tokens = (
+        float32((1, length, HEADS, HEAD_DIM)),
+        float32((1, length, KV_HEADS, HEAD_DIM)),
+        float32((1, length, KV_HEADS, HEAD_DIM)),
+    )
+    masks = {
+        "key_value_mask": jax.ShapeDtypeStruct((1, length), jnp.bool_),
+        "segment_ids": jax.ShapeDtypeStruct((1, length), jnp.int32),
+    }
+    return (*tokens, float32((3, 3, HEAD_DIM))), masks, sum(4 * x.size for x in tokens)
+
+
+def forward(is_causal):
+    return functools.partial(race_jax.race_attention, is_causal=is_causal, implementation="xla")
+
+
+def forward_and_backward(is_causal):
+    def total(arrays, masks):
+        return jnp.sum(forward(is_causal)(*arrays, **masks) ** 2)
+
+    return lambda *arrays, **masks: jax.grad(total)(arrays, masks)
+
+
+PASSES = pytest.mark.parametrize("passes", [forward, forward_and_backward])
+CAUSALITY = pytest.mark.parametrize("is_causal", [True, False])
+
+
+@CAUSALITY
+def test_program_text_grows_with_the_log_of_the_length_only(is_causal):
+    def lines(length):
+        arrays, masks, _ = shapes(length)
+        lowered = jax.jit(forward_and_backward(is_causal)).lower(*arrays, **masks)
+        return len(lowered.as_text().splitlines())
+
+    short, middle, long = lines(2**12), lines(2**16), lines(2**20)
+    # Sixteen times the length is at most four more levels of a scan over blocks' sums, each of
+    # them a few dozen operations, whatever the length was.
+    assert middle - short <= 4 * 100
+    assert long - middle <= 4 * 100
+
+
+@PASSES
+@CAUSALITY
+def test_memory_grows_no_faster_than_the_inputs(passes, is_causal):
+    def temporary_bytes(length):
+        arrays, masks, _ = shapes(length)
+        compiled = jax.jit(passes(is_causal)).lower(*arrays, **masks).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = 2**14, 2**16
+    of_short, of_long = temporary_bytes(short), temporary_bytes(long)
+    inputs, all_pairs = shapes(long)[2], 4 * long**2
+    assert of_long <= 1.05 * (long / short) * of_short
+    assert of_long < all_pairs / 50
+    # Packed segments without causality take a second pass, backwards in time.
+    assert of_long < (2 if is_causal else 5) * inputs

@@ -1,0 +1,320 @@
+"""The form of the code: who imports whom, what must be documented, how long a thing may grow.
+
+Comes in: the sources as syntax trees. Goes out: complaints, one line each, and none is expected.
+Every checker is first tried on something bad.
+"""
+
+import ast
+import importlib
+import inspect
+import pathlib
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+OURS = ("race_jax", "pallas_kernels", "configs", "scripts")
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+# The data flow: a part of race_jax may import what stands on its right, and whatever that may.
+# Nothing imports reference (for tests and docs) or linen (for users, by name).
+SOURCES = {
+    "shapes": "",
+    "hashing": "shapes",
+    "masking": "shapes",
+    "state": "shapes masking",
+    "aggregate": "hashing masking state",
+    "dispatch": "aggregate",
+    "checks": "hashing masking state",
+    "attention": "dispatch checks",
+    "attention_fn": "attention",
+    "sequence": "attention",
+    "streaming": "state",
+    "gates": "shapes",
+    "short_conv": "shapes masking",
+    "layer_settings": "gates short_conv dispatch",
+    "layer": "sequence layer_settings attention_fn",
+    "nnx": "layer",
+    "linen": "layer",
+    "baselines": "shapes masking",
+    "models": "nnx baselines",
+    "train": "models streaming",
+    "reference": "shapes",
+}
+CORE_LIBRARIES = {"jax", "numpy", "jaxtyping"}
+LIBRARIES = {
+    "pallas_kernels": {"jax", "numpy"},
+    "configs": set(),
+    "nnx": CORE_LIBRARIES | {"flax"},
+    "linen": CORE_LIBRARIES | {"flax"},
+    "models": CORE_LIBRARIES | {"flax"},
+}
+ANY_LIBRARY = {"train", "scripts"}
+
+
+def left_of(part: str) -> set[str]:
+    """All parts that `part` may import, itself included."""
+    return {part}.union(*(left_of(source) for source in SOURCES[part].split()))
+
+
+def modules() -> list[str]:
+    files = (file for folder in OURS for file in sorted((ROOT / folder).rglob("*.py")))
+    return [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
+
+
+def path_of(module: str) -> pathlib.Path:
+    return ROOT.joinpath(*module.split(".")).with_suffix(".py")
+
+
+def part_of(name: str) -> str:
+    """`race_jax.models.config.ModelConfig` -> `models`; a name of the root -> `race_jax`."""
+    top, *rest = name.split(".")
+    return rest[0] if top == "race_jax" and rest and rest[0] in SOURCES else top
+
+
+def absolute(name: str, level: int, package: list[str]) -> str:
+    """The full name of an import with `level` leading dots in a module of `package`."""
+    above = package[: len(package) - level + 1] if level else []
+    return ".".join([*above, name]).rstrip(".")
+
+
+def imported_names(node: ast.AST, package: list[str]) -> list[str]:
+    """The dotted names that one node imports; `package` is where relative imports start."""
+    match node:
+        case ast.Import(names=names):
+            return [alias.name for alias in names]
+        case ast.ImportFrom(module=module, names=names, level=level):
+            return [f"{absolute(module or '', level, package)}.{alias.name}" for alias in names]
+        case ast.Call(
+            func=ast.Attribute(attr="import_module") | ast.Name(id="import_module" | "__import__"),
+            args=[ast.Constant(value=str(name)), *_],
+        ):
+            stripped = name.lstrip(".")
+            return [absolute(stripped, len(name) - len(stripped), package)]
+    return []
+
+
+def imports(tree: ast.AST, package: list[str], lazy: bool = False) -> Iterator[tuple[str, bool]]:
+    """Every import below `tree`, with whether it waits inside a function."""
+    for node in ast.iter_child_nodes(tree):
+        yield from ((name, lazy) for name in imported_names(node, package))
+        inside = isinstance(node, (*FUNCTIONS, ast.Lambda))
+        yield from imports(node, package, lazy or inside)
+
+
+def library_complaint(importer: str, library: str) -> str | None:
+    part = part_of(importer)
+    allowed = LIBRARIES.get(part, CORE_LIBRARIES)
+    if library in sys.stdlib_module_names or part in ANY_LIBRARY or library in allowed:
+        return None
+    return f"{importer} imports {library}; it may import {', '.join(sorted(allowed)) or 'nothing'}"
+
+
+def direction_complaint(importer: str, name: str, lazy: bool) -> str | None:
+    """Says what is wrong when module `importer` imports `name`; None where nothing is."""
+    top = name.split(".")[0]
+    source, target = part_of(importer), part_of(name)
+    if top not in OURS:
+        return library_complaint(importer, top)
+    if source == "pallas_kernels":
+        allowed = target == "pallas_kernels"
+    elif target == "pallas_kernels":
+        allowed = source == "dispatch" and lazy
+    elif source == "configs":
+        allowed = name.startswith("race_jax.train.config.")
+    elif source == "scripts":
+        allowed = target != "reference"
+    elif source == "race_jax":
+        allowed = target not in {"reference", "models", "train", "configs", "scripts"}
+    else:
+        allowed = target in left_of(source)
+    return None if allowed else f"{importer} imports {name}{' (lazily)' * lazy}"
+
+
+def direction_complaints(importer: str, source: str, is_package: bool = False) -> list[str]:
+    package = importer.split(".") if is_package else importer.split(".")[:-1]
+    found = imports(ast.parse(source), package)
+    return [text for name, lazy in found if (text := direction_complaint(importer, name, lazy))]
+
+
+def module_name(module: str) -> tuple[str, bool]:
+    return module.removesuffix(".__init__"), module.endswith(".__init__")
+
+
+def code_lines(function: ast.AST) -> int:
+    """Lines of a function's body, docstrings left out."""
+    docstrings = (
+        node.body[0]
+        for node in ast.walk(function)
+        if isinstance(node, FUNCTIONS) and ast.get_docstring(node)
+    )
+    documented = sum(text.end_lineno - text.lineno + 1 for text in docstrings)
+    return function.end_lineno - function.body[0].lineno + 1 - documented
+
+
+def length_complaints(label: str, source: str) -> list[str]:
+    lines = source.count("\n")
+    found = [f"{label} has {lines} lines; {MAX_FILE_LINES} are allowed"] * (lines > MAX_FILE_LINES)
+    functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, FUNCTIONS))
+    return found + [
+        f"{label}: {node.name} has {code_lines(node)} lines; {MAX_FUNCTION_LINES} are allowed"
+        for node in functions
+        if code_lines(node) > MAX_FUNCTION_LINES
+    ]
+
+
+def own_methods(kind: type) -> dict[str, object]:
+    """The public methods and properties that a class defines itself."""
+    members = {
+        name: member.__func__ if isinstance(member, classmethod | staticmethod) else member
+        for name, member in vars(kind).items()
+        if not name.startswith("_")
+    }
+    return {
+        name: member
+        for name, member in members.items()
+        if isinstance(member, property)
+        or (inspect.isfunction(member) and member.__qualname__.startswith(kind.__qualname__))
+    }
+
+
+def docstring_complaints(name: str, value: object) -> list[str]:
+    """A public function or class needs a docstring with a doctest, and its methods a docstring."""
+    text = value.__doc__ or ""
+    found = [f"{name} has no docstring"] * (not text)
+    found += [f"{name} has no doctest"] * (">>>" not in text)
+    methods = own_methods(value) if inspect.isclass(value) else {}
+    return found + [
+        f"{name}.{method} has no docstring"
+        for method, member in methods.items()
+        if not member.__doc__
+    ]
+
+
+@pytest.mark.parametrize(
+    ("importer", "line"),
+    [
+        ("race_jax.hashing", "from race_jax import attention"),
+        ("race_jax.hashing", "from race_jax import race_attention"),
+        ("race_jax.hashing", "from . import state"),
+        ("race_jax.attention", "def f():\n  from race_jax.reference import all_pairs"),
+        ("race_jax.attention", "import flax"),
+        ("race_jax.layer", "import race_jax.nnx"),
+        ("race_jax.models.heads", "from race_jax.train import losses"),
+        ("race_jax.models.heads", "from ..linen import RACEAttention"),
+        ("race_jax.models.heads", "import optax"),
+        ("race_jax.attention", "def f():\n  import pallas_kernels"),
+        ("race_jax.dispatch", "import pallas_kernels"),
+        ("race_jax.layer", "import importlib; importlib.import_module('race_jax.models')"),
+        ("pallas_kernels.causal", "from race_jax import shapes"),
+        ("pallas_kernels.causal", "import jaxtyping"),
+        ("configs.lm_default", "from race_jax.train import loop"),
+        ("configs.lm_default", "import jax"),
+        ("scripts.train_lm", "import race_jax.reference"),
+    ],
+)
+def test_a_forbidden_import_is_found(importer, line):
+    assert len(direction_complaints(importer, line)) == 1
+
+
+@pytest.mark.parametrize(
+    ("importer", "line"),
+    [
+        ("race_jax.attention", "import math, jax\nfrom race_jax import dispatch, hashing"),
+        ("race_jax.dispatch", "def f():\n  import pallas_kernels"),
+        ("race_jax.models.heads", "from race_jax.models.layers import MLP\nfrom flax import nnx"),
+        ("race_jax.train.loop", "import optax\nfrom race_jax.models import TransformerLM"),
+        ("pallas_kernels.causal", "from pallas_kernels import features\nimport numpy"),
+        ("configs.lm_default", "import dataclasses\nfrom race_jax.train.config import Config"),
+    ],
+)
+def test_a_lawful_import_passes(importer, line):
+    assert direction_complaints(importer, line) == []
+
+
+def test_imports_follow_the_data_flow():
+    complaints = []
+    for module in modules():
+        name, is_package = module_name(module)
+        complaints += direction_complaints(name, path_of(module).read_text("utf-8"), is_package)
+    assert not complaints, "\n".join(complaints)
+
+
+def test_every_part_of_the_library_has_its_place_in_the_table():
+    parts = {
+        entry.stem for entry in (ROOT / "race_jax").iterdir() if not entry.stem.startswith("_")
+    }
+    assert parts <= set(SOURCES)
+
+
+def test_an_oversized_function_or_file_is_found():
+    long_function = "def f():\n" + "    x = 1\n" * (MAX_FUNCTION_LINES + 1)
+    assert len(length_complaints("m", long_function)) == 1
+    assert len(length_complaints("m", "x = 1\n" * (MAX_FILE_LINES + 1))) == 1
+    documented = 'def f():\n    """' + "words\n" * MAX_FUNCTION_LINES + '"""\n    return 1\n'
+    assert length_complaints("m", documented) == []
+
+
+def test_files_and_functions_stay_short():
+    files = [path_of(module) for module in modules()] + sorted((ROOT / "tests").rglob("*.py"))
+    complaints = [
+        text
+        for file in files
+        for text in length_complaints(str(file.relative_to(ROOT)), file.read_text("utf-8"))
+    ]
+    assert not complaints, "\n".join(complaints)
+
+
+def test_a_missing_docstring_or_doctest_is_found():
+    class Undocumented:
+        def method(self): ...
+
+    assert len(docstring_complaints("Undocumented", Undocumented)) == 3
+
+
+def test_every_public_name_is_documented_with_a_doctest():
+    race_jax = importlib.import_module("race_jax")
+    public = {f"race_jax.{name}": getattr(race_jax, name) for name in race_jax.__all__}
+    public["race_jax.dispatch.explain"] = importlib.import_module("race_jax.dispatch").explain
+    public["race_jax.linen.RACEAttention"] = importlib.import_module("race_jax.linen").RACEAttention
+    complaints = [
+        text
+        for name, value in public.items()
+        if not (inspect.ismodule(value) or isinstance(value, str))
+        for text in docstring_complaints(name, value)
+    ]
+    assert not complaints, "\n".join(complaints)
+
+
+def test_the_version_stands_once():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert importlib.import_module("race_jax").__version__ == project["version"]
+
+
+def test_importing_the_library_does_no_work():
+    """Neither Flax, the kernels nor a device is touched before it is needed."""
+    program = (
+        "import sys, jax, race_jax\n"
+        "jax.config.update('jax_num_cpu_devices', 2)  # refused once a device has been used\n"
+        "race_jax.race_attention, race_jax.RACEState\n"
+        "print(sorted({'flax', 'optax', 'orbax', 'pallas_kernels'} & set(sys.modules)))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "[]\n", "")
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "configs").glob("[!_]*.py")), ids=lambda file: file.stem
+)
+def test_config_is_valid_and_tells_its_command(file):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.get_config().validate()
+    assert f"configs/{file.name}" in module.__doc__

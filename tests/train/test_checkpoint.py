@@ -1,0 +1,153 @@
+"""Checkpoints: whole, damaged, pruned, and used without the training code."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from race_jax.train.checkpoint import Checkpoints, checkpoint_folder, load_for_inference
+from race_jax.train.tokenizer import CharacterTokenizer
+from tests.train.small import VOCAB, small_config, small_parts
+
+ALPHABET = "".join(chr(ord("A") + i) for i in range(VOCAB))
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """Graph and state of the small run."""
+    _, _, graph, state, _ = small_parts(small_config())
+    return graph, state
+
+
+def at_step(state, step: int):
+    """The state with its step and parameters changed, so that steps can be told apart."""
+    params = jax.tree.map(lambda leaf: leaf + step, state.params)
+    return type(state)(params, state.fixed, state.opt_state, jnp.int32(step))
+
+
+def about(step: int) -> dict:
+    tokenizer = CharacterTokenizer(ALPHABET)
+    config = small_config().validate()
+    return {
+        "data": {"step": step},
+        "config": config.to_dict(),
+        "tokenizer": tokenizer.to_dict(),
+    }
+
+
+def saved(folder, state, steps, **options) -> Checkpoints:
+    checkpoints = Checkpoints(folder, **options)
+    for step in steps:
+        checkpoints.save(at_step(state, step), about(step))
+    return checkpoints
+
+
+def largest_file(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def test_what_is_saved_comes_back_and_the_oldest_go(tmp_path, parts, assert_close):
+    _, state = parts
+    checkpoints = saved(tmp_path, state, (1, 2, 3), keep=2)
+    assert checkpoints.steps() == [2, 3]
+    restored = checkpoints.restore(state)
+    checkpoints.close()
+    assert_close("state", restored.state, at_step(state, 3), kind="rerun")
+    assert restored.about == about(3)
+
+
+def test_nothing_to_restore_is_none(tmp_path, parts):
+    checkpoints = Checkpoints(tmp_path / "none")
+    assert checkpoints.restore(parts[1]) is None
+    checkpoints.close()
+
+
+def test_saving_a_step_again_changes_nothing(tmp_path, parts):
+    checkpoints = saved(tmp_path, parts[1], (4, 4))
+    assert checkpoints.steps() == [4]
+    checkpoints.close()
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, remove])
+@pytest.mark.parametrize("victim", ["largest", "digests.json"])
+def test_a_damaged_one_is_reported_and_the_one_before_is_used(
+    tmp_path, parts, assert_close, harm, victim
+):
+    _, state = parts
+    folder = tmp_path / "checkpoints"
+    saved(folder, state, (5, 6)).close()
+    damaged = folder / "6"
+    harm(largest_file(damaged) if victim == "largest" else damaged / victim)
+
+    heard = []
+    checkpoints = Checkpoints(folder, say=heard.append)
+    restored = checkpoints.restore(state)
+    assert_close("state", restored.state, at_step(state, 5), kind="rerun")
+    assert len(heard) == 1
+    assert heard[0].startswith("the checkpoint of step 6 is damaged (")
+    assert (tmp_path / "checkpoints-damaged" / "6-0").is_dir()
+
+    checkpoints.save(at_step(state, 6), about(6))
+    assert_close("again", checkpoints.restore(state).state, at_step(state, 6), kind="rerun")
+    checkpoints.close()
+
+
+def test_only_damaged_ones_are_an_error_not_a_fresh_start(tmp_path, parts):
+    _, state = parts
+    saved(tmp_path / "checkpoints", state, (7,)).close()
+    remove(largest_file(tmp_path / "checkpoints"))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", say=lambda text: None)
+    with pytest.raises(RuntimeError, match=r"no whole checkpoint in .*checkpoints"):
+        checkpoints.restore(state)
+    checkpoints.close()
+
+
+def test_a_failed_write_leaves_the_one_before(tmp_path, parts, monkeypatch, assert_close):
+    _, state = parts
+    checkpoints = saved(tmp_path, state, (1,))
+
+    def disk_full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("race_jax.train.checkpoint.write_text", disk_full)
+    with pytest.raises(RuntimeError, match=r"step 2 could not .* No space left .* \[1\]"):
+        checkpoints.save(at_step(state, 2), about(2))
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, say=lambda text: None)
+    assert_close("state", checkpoints.restore(state).state, at_step(state, 1), kind="rerun")
+    checkpoints.close()
+
+
+def test_inference_gets_model_tokenizer_and_config(tmp_path, parts, assert_close):
+    graph, state = parts
+    saved(checkpoint_folder(tmp_path), state, (1, 2)).close()
+    # Half of the newest is missing, as while a run is writing it: reading changes nothing.
+    remove(checkpoint_folder(tmp_path) / "2" / "digests.json")
+    model, tokenizer, config = load_for_inference(tmp_path)
+    assert (checkpoint_folder(tmp_path) / "2").is_dir()
+    assert tokenizer.decode(tokenizer.encode("CAB")) == "CAB"
+    assert config == small_config().validate()
+    expected = nnx.merge(graph, at_step(state, 1).params, state.fixed)
+    tokens = np.arange(12)[None]
+    assert_close("logits", model(tokens), expected(tokens), kind="rerun")
+
+
+def test_inference_from_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no checkpoints in .*; give the directory of a training"):
+        load_for_inference(tmp_path)

@@ -1,0 +1,147 @@
+"""The configuration: what it refuses and in which words, and that nothing is lost on the way."""
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+
+from race_jax.train.config import Config
+from race_jax.train.flags import parse_config
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
+DEFAULT = str(CONFIGS / "lm_default.py")
+
+
+def set_field(config: Config, name: str, value: object) -> Config:
+    *sections, field = name.split(".")
+    record = config
+    for section in sections:
+        record = getattr(record, section)
+    setattr(record, field, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("optimizer.learning_rate", -1.0, r"config\.optimizer\.learning_rate must be > 0, got -1"),
+        ("optimizer.learning_rate", float("nan"), r"optimizer\.learning_rate must be finite"),
+        ("optimizer.learning_rate", "fast", r"optimizer\.learning_rate must be float, got 'fast'"),
+        ("optimizer.end_learning_rate", 1.0, r"end_learning_rate must not exceed learning_rate"),
+        ("optimizer.b2", 1.0, r"config\.optimizer\.b2 must lie in \[0, 1\), got 1\.0"),
+        ("optimizer.schedule", "step", r"config\.optimizer\.schedule must be one of cosine,"),
+        ("optimizer.accumulation_steps", 3, r"batch_size must be divisible by .* 3, got 32"),
+        ("optimizer.warmup_steps", 1000, r"warmup_steps must be < config\.run\.steps 1000"),
+        ("optimizer.clip_norm", 0, r"config\.optimizer\.clip_norm must be > 0, got 0"),
+        ("mesh.data", 3, r"config\.mesh\.data must divide the 32 sequences .*, got 3"),
+        ("run.steps", True, r"config\.run\.steps must be int, got True"),
+        ("run.steps", 0, r"config\.run\.steps must be >= 1, got 0"),
+        ("run.seed", 2**32, r"config\.run\.seed must be < 2\*\*32"),
+        ("run.keep_checkpoints", 1, r"config\.run\.keep_checkpoints must be >= 2"),
+        ("run.step", 5, r"config\.run\.step does not exist; did you mean steps\?"),
+        ("data.source", "files", r"config\.data\.train_files must name a file"),
+        ("data.source", "huggingface", r"config\.data\.dataset must be given"),
+        ("data.source", "web", r"config\.data\.source must be one of stdlib, files, hugg.*'web'"),
+        ("data.tokenizer", "bpe", r"config\.data\.tokenizer_file must name"),
+        ("data.train_files", 7, r"config\.data\.train_files must be a tuple of names .*got 7"),
+        ("data.valid_fraction", 1.0, r"config\.data\.valid_fraction must lie in \(0, 1\)"),
+        ("data.vocab_limit", 1, r"config\.data\.vocab_limit must be >= 2, got 1"),
+        ("model.num_layers", 0, r"config\.model\.num_layers=0 must be"),
+        ("model", 3, r"config\.model must be a ModelConfig, got 3"),
+        ("optimiser", 3, r"config\.optimiser does not exist; did you mean optimizer\?"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        set_field(Config(), field, value).validate()
+
+
+def test_windows_longer_than_learned_positions_are_refused():
+    config = set_field(Config(), "model.positions", "learned")
+    set_field(config, "data.sequence_length", 2048)
+    with pytest.raises(ValueError, match=r"sequence_length must not exceed .*max_length 1024"):
+        config.validate()
+
+
+def test_validation_copies_and_normalises():
+    config = Config()
+    config.data.source, config.data.train_files = "files", "one.txt, two.txt.xz,"
+    config.model.forget_gate = "none"
+    config.optimizer.clip_norm = 1
+    checked = config.validate()
+    assert checked.data.train_files == ("one.txt", "two.txt.xz")
+    assert checked.model.forget_gate is None
+    assert isinstance(checked.optimizer.clip_norm, float)
+    config.optimizer.learning_rate = 7.0
+    assert checked.optimizer.learning_rate == Config().optimizer.learning_rate
+
+
+def test_json_and_back():
+    config = Config()
+    config.data.source, config.data.train_files = "files", ("a", "b")
+    config.run.max_seconds = 3.5
+    checked = config.validate()
+    assert Config.from_dict(json.loads(json.dumps(checked.to_dict()))) == checked
+
+
+def test_a_record_with_an_unknown_field_is_refused():
+    with pytest.raises(ValueError, match=r"config\.run\.colour does not exist"):
+        Config.from_dict({"run": {"colour": "red"}})
+
+
+def test_every_field_is_documented():
+    for section in dataclasses.fields(Config):
+        documentation = section.type.__doc__ or ""
+        for field in dataclasses.fields(section.type):
+            assert field.name in documentation, f"{section.name}.{field.name}"
+
+
+def test_overrides_reach_the_record():
+    config = parse_config(
+        [
+            f"--config={DEFAULT}",
+            "--config.model.num_layers=2",
+            "--config.model.forget_gate=none",
+            "--config.model.num_kv_heads=none",
+            "--config.data.train_files=a.txt,b.txt",
+            "--config.run.max_seconds",
+            "60",
+        ]
+    )
+    assert config.model.num_layers == 2
+    assert config.model.forget_gate is None
+    assert config.data.train_files == ("a.txt", "b.txt")
+    assert config.run.max_seconds == 60.0
+    assert config.run.directory == "runs/lm_default"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], r"no configuration given; pass --config configs/NAME\.py"),
+        (["--config"], r"[Mm]issing value for flag --config"),
+        (["--config=nowhere.py"], r"a file that does not exist: nowhere\.py"),
+        (["--config=default.yaml"], r"must name a \.py file .*default\.yaml"),
+        ([f"--config={__file__}"], r"must have a get_config\(\)"),
+        ([f"--config={DEFAULT}", "--config.model.num_layer=2"], r"did you mean num_layers\?"),
+        ([f"--config={DEFAULT}", "--config.modle.width=2"], r"config\.modle .* did you mean model"),
+        ([f"--config={DEFAULT}", "--config.model=2"], r"config\.model is a section"),
+        ([f"--config={DEFAULT}", "--config.run.steps=2.5"], r"run\.steps must be int, got '2\.5'"),
+        ([f"--config={DEFAULT}", "--config.run.steps=none"], r"run\.steps must be int, got 'none'"),
+        ([f"--config={DEFAULT}", "--config.model.remat=yes"], r"remat must be bool, got 'yes'"),
+        ([f"--config={DEFAULT}", "--config.optimizer.b1=-1"], r"b1 must lie in \[0, 1\)"),
+        ([f"--config={DEFAULT}", "--colour=red"], r"Unknown command line flag 'colour'"),
+        ([f"--config={DEFAULT}", "red"], r"arguments not understood: red"),
+    ],
+)
+def test_a_bad_command_line_is_refused_in_one_sentence(words, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse_config(words)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
+def test_every_config_also_trains_softmax(file):
+    words = [f"--config={file}", "--config.model.attention=softmax"]
+    assert parse_config(words).model.attention == "softmax"

@@ -1,0 +1,93 @@
+"""A run's folder: one process, one configuration, enough space; files whole or absent."""
+
+import os
+
+import pytest
+
+from race_jax.train.files import check_space, claim, run_directory, write_whole
+from tests.train.small import small_config
+
+
+def test_a_second_process_is_refused(tmp_path):
+    with (
+        run_directory(tmp_path / "run"),
+        pytest.raises(ValueError, match=r"config\.run\.directory .* is in use by another process"),
+        run_directory(tmp_path / "run"),
+    ):
+        pass
+    with run_directory(tmp_path / "run") as directory:
+        assert directory.is_dir()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ValueError, match=r"config\.run\.directory .*file/run cannot be written"),
+        run_directory(tmp_path / "file" / "run"),
+    ):
+        pass
+
+
+def test_too_little_space_is_refused_before_training(tmp_path):
+    check_space(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"MB of disk left; .* need about 1000000000000 MB"):
+        check_space(tmp_path, 10**18)
+
+
+def start(path, *, digest="a", resuming=True, **changes):
+    config = small_config()
+    for name, value in changes.items():
+        section, field = name.split("__")
+        setattr(getattr(config, section), field, value)
+    claim(path, config.validate(), {"text_digest": digest}, resuming=resuming)
+
+
+def test_another_configuration_is_refused_by_name(tmp_path):
+    start(tmp_path, resuming=False)
+    start(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.model\.width was 16 and is now 32\. Give the"):
+        start(tmp_path, model__width=32)
+    with pytest.raises(ValueError, match=r"b1 was 0\.9 and is now 0\.8; .*seed was 0 and is now 1"):
+        start(tmp_path, optimizer__b1=0.8, run__seed=1)
+    with pytest.raises(ValueError, match=r"text_digest was a and is now b"):
+        start(tmp_path, digest="b")
+    start(tmp_path)
+
+
+def test_what_does_not_touch_the_result_may_change(tmp_path):
+    start(tmp_path, resuming=False)
+    start(
+        tmp_path,
+        mesh__data=2,
+        run__log_every=1,
+        run__checkpoint_every=7,
+        model__remat=True,
+        data__root="elsewhere",
+    )
+
+
+def test_only_a_run_at_a_constant_rate_may_be_extended(tmp_path):
+    start(tmp_path, resuming=False)
+    with pytest.raises(ValueError, match=r"config\.run\.steps was 40 and is now 50"):
+        start(tmp_path, run__steps=50)
+    start(tmp_path, resuming=False, optimizer__schedule="constant")
+    start(tmp_path, optimizer__schedule="constant", run__steps=50)
+
+
+def test_without_a_checkpoint_nothing_is_refused(tmp_path):
+    start(tmp_path, resuming=False)
+    start(tmp_path, resuming=False, model__width=32)
+    start(tmp_path, model__width=32)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    write_whole(path, lambda stream: stream.write(b"old"))
+
+    def fail(stream):
+        stream.write(b"half of the n")
+        raise OSError(28, os.strerror(28))
+
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, fail)
+    assert path.read_bytes() == b"old"

@@ -1,0 +1,148 @@
+"""The loop in one process: what it prints and leaves, how it stops, what it refuses."""
+
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from race_jax.train.checkpoint import checkpoint_folder
+from race_jax.train.config import Config
+from race_jax.train.loop import train
+from race_jax.train.metrics import read_records
+from race_jax.train.report import xz_bits_per_byte
+from tests.train.small import small_config
+
+SENTENCES = "the cat sat on the mat\nthe dog ate the cat food\na bird saw the dog and sang\n"
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    """A softmax run of a few steps on a little text: it compiles fastest."""
+    rng = np.random.default_rng(0)
+    lines = SENTENCES.splitlines(keepends=True)
+    text = "".join(lines[i] for i in rng.integers(0, len(lines), 400))
+    (tmp_path / "text.txt").write_text(text)
+    config = small_config()
+    config.model.attention = "softmax"
+    config.data.source = "files"
+    config.data.train_files = (str(tmp_path / "text.txt"),)
+    config.optimizer.learning_rate = 1e-2
+    config.run.directory = str(tmp_path / "run")
+    config.run.steps = 12
+    config.run.log_every = 5
+    config.run.checkpoint_every = 4
+    config.run.tensorboard = False
+    return config
+
+
+def steps_of(kind: str, directory) -> list[int]:
+    records = read_records(directory / "metrics.jsonl")
+    return [record["step"] for record in records if record["kind"] == kind]
+
+
+def saved_steps(directory) -> list[int]:
+    return sorted(int(path.name) for path in checkpoint_folder(directory).iterdir())
+
+
+def test_a_run_says_what_it_is_and_leaves_its_traces(config, capsys):
+    config.run.eval_every = 6
+    config.run.eval_batches = 1
+    config.run.compare_xz = True
+    config.run.sample_tokens = 20
+    config.run.sample_prompt = "the "
+    result = train(config)
+    assert (result.step, result.stopped) == (12, None)
+    assert result.evaluation["perplexity"] == pytest.approx(math.exp(result.evaluation["loss"]))
+    assert result.evaluation["loss"] < math.log(256) - 0.3
+
+    out = capsys.readouterr().out
+    for fact in (
+        "attention  softmax",
+        " parameters, 1 layers",
+        "1 x cpu",
+        "4 x 24 = 96 tokens",
+        " MB a device",
+        "sha256",
+        "step 12/12  loss",
+        "step 6: held out",
+        "held out   ",
+        "xz -9e     ",
+        "loss.png",
+        "20 tokens after 'the '",
+        "python scripts/generate.py --checkpoint",
+    ):
+        assert fact in out, fact
+    directory = result.directory
+    assert steps_of("train", directory) == list(range(1, 13))
+    assert steps_of("eval", directory) == [6, 12]
+    assert steps_of("final", directory) == [12]
+    assert saved_steps(directory) == [8, 12]
+    assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    again = train(config)
+    assert again.evaluation == result.evaluation
+    assert "resuming   after step 12" in capsys.readouterr().out
+    assert steps_of("final", directory) == [12]
+
+    config.model.width = 32
+    with pytest.raises(ValueError, match=r"config\.model\.width was 16 and is now 32"):
+        train(config)
+
+
+def test_every_option_together_and_a_time_limit(config, capsys):
+    config.data.packing = "packed"
+    config.data.document_separator = "\n"
+    config.data.tokenizer = "words"
+    config.model.attention = "race"
+    config.model.dtype = "bfloat16"
+    config.model.dropout_rate = 0.1
+    config.model.positions = "learned"
+    config.model.remat = True
+    config.optimizer.accumulation_steps = 2
+    config.optimizer.schedule = "linear"
+    config.run.max_seconds = 1e-3
+    result = train(config)
+    assert (result.step, result.evaluation) == (0, None)
+    assert result.stopped == "config.run.max_seconds=0.001 is over"
+    assert "stopped at step 0 of 12" in capsys.readouterr().out
+
+    config.run.max_seconds = None
+    result = train(config)
+    assert result.step == 12
+    assert steps_of("train", result.directory) == list(range(1, 13))
+    assert result.evaluation["loss"] < math.log(20)
+    assert "attention  race, implementation" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_and_saves_nothing_more(config):
+    config.optimizer.learning_rate = 1e30
+    config.optimizer.warmup_steps = 0
+    config.run.log_every = 3
+    config.run.checkpoint_every = 1
+    with pytest.raises(FloatingPointError, match=r"at step 2; the checkpoint of step 1 stands"):
+        train(config)
+    directory = pathlib.Path(config.run.directory)
+    assert steps_of("train", directory) == [1]
+    assert saved_steps(directory) == [1]
+
+
+def test_bad_text_is_an_error_before_any_training(config, tmp_path):
+    config.data.train_files = (str(tmp_path / "nowhere.txt"),)
+    with pytest.raises(ValueError, match=r"nowhere\.txt: no such file"):
+        train(config)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_prompt_that_the_vocabulary_lacks_is_an_error_before_any_training(config, tmp_path):
+    config.data.tokenizer = "words"
+    config.run.sample_tokens = 5
+    config.run.sample_prompt = "a zebra"
+    with pytest.raises(ValueError, match=r"config\.run\.sample_prompt 'a zebra': the word 'zebra'"):
+        train(config)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_xz_figure():
+    assert xz_bits_per_byte(np.random.default_rng(0).bytes(10_000)) > 8.0
+    assert xz_bits_per_byte(b"again " * 10_000) < 0.1

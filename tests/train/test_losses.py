@@ -1,0 +1,109 @@
+"""The chunked loss against the plain one, and what it keeps in memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from race_jax.train.losses import chunked_cross_entropy
+
+BATCH, LENGTH, WIDTH, VOCAB = 2, 13, 8, 21
+
+
+def plain_cross_entropy(hidden, embedding, targets, weights):
+    logits = jnp.einsum("btd,vd->btv", hidden, embedding).astype(jnp.float32)
+    nats = -jax.nn.log_softmax(logits)
+    picked = jnp.take_along_axis(nats, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(picked * weights), jnp.sum(weights)
+
+
+@pytest.fixture
+def problem(rng):
+    hidden = jnp.asarray(rng.normal(size=(BATCH, LENGTH, WIDTH)), jnp.float32)
+    embedding = jnp.asarray(rng.normal(size=(VOCAB, WIDTH)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, VOCAB, (BATCH, LENGTH)), jnp.int32)
+    weights = jnp.asarray(rng.integers(0, 3, (BATCH, LENGTH)), jnp.float32)
+    return hidden, embedding, targets, weights
+
+
+def mean_loss(loss, **options):
+    def mean(hidden, embedding, weights, targets):
+        nats, weight = loss(hidden, embedding, targets, weights, **options)
+        return nats / weight
+
+    return jax.jit(jax.value_and_grad(mean, argnums=(0, 1, 2)))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 26, 100, None])
+def test_value_and_every_gradient_equal_the_plain_loss(problem, chunk, assert_close):
+    hidden, embedding, targets, weights = problem
+    got = mean_loss(chunked_cross_entropy, chunk=chunk)(hidden, embedding, weights, targets)
+    want = mean_loss(plain_cross_entropy)(hidden, embedding, weights, targets)
+    assert_close("loss", got[0], want[0], kind="outputs")
+    for name, gradient, expected in zip(
+        ("hidden", "embedding", "weights"), got[1], want[1], strict=True
+    ):
+        assert_close(name, gradient, expected, kind="gradients")
+
+
+def test_bfloat16_keeps_float32_sums(problem, assert_close):
+    hidden, embedding, targets, weights = problem
+    rounded = hidden.astype(jnp.bfloat16)
+    got = mean_loss(chunked_cross_entropy, chunk=4)(rounded, embedding, weights, targets)
+    rounded_embedding = embedding.astype(jnp.bfloat16).astype(jnp.float32)
+    want = mean_loss(plain_cross_entropy)(
+        rounded.astype(jnp.float32), rounded_embedding, weights, targets
+    )
+    assert got[0].dtype == jnp.float32
+    assert [gradient.dtype.name for gradient in got[1]] == ["bfloat16", "float32", "float32"]
+    assert_close("loss", got[0], want[0], kind="outputs")
+    for name, gradient, expected in zip(
+        ("hidden", "embedding", "weights"), got[1], want[1], strict=True
+    ):
+        assert_close(name, gradient, expected, kind="gradients", dtype=jnp.bfloat16)
+
+
+def test_a_token_of_weight_zero_leaves_no_trace(problem):
+    hidden, embedding, targets, weights = problem
+    weights = weights.at[0, 3].set(0.0)
+    run = mean_loss(chunked_cross_entropy, chunk=5)
+    before = run(hidden, embedding, weights, targets)
+    after = run(hidden.at[0, 3].mul(-30.0), embedding, weights, targets.at[0, 3].set(0))
+    assert before[0] == after[0]
+    np.testing.assert_array_equal(before[1][1], after[1][1])
+    assert not np.any(after[1][0][0, 3])
+
+
+def test_no_weight_at_all_gives_zeros(problem):
+    hidden, embedding, targets, weights = problem
+    nats, weight = chunked_cross_entropy(hidden, embedding, targets, jnp.zeros_like(weights))
+    assert (float(nats), float(weight)) == (0.0, 0.0)
+
+
+def test_memory_does_not_grow_to_the_logits_of_all_tokens():
+    length, vocab, width, chunk = 4096, 2048, 16, 64
+    arguments = (
+        jax.ShapeDtypeStruct((1, length, width), jnp.float32),
+        jax.ShapeDtypeStruct((vocab, width), jnp.float32),
+        jax.ShapeDtypeStruct((1, length), jnp.float32),
+        jax.ShapeDtypeStruct((1, length), jnp.int32),
+    )
+    compiled = mean_loss(chunked_cross_entropy, chunk=chunk).lower(*arguments).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < length * vocab * 4 / 10
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": jnp.zeros((2, 13, 7))}, ValueError, r"with one D; got \(2, 13, 7\)"),
+        ({"embedding": jnp.zeros(8)}, ValueError, r"embedding \(vocab, D\)"),
+        ({"targets": jnp.zeros((2, 12), int)}, ValueError, r"must have hidden's \(B, T\)"),
+        ({"targets": jnp.zeros((2, 13))}, TypeError, r"targets must be integers, got float32"),
+        ({"weights": jnp.zeros(13)}, ValueError, r"targets and weights"),
+        ({"chunk": 0}, ValueError, r"chunk must be >= 1, got 0"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(problem, change, error, message):
+    names = ("hidden", "embedding", "targets", "weights")
+    with pytest.raises(error, match=message):
+        chunked_cross_entropy(**dict(zip(names, problem, strict=True)) | change)

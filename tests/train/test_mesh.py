@@ -1,0 +1,45 @@
+"""Which devices a run takes, and what it says when it cannot have them."""
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from race_jax.train import mesh as meshes
+from tests.train.small import small_batch, small_config
+
+
+@pytest.mark.parametrize(("cores", "batch", "parts", "want"), [
+    (2, 32, 1, 2), (3, 32, 1, 2), (8, 12, 1, 6), (8, 12, 4, 3), (4, 7, 1, 1), (16, 7, 1, 7),
+])  # fmt: skip
+def test_as_many_cores_as_divide_the_batch(cores, batch, parts, want, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(jax.config, "update", asked.__setitem__)
+    config = small_config()
+    config.mesh.data = None
+    config.run.batch_size, config.optimizer.accumulation_steps = batch, parts
+    meshes.prepare_cpu_devices(config)
+    assert asked == {"jax_num_cpu_devices": want}
+
+
+def test_devices_that_are_already_there_are_taken_as_they_are():
+    jax.devices()
+    config = small_config()
+    config.mesh.data = 4
+    meshes.prepare_cpu_devices(config)
+    assert len(jax.local_devices()) < 4
+
+
+def test_more_devices_than_there_are_is_refused():
+    config = small_config()
+    config.mesh.data = 4
+    with pytest.raises(ValueError, match=r"config\.mesh\.data must be <= \d+, .* cpu .* got 4"):
+        meshes.make_mesh(config)
+
+
+def test_batches_are_spread_and_parameters_are_not():
+    mesh = meshes.make_mesh(small_config())
+    assert mesh.axis_names == ("data",)
+    assert meshes.sharding(mesh, "parameters").spec == P()
+    batch = meshes.put_batch(mesh, small_batch())
+    assert all(array.sharding.spec == P("data") for array in batch.values())

@@ -1,0 +1,95 @@
+"""Records that survive a kill, evaluation figures, the picture, the progress line."""
+
+import json
+import math
+
+import pytest
+
+from race_jax.train.metrics import MetricsLog, evaluation_record, read_records
+from race_jax.train.plot import plot_losses
+from race_jax.train.progress import Progress
+
+
+def train_record(step: int) -> dict:
+    return {"kind": "train", "step": step, "loss": 1.0 / step}
+
+
+def test_going_on_drops_later_steps_and_a_line_cut_off(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log.write([train_record(step) for step in range(1, 8)])
+    log.write([evaluation_record("final", 7, nats=7.0, weight=7.0, num_bytes=7)])
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "ste')
+
+    log = MetricsLog(tmp_path, 4)
+    log.write([train_record(5)])
+    log.close()
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [(record["kind"], record["step"]) for record in records] == [
+        ("train", step) for step in (1, 2, 3, 4, 5)
+    ]
+    assert records == log.records
+
+
+def test_a_fresh_run_starts_an_empty_log(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(train_record(3)) + "\n")
+    log = MetricsLog(tmp_path, 0)
+    log.close()
+    assert log.records == []
+    assert read_records(tmp_path / "metrics.jsonl") == []
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    pytest.importorskip("tensorboardX")
+    log = MetricsLog(tmp_path, 0, tensorboard=True)
+    log.write([train_record(1)])
+    log.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"train/loss" in events.read_bytes()
+
+
+def test_evaluation_figures():
+    record = evaluation_record("eval", 3, nats=10 * math.log(8), weight=10, num_bytes=15)
+    assert record["perplexity"] == pytest.approx(8.0)
+    assert record["bits_per_byte"] == pytest.approx(2.0)
+
+
+def test_a_hopeless_loss_does_not_overflow():
+    assert evaluation_record("eval", 1, nats=1e4, weight=1, num_bytes=1)["perplexity"] == math.inf
+
+
+def test_picture_is_drawn_or_refused(tmp_path):
+    path = tmp_path / "loss.png"
+    with pytest.raises(ValueError, match="no training record"):
+        plot_losses([], path, "empty")
+    assert not path.exists()
+    records = [train_record(step) for step in range(1, 20)]
+    records.append(evaluation_record("final", 19, nats=2.0, weight=1.0, num_bytes=1))
+    plot_losses(records, path, "run")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [file.name for file in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_progress_prints_a_line_with_the_time_left(capsys, monkeypatch):
+    now = iter([0.0, 2.0, 100.0, 101.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    progress = Progress(0, 30, 1000, terminal=False)
+    assert progress.update(10, math.log(2)) == pytest.approx(5000.0)
+    progress.resume()
+    progress.update(20, math.log(2))
+    progress.close()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "step 10/30  loss 0.6931 nats = 1.000 bits a token  5,000 tokens/s  4 s left"
+    assert second.endswith("10,000 tokens/s  2 s left")
+
+
+def test_progress_bar_shows_the_same_words(capsys):
+    progress = Progress(0, 30, 1000, terminal=True)
+    progress.update(10, math.log(2))
+    progress.say("a line of its own")
+    progress.close()
+    shown = capsys.readouterr()
+    assert "10/30" in shown.err
+    assert "1.000 bits a token" in shown.err
+    assert "a line of its own\n" in shown.out

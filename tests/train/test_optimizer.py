@@ -1,0 +1,75 @@
+"""The schedule by its ends, the decay mask by name, the update by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from race_jax.train.config import OptimizerConfig
+from race_jax.train.optimizer import decay_mask, make_optimizer, make_schedule
+from race_jax.train.state import make_model
+from tests.train.small import VOCAB, small_config
+
+STEPS = 101
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "last"),
+    [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0)],
+)
+def test_schedule_rises_then_falls_to_its_end(schedule, middle, last):
+    config = OptimizerConfig(
+        learning_rate=1.0, end_learning_rate=0.1, schedule=schedule, warmup_steps=20
+    )
+    rate = jax.jit(make_schedule(config, STEPS))
+    rates = [float(rate(step)) for step in (0, 19, 20, 60, STEPS - 1, STEPS + 50)]
+    want = [1 / 21, 20 / 21, 1.0, middle, last, last]
+    np.testing.assert_allclose(rates, want, rtol=1e-6)
+
+
+def test_without_warm_up_the_first_rate_is_the_highest():
+    config = OptimizerConfig(learning_rate=0.5, warmup_steps=0)
+    assert float(make_schedule(config, STEPS)(0)) == 0.5
+
+
+def test_only_the_kernels_of_linear_maps_decay():
+    config = small_config().model
+    config.learn_planes = config.short_conv = config.output_gate = True
+    params = nnx.eval_shape(lambda: nnx.state(make_model(config, VOCAB, 0), nnx.Param))
+    decays = {
+        ".".join(str(key.key) for key in path if hasattr(key, "key"))
+        for path, applies in jax.tree_util.tree_leaves_with_path(decay_mask(params))
+        if applies
+    }
+    attention = ("query.kernel", "key.kernel", "value.kernel", "out.kernel")
+    gates = ("gate_kernel", "out_gate_kernel")
+    assert decays == {
+        *(f"trunk.blocks.0.attention.{name}" for name in (*attention, *gates)),
+        "trunk.blocks.0.mlp.up.kernel",
+        "trunk.blocks.0.mlp.down.kernel",
+    }
+
+
+def test_update_equals_adamw_by_hand_after_clipping(assert_close):
+    config = OptimizerConfig(
+        learning_rate=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5, clip_norm=1.0
+    )
+    optimizer = make_optimizer(config, STEPS)
+    params = {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([3.0, 0.5])}
+    grads = {"kernel": jnp.array([3.0, 0.0]), "bias": jnp.array([0.0, 4.0])}
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    clipped = {name: grad / 5.0 for name, grad in grads.items()}  # their norm is 5
+    want = {
+        # The first step of Adam divides a gradient by its own size.
+        name: -0.1 * (grad / (np.abs(grad) + config.eps) + decay * params[name])
+        for (name, grad), decay in zip(clipped.items(), (0.5, 0.0), strict=True)
+    }
+    assert_close("updates", updates, want, kind="outputs")
+
+
+def test_without_clipping_there_is_no_clip_state():
+    config = OptimizerConfig(clip_norm=None)
+    params = {"kernel": jnp.ones(3)}
+    clipped = make_optimizer(OptimizerConfig(), STEPS).init(params)
+    assert len(make_optimizer(config, STEPS).init(params)) != len(clipped)

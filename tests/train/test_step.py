@@ -1,0 +1,140 @@
+"""The step as a pure function: what it computes, that parts and devices do not change it."""
+
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from race_jax.train.step import make_eval_step, make_train_step
+from tests.train.small import VOCAB, small_batch, small_config, small_parts
+
+KEY = jax.random.key(0)
+RATE = 1e-2
+
+
+@pytest.fixture(scope="module")
+def run():
+    """The small run with its step, which tests share because compiling it takes seconds."""
+    config = small_config()
+    config.optimizer.learning_rate = RATE
+    mesh, optimizer, graph, state, batch = small_parts(config)
+    step = make_train_step(graph, optimizer, mesh)
+    return SimpleNamespace(
+        mesh=mesh, optimizer=optimizer, graph=graph, state=state, batch=batch, step=step
+    )
+
+
+def fresh(state, **changes):
+    """A copy of a state that a step may donate."""
+    return type(state)(**jax.tree.map(jnp.copy, vars(state)) | changes)
+
+
+def plain_loss(graph, params, fixed, batch):
+    """Mean nats by the model's own logits, all at once."""
+    nats = -jax.nn.log_softmax(nnx.merge(graph, params, fixed)(batch["inputs"]))
+    picked = jnp.take_along_axis(nats, batch["targets"][..., None], axis=-1)[..., 0]
+    return jnp.sum(picked * batch["weights"]) / jnp.sum(batch["weights"])
+
+
+@pytest.fixture(scope="module")
+def plain(run):
+    """Loss and gradient norm of the plain loss on the small batch."""
+    loss, grads = jax.jit(jax.value_and_grad(plain_loss, argnums=1), static_argnums=0)(
+        run.graph, run.state.params, run.state.fixed, run.batch
+    )
+    return loss, jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_loss_and_gradient_are_those_of_the_whole_batch(parts, run, plain, assert_close):
+    step = run.step
+    if parts > 1:
+        step = make_train_step(run.graph, run.optimizer, run.mesh, accumulation_steps=parts)
+    state, metrics = step(fresh(run.state), run.batch, KEY)
+    assert_close("loss", metrics["loss"], plain[0], kind="outputs")
+    assert_close("grad_norm", metrics["grad_norm"], plain[1], kind="gradients")
+    assert float(metrics["tokens"]) == small_batch()["weights"].sum()
+    assert bool(metrics["finite"])
+    assert int(state.step) == 1
+
+
+def test_training_lowers_the_loss_and_leaves_the_planes_alone(run):
+    planes = jax.tree.leaves(run.state.fixed)
+    assert planes
+    state, losses = fresh(run.state), []
+    for _ in range(30):
+        state, metrics = run.step(state, run.batch, KEY)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == pytest.approx(math.log(VOCAB), abs=0.05)
+    assert losses[-1] < losses[0] - 0.5
+    for before, after in zip(planes, jax.tree.leaves(state.fixed), strict=True):
+        np.testing.assert_array_equal(before, after)
+    sums = make_eval_step(run.graph, run.mesh)(state.params, state.fixed, run.batch)
+    assert float(sums["nats"] / sums["weight"]) < losses[0] - 0.5
+
+
+def test_a_step_repeats_to_the_bit(run, assert_close):
+    first, second = (run.step(fresh(run.state), run.batch, KEY) for _ in range(2))
+    assert_close("state and metrics", first, second, kind="rerun")
+
+
+def test_a_loss_that_is_not_finite_is_flagged(run):
+    params = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), run.state.params)
+    _, metrics = run.step(fresh(run.state, params=params), run.batch, KEY)
+    assert not bool(metrics["finite"])
+
+
+def test_dropout_draws_by_step_and_evaluation_does_not_drop():
+    config = small_config()
+    config.model.attention = "softmax"
+    config.model.dropout_rate = 0.5
+    mesh, optimizer, graph, state, batch = small_parts(config)
+    evaluate = make_eval_step(graph, mesh)
+    first, again = (evaluate(state.params, state.fixed, batch)["nats"] for _ in range(2))
+    assert first == again
+    step = make_train_step(graph, optimizer, mesh)
+    losses = [
+        float(step(fresh(state, step=jnp.int32(number)), batch, KEY)[1]["loss"])
+        for number in (0, 0, 1)
+    ]
+    assert losses[0] == losses[1]
+    assert losses[2] != losses[0]
+
+
+TWO_DEVICES = """
+    import jax, numpy as np
+    from tests.train.small import small_batch, small_config, small_parts
+    from race_jax.train.step import make_train_step
+
+    arrays = {}
+    for devices in (1, 2):
+        config = small_config()
+        config.mesh.data, config.optimizer.accumulation_steps = devices, 2
+        mesh, optimizer, graph, state, batch = small_parts(config)
+        step = make_train_step(graph, optimizer, mesh, accumulation_steps=2)
+        compiled = step.lower(state, batch, jax.random.key(0)).compile()
+        assert "all-gather" not in compiled.as_text()
+        assert len(batch["inputs"].sharding.device_set) == devices
+        for _ in range(3):
+            state, metrics = compiled(state, batch, jax.random.key(0))
+        arrays |= {f"{devices}/{name}": value for name, value in metrics.items()}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+            arrays[f"{devices}/{jax.tree_util.keystr(path)}"] = leaf
+    np.savez("FILE", **{name: np.asarray(leaf) for name, leaf in arrays.items()})
+"""
+
+
+def test_two_devices_equal_one(run_python, tmp_path, assert_close):
+    file = tmp_path / "arrays.npz"
+    run_python(TWO_DEVICES.replace("FILE", str(file)), devices=2)
+    arrays = dict(np.load(file))
+    one, two = (
+        {name[2:]: leaf for name, leaf in arrays.items() if name.startswith(count)}
+        for count in ("1/", "2/")
+    )
+    assert len(one) > 10
+    assert_close("two devices", two, one, kind="outputs")
