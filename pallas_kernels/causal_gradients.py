@@ -1,0 +1,331 @@
+"""Causal RACE attention, backward: queries forward in time, then keys and values back in time.
+
+In: the forward's inputs, the state where each split starts, and the cotangents. Out: dz of queries
+and keys, dv, dβ, dg and the cotangent of the initial state; features are computed again.
+Equation: with ρ = 1/z, δ = do·o, q̂ = ρ φq and T = (do vᵀ - δ)∘D,
+    dφq = ρ (T φk + in∘(do Sᵀ - δ Z)),   dφk = Tᵀ q̂ + out∘(v Λᵀ + Λ_Z),
+    dv = ((q̂ φkᵀ)∘D)ᵀ do + out∘(φk Λ),   [Λ | Λ_Z]' = a [Λ | Λ_Z] + (in∘q̂)ᵀ [do | -δ].
+"""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.backend import Output, launch, load, store
+from pallas_kernels.blocks import Block
+from pallas_kernels.causal_outputs import (
+    absorb,
+    denominators,
+    empty_state,
+    hashed_keys,
+    hashed_queries,
+    load_state,
+    reciprocals,
+)
+from pallas_kernels.features import FeatureMap
+from pallas_kernels.tiles import MASS, Chunk, Problem, Shared
+
+
+def _query_kernel(problem: Problem, refs: SimpleNamespace) -> None:
+    feature_map, math = problem.feature_map(refs), problem.arithmetic
+
+    def body(start, carry):
+        state, d_sharpness = carry
+        chunk = Chunk(problem, refs, start)
+        rows = chunk.span, slice(None)
+        phi_k = hashed_keys(chunk, feature_map, refs.zk)
+        keys = math.cast(phi_k)
+        value = load(refs.value, rows, chunk.rows)
+        numerator, mass = (math.cast(x) for x in state)
+        mass_row = jnp.max(mass.astype(jnp.float32), axis=1)[None, :]
+
+        def query_head(head, carry):
+            d_sharpness, row = carry
+            rows = chunk.span, head, slice(None)
+            squashed = feature_map.squash(load(refs.zq, rows, chunk.rows))
+            phi_q = feature_map.expand(squashed)
+            queries, entering = math.cast(phi_q), math.cast(chunk.enter(phi_q))
+            d_out = load(refs.d_out, rows, chunk.rows)
+            attention = math.cast(chunk.visible(math.dot(queries, keys, "nt")))
+            inverse = reciprocals(
+                problem, chunk, denominators(problem, attention, entering, mass)
+            )
+            by_key = math.dot(d_out, value, "nt")
+            by_state = math.dot(d_out, numerator, "nt")
+            delta = inverse * (
+                jnp.sum(attention.astype(jnp.float32) * by_key, axis=1)
+                + jnp.sum(entering.astype(jnp.float32) * by_state, axis=1)
+            )
+            scores = math.cast(chunk.visible(by_key - delta[:, None], again=True))
+            d_phi = math.dot(scores, keys) + chunk.enter(by_state - delta[:, None] * mass_row)
+            d_phi = d_phi * inverse[:, None]
+            d_z, d_beta = feature_map.gradient(squashed, queries, d_phi)
+            store(refs.d_zq, rows, d_z, chunk.rows)
+            refs.inverse[head, chunk.span] = inverse
+            refs.delta[head, chunk.span] = delta
+            if refs.row is not None:
+                row = row + jnp.sum(queries.astype(jnp.float32) * d_phi, axis=1)
+            return d_sharpness + d_beta, row
+
+        zeros = jnp.zeros((problem.chunk,), jnp.float32)
+        d_sharpness, row = problem.for_group(query_head, (d_sharpness, zeros))
+        if refs.row is not None:
+            refs.row[0, chunk.span] = row
+        return absorb(problem, chunk, phi_k, value, state), d_sharpness
+
+    zeros = jnp.zeros((problem.chunk, problem.projections), jnp.float32)
+    state, d_sharpness = problem.for_chunks(body, (load_state(problem, refs), zeros))
+    refs.d_sharpness[...] = jnp.sum(d_sharpness)
+    if refs.final_numerator is not None:
+
+        @pl.when(pl.program_id(1) == problem.splits - 1)
+        def _():
+            refs.final_numerator[...] = state[0]
+            refs.final_mass[...] = jnp.max(state[1], axis=1)
+
+
+def _scaled_queries(chunk: Chunk, feature_map: FeatureMap, refs: SimpleNamespace, head):
+    """q̂ = ρ φq (C, F) in float32."""
+    phi_q = hashed_queries(chunk, feature_map, refs.zq, head)
+    return phi_q * refs.inverse[head, chunk.span][:, None]
+
+
+def gather(problem: Problem, chunk: Chunk, scaled_q, d_out, delta, state: tuple):
+    """[Λ | Λ_Z] + (in∘q̂)ᵀ [do | -δ]."""
+    math, (numerator, mass) = problem.arithmetic, state
+    queries = math.cast(chunk.enter(scaled_q))
+    # δ in two halves, so that its rounding does not outlive that of do.
+    coarse = math.cast(delta).astype(jnp.float32)
+    halves = lax.broadcasted_iota(jnp.int32, (problem.chunk, MASS), 1) < MASS // 2
+    parts = math.cast(jnp.where(halves, coarse[:, None], (delta - coarse)[:, None]))
+    return numerator + math.dot(queries, d_out, "tn"), mass - math.dot(queries, parts, "tn")
+
+
+def mass_total(mass: jax.Array) -> jax.Array:
+    """Λ_Z (F,) from its columns of halves."""
+    return jnp.sum(mass, axis=1) * (2.0 / MASS)
+
+
+def _reverse_kernel(problem: Problem, refs: SimpleNamespace) -> None:
+    feature_map, once = problem.feature_map(refs), problem.once()
+
+    def body(start, state):
+        chunk = Chunk(problem, refs, start)
+        state = tuple(chunk.carry(x) for x in state)
+
+        def query_head(head, state):
+            scaled_q = _scaled_queries(chunk, feature_map, refs, head)
+            d_out = load(refs.d_out, (chunk.span, head, slice(None)), chunk.rows)
+            delta = once(refs.delta[head, chunk.span])
+            return gather(problem, chunk, scaled_q, d_out, delta, state)
+
+        return problem.for_group(query_head, state)
+
+    numerator, mass = problem.for_chunks(body, empty_state(problem), reverse=True)
+    refs.numerator[...] = numerator
+    refs.mass[...] = mass_total(mass)
+
+
+def _key_value_kernel(problem: Problem, refs: SimpleNamespace) -> None:
+    """Gradients of keys, of values, or of both: those whose outputs are there."""
+    feature_map, math, once = problem.feature_map(refs), problem.arithmetic, problem.once()
+
+    def body(start, carry):
+        state, d_sharpness = carry
+        chunk = Chunk(problem, refs, start)
+
+        def query_tiles(head):
+            d_out = load(refs.d_out, (chunk.span, head, slice(None)), chunk.rows)
+            delta = once(refs.delta[head, chunk.span])
+            return _scaled_queries(chunk, feature_map, refs, head), d_out, delta
+
+        heads = problem.shared_heads(query_tiles)
+        z = load(refs.zk, (chunk.span, slice(None)), chunk.rows)
+        squashed = feature_map.squash(z)
+        phi_k = chunk.masked(feature_map.expand(squashed))
+        if refs.d_zk is not None:
+            d_phi = _d_phi_k(problem, chunk, refs, heads, state)
+            d_z, d_beta = feature_map.gradient(squashed, math.cast(phi_k), d_phi)
+            d_sharpness = d_sharpness + d_beta
+            store(refs.d_zk, (chunk.span, slice(None)), d_z, chunk.rows)
+        if refs.column is not None:
+            keys = math.cast(phi_k).astype(jnp.float32)
+            refs.column[0, chunk.span] = jnp.sum(keys * d_phi, axis=1)
+        return _earlier_state(problem, chunk, refs, phi_k, heads, state), d_sharpness
+
+    zeros = jnp.zeros((problem.chunk, problem.projections), jnp.float32)
+    mass = once(refs.split_mass[...]) * 0.5
+    mass = jnp.broadcast_to(mass[:, None], (problem.features, MASS))
+    carry = (refs.split_numerator[...], mass), zeros
+    _, d_sharpness = problem.for_chunks(body, carry, reverse=True)
+    if refs.d_sharpness is not None:
+        refs.d_sharpness[...] = jnp.sum(d_sharpness)
+
+
+def _d_phi_k(problem: Problem, chunk: Chunk, refs: SimpleNamespace, heads, state: tuple):
+    """dφk (C, F) = Σ over query heads of Tᵀ q̂, plus out∘(v Λᵀ + Λ_Z)."""
+    math = problem.arithmetic
+    value = load(refs.value, (chunk.span, slice(None)), chunk.rows)
+
+    def add_head(head, d_phi):
+        scaled_q, d_out, delta = heads(head)
+        scores = math.dot(value, d_out, "nt") - delta[None, :]
+        return d_phi + math.dot(chunk.visible(scores, transposed=True), scaled_q)
+
+    d_phi = math.dot(value, state[0], "nt") + mass_total(state[1])[None, :]
+    return chunk.masked(problem.for_group(add_head, chunk.leave(d_phi)))
+
+
+def _earlier_state(
+    problem: Problem, chunk: Chunk, refs: SimpleNamespace, phi_k, heads, state: tuple
+):
+    """The adjoint that leaves the chunk backwards; on the way dv = Σ Aᵀ do + out∘(φk Λ)."""
+    math, d_value = problem.arithmetic, None
+    if refs.d_value is not None:
+        d_value = math.dot(chunk.leave(phi_k), state[0])
+
+    def add_head(head, carry):
+        d_value, state = carry
+        scaled_q, d_out, delta = heads(head)
+        if d_value is not None:
+            attention = math.dot(phi_k, scaled_q, "nt")
+            attention = chunk.visible(attention, transposed=True, again=True)
+            d_value += math.dot(attention, d_out)
+        return d_value, gather(problem, chunk, scaled_q, d_out, delta, state)
+
+    state = tuple(chunk.carry(x) for x in state)
+    d_value, state = problem.for_group(add_head, (d_value, state))
+    if d_value is not None:
+        rows = chunk.span, slice(None)
+        store(refs.d_value, rows, chunk.masked(d_value), chunk.rows)
+    return state
+
+
+def query_gradients(problem: Problem, block: Block, shared: Shared, zq, zk, value, states, d_out):
+    """dz of the queries, ρ, δ, dβ, and with a gate the row sums and the final state."""
+    problem = problem.cut(block)
+    gate = shared.gamma is not None
+    heads, d_zq_dtype = zq.shape[2], partial_dtype(problem, zq.dtype)
+    final = (problem.batch, problem.kv_heads, 1, problem.features, problem.value_dim)
+    numerators, masses = problem.numerators(), problem.masses()
+    result = launch(
+        lambda refs: _query_kernel(problem, refs),
+        name="causal_query_gradients",
+        grid=problem.grid,
+        inputs=problem.shared_inputs(shared)
+        | {
+            "zq": (zq, problem.query_projections()),
+            "zk": (zk, problem.key_projections()),
+            "value": (value, problem.values()),
+            "d_out": (d_out, problem.outputs()),
+            "split_numerator": (states[0], numerators),
+            "split_mass": (states[1], masses),
+        },
+        outputs={
+            "d_zq": problem.partial(zq.shape, d_zq_dtype, problem.query_projections()),
+            "inverse": problem.row_statistic(heads),
+            "delta": problem.row_statistic(heads),
+            "d_sharpness": problem.program_scalar(),
+            "row": problem.row_statistic(problem.kv_heads) if gate else None,
+            "final_numerator": Output(final, jnp.float32, problem.single(numerators)) if gate else None,
+            "final_mass": problem.partial(final[:-1], jnp.float32, problem.single(masses))
+            if gate
+            else None,
+        },
+        block=block,
+        interpret=problem.interpret,
+        poison=problem.poison,
+    )
+    return SimpleNamespace(
+        d_zq=total(result.d_zq),
+        inverse=result.inverse[0],
+        delta=total(result.delta),
+        d_sharpness=result.d_sharpness.sum(axis=(0, 1, 3)),
+        row=total(result.row) if gate else None,
+        final_numerator=result.final_numerator,
+        final_mass=result.final_mass[0] if gate else None,
+    )
+
+
+def partial_dtype(problem: Problem, dtype: jax.typing.DTypeLike):
+    return dtype if problem.value_blocks == 1 else jnp.float32
+
+
+def reverse_sums(problem: Problem, block: Block, shared: Shared, zq, d_out, inverse, delta):
+    """Adjoints (B, K, splits, F, V) and (B, K, splits, F) of each split's starting state."""
+    problem = problem.cut(block)
+    shape = (problem.batch, problem.kv_heads, problem.splits, problem.features, problem.value_dim)
+    result = launch(
+        lambda refs: _reverse_kernel(problem, refs),
+        name="causal_reverse_sums",
+        grid=problem.grid,
+        inputs=problem.shared_inputs(shared)
+        | {
+            "zq": (zq, problem.query_projections()),
+            "d_out": (d_out, problem.outputs()),
+            "inverse": (inverse, problem.row_spec()),
+            "delta": (delta, problem.row_spec()),
+        },
+        outputs={
+            "numerator": Output(shape, jnp.float32, problem.numerators()),
+            "mass": problem.partial(shape[:-1], jnp.float32, problem.masses()),
+        },
+        block=block,
+        interpret=problem.interpret,
+        poison=problem.poison,
+    )
+    return result.numerator, total(result.mass)
+
+
+def key_value_gradients(
+    problem: Problem,
+    block: Block,
+    shared: Shared,
+    arrays: dict,
+    rows: SimpleNamespace,
+    adjoints: tuple,
+    *,
+    keys: bool = True,
+    values: bool = True,
+):
+    """dz of the keys with dβ and the column sums of dg, or dv, or both; `rows` holds ρ and δ."""
+    problem = problem.cut(block)
+    gate = keys and shared.gamma is not None
+    zk, value = arrays["zk"], arrays["value"]
+    return launch(
+        lambda refs: _key_value_kernel(problem, refs),
+        name="causal_" + "_".join(["key"] * keys + ["value"] * values) + "_gradients",
+        grid=problem.grid,
+        inputs=problem.shared_inputs(shared)
+        | {
+            "zq": (arrays["zq"], problem.query_projections()),
+            "zk": (zk, problem.key_projections()),
+            "value": (value if keys else None, problem.values()),
+            "d_out": (arrays["d_out"], problem.outputs()),
+            "inverse": (rows.inverse, problem.row_spec()),
+            "delta": (rows.delta, problem.row_spec()),
+            "split_numerator": (adjoints[0], problem.numerators()),
+            "split_mass": (adjoints[1], problem.masses()),
+        },
+        outputs={
+            "d_zk": problem.partial(
+                zk.shape, partial_dtype(problem, zk.dtype), problem.key_projections()
+            )
+            if keys
+            else None,
+            "d_value": Output(value.shape, value.dtype, problem.values()) if values else None,
+            "d_sharpness": problem.program_scalar() if keys else None,
+            "column": problem.row_statistic(problem.kv_heads) if gate else None,
+        },
+        block=block,
+        interpret=problem.interpret,
+        poison=problem.poison,
+    )
+
+
+def total(partial: jax.Array) -> jax.Array:
+    """The sum over value blocks; nothing moves if there is one."""
+    return partial[0] if partial.shape[0] == 1 else partial.sum(axis=0)

@@ -1,0 +1,66 @@
+"""From the arrays of a call to its static sizes, and to arrays of the sizes that products take.
+
+In: z, values and states as the caller has them. Out: a Problem and Blocks; arrays padded, exactly:
+columns of zeros that no output reads. No equation.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.blocks import Blocks, choose_blocks, split_length
+from pallas_kernels.tiles import Problem, padded, padded_features
+
+
+def plan(
+    zq: jax.Array, zk: jax.Array, value: jax.Array, interpret: bool, config: Blocks | None
+) -> tuple[Problem, Problem, Blocks]:
+    """The problem as the queries see it and as the keys do (they differ in length), and blocks."""
+    batch, length, heads, tables, planes = zq.shape
+    kv_length, kv_heads, value_dim = value.shape[1:]
+    value_dim = padded(value_dim)
+    blocks = config or choose_blocks(padded_features(tables, planes), value_dim, value.dtype.itemsize)
+    queries = Problem(
+        batch=batch,
+        length=length,
+        kv_heads=kv_heads,
+        group=heads // kv_heads,
+        tables=tables,
+        planes=planes,
+        value_dim=value_dim,
+        split=split_length(length, batch * kv_heads, chunk=blocks.chunk),
+        chunk=blocks.chunk,
+        value_block=value_dim,
+        dtype=value.dtype,
+        interpret=interpret,
+        poison=blocks.poison,
+    )
+    split = split_length(kv_length, batch * kv_heads, chunk=blocks.chunk)
+    return queries, dataclasses.replace(queries, length=kv_length, split=split), blocks
+
+
+def flat_projections(problem: Problem, z: jax.Array) -> jax.Array:
+    """z (..., L, P) as (..., LP), with columns of zeros up to a size that products take."""
+    return pad_to(z.reshape(*z.shape[:3], -1), problem.projections)
+
+
+def unflat(flat: jax.Array, like: jax.Array) -> jax.Array:
+    """The gradient of z (..., L, P) from that of the padded columns."""
+    size = like.shape[3] * like.shape[4]
+    return flat[..., :size].reshape(like.shape).astype(like.dtype)
+
+
+def padded_state(problem: Problem, numerator: jax.Array, mass: jax.Array) -> tuple:
+    """Numerator (..., F, V) and mass (..., F) at the padded F and V."""
+    numerator = pad_to(pad_to(numerator, problem.value_dim), problem.features, axis=-2)
+    return numerator, pad_to(mass, problem.features)
+
+
+def pad_to(x: jax.Array, size: int, axis: int = -1) -> jax.Array:
+    """`x` with zeros after its last element along an axis; itself where nothing is missing."""
+    if x.shape[axis] == size:
+        return x
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, padding)
