@@ -30,7 +30,9 @@ VALUE_DIMS = range(1, 257)
 DTYPES = ("float32", "bfloat16")
 
 
-def supports(query_projections: Any, key_projections: Any, value: Any, *, is_causal: bool) -> str | None:
+def supports(
+    query_projections: Any, key_projections: Any, value: Any, *, is_causal: bool
+) -> str | None:
     """Says why the kernels cannot run this call, or None when they can.
 
     Args:

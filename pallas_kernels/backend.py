@@ -57,8 +57,8 @@ def launch(
     arrays = [array for array, _ in given.values()]
 
     def body(*refs):
-        named = dict(zip(given, refs[: len(given)]))
-        named.update(zip(wanted, refs[len(given) + len(nan) :]))
+        named = dict(zip(given, refs[: len(given)], strict=True))
+        named.update(zip(wanted, refs[len(given) + len(nan) :], strict=True))
         kernel(SimpleNamespace(**(absent | named)))
 
     out_specs = [out.spec for out in wanted.values()]
@@ -71,13 +71,11 @@ def launch(
         input_output_aliases={len(given) + i: i for i in range(len(nan))},
         interpret=interpret,
         name=name,
-        compiler_params=plt.CompilerParams(
-            num_warps=block.num_warps, num_stages=block.num_stages
-        ),
+        compiler_params=plt.CompilerParams(num_warps=block.num_warps, num_stages=block.num_stages),
     )
     with jax.named_scope(f"race_attention/{name}"):
         results = call(*arrays, *nan)
-    return SimpleNamespace(**(dict.fromkeys(outputs) | dict(zip(wanted, results))))
+    return SimpleNamespace(**(dict.fromkeys(outputs) | dict(zip(wanted, results, strict=True))))
 
 
 def load(ref: Any, index: tuple, rows: jax.Array | None = None) -> jax.Array:
@@ -138,12 +136,8 @@ class Arithmetic:
     def tanh(self, x: jax.Array) -> jax.Array:
         return _ptx("tanh.approx.f32", x) if self.approximate else jnp.tanh(x)
 
-    def exp2(self, x: jax.Array, *, again: bool = False) -> jax.Array:
-        """2**x; with `again`, the compiler does not reuse an earlier one of the same x."""
-        if not self.approximate:
-            return jnp.exp2(x)
-        # To the compiler, a differently spelt instruction is a different one.
-        return _ptx("ex2.approx.ftz.f32 " if again else "ex2.approx.ftz.f32", x)
+    def exp2(self, x: jax.Array) -> jax.Array:
+        return _ptx("ex2.approx.ftz.f32", x) if self.approximate else jnp.exp2(x)
 
     def power(self, x: jax.Array) -> jax.Array:
         """2**x for features, which the products round anyway: in pairs where `packed`."""

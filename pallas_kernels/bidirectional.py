@@ -68,7 +68,7 @@ def bidirectional_forward(
     flat_k, wide = flat_projections(keys, zk), pad_to(value, keys.value_dim)
     sums = split_sums(keys, blocks.sums, shared, flat_k, wide)
     initial = padded_state(keys, initial_numerator, initial_mass)
-    totals = tuple(x + y.sum(axis=2) for x, y in zip(initial, sums))
+    totals = tuple(x + y.sum(axis=2) for x, y in zip(initial, sums, strict=True))
     shared = Shared(sharpness)
     out = kernels.read(queries, blocks.outputs, shared, flat_projections(queries, zq), totals)
     features, value_dim = initial_numerator.shape[-2:]
@@ -97,13 +97,20 @@ def bidirectional_backward(
     """Gradients of `bidirectional_forward`, from its inputs, the totals and the cotangents.
 
     Args:
-      zq, zk, value, sharpness, key_value_mask, initial_numerator, initial_mass, interpret, config:
-        as given to `bidirectional_forward`.
+      zq: as given to `bidirectional_forward`, like all up to initial_mass.
+      zk: likewise.
+      value: likewise.
+      sharpness: likewise.
+      key_value_mask: likewise.
+      initial_numerator: likewise.
+      initial_mass: likewise.
       total_numerator: (B, K, F, V), as `bidirectional_forward` returned it.
       total_mass: (B, K, F), likewise.
       d_out: cotangent of the outputs, (B, T, N, V).
       d_total_numerator: cotangent of the total numerator, (B, K, F, V) float32.
       d_total_mass: cotangent of the total mass, (B, K, F) float32.
+      interpret: as for `bidirectional_forward`.
+      config: as for `bidirectional_forward`.
 
     Returns:
       A BidirectionalGradients, each leaf in the dtype of what it is the gradient of.
@@ -116,7 +123,7 @@ def bidirectional_backward(
     d_zq, d_sharpness_q, adjoint = kernels.query_gradients(
         queries, blocks.query, Shared(sharpness), flat_q, totals, wide_d_out
     )
-    adjoint = tuple(x + y for x, y in zip(d_totals, adjoint))
+    adjoint = tuple(x + y for x, y in zip(d_totals, adjoint, strict=True))
     shared = Shared(sharpness, mask=key_value_mask)
     wide = pad_to(value, keys.value_dim)
     d_zk, d_value, d_sharpness_k = kernels.key_value_gradients(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import causal_gradients, causal_outputs
 from pallas_kernels.blocks import Blocks
+from pallas_kernels.plan import flat_projections, pad_to, padded_state, plan, unflat
 from pallas_kernels.prefix import (
     later_flow,
     leaving_adjoints,
@@ -20,7 +21,6 @@ from pallas_kernels.prefix import (
     split_weights,
     starting_states,
 )
-from pallas_kernels.plan import flat_projections, pad_to, padded_state, plan, unflat
 from pallas_kernels.tiles import Problem, Shared
 
 
@@ -80,24 +80,17 @@ def causal_forward(
     Returns:
       A CausalForward. Sums are kept in float32.
     """
-    problem, _, blocks = plan(zq, zk, value, interpret, config)
-    flat_q, flat_k = flat_projections(problem, zq), flat_projections(problem, zk)
-    wide = pad_to(value, problem.value_dim)
-    shared = Shared(
-        sharpness,
-        gamma=None if log_decay is None else running_decay(log_decay, problem.chunk),
-        mask=key_value_mask,
-        segment_ids=segment_ids,
-        initial_segment=initial_segment,
-    )
-    sums = causal_outputs.split_sums(problem, blocks.sums, shared, flat_k, wide)
-    weights = _weights(problem, log_decay, segment_ids, initial_segment)
+    call = _prepare(
+        plan(zq, zk, value, interpret, config), zq, zk, value,
+        sharpness, log_decay, key_value_mask, segment_ids, initial_segment,
+    )  # fmt: skip
+    problem, blocks, arrays = call.problem, call.blocks, call.arrays
+    sums = causal_outputs.split_sums(problem, blocks.sums, call.shared, arrays.zk, arrays.value)
     initial = padded_state(problem, initial_numerator, initial_mass)
-    split_numerator, final_numerator = starting_states(weights, sums[0], initial[0])
-    split_mass, final_mass = starting_states(weights, sums[1], initial[1])
-    states = split_numerator, split_mass
+    split_numerator, final_numerator = starting_states(call.weights, sums[0], initial[0])
+    split_mass, final_mass = starting_states(call.weights, sums[1], initial[1])
     out = causal_outputs.outputs(
-        problem, blocks.outputs, shared, flat_q, flat_k, wide, states
+        problem, blocks.outputs, call.shared, *arrays, (split_numerator, split_mass)
     )
     features, value_dim = initial_numerator.shape[-2:]
     return CausalForward(
@@ -132,75 +125,121 @@ def causal_backward(
     """Gradients of `causal_forward`, from its inputs, the states of its splits and cotangents.
 
     Args:
-      zq, zk, value, sharpness, log_decay, key_value_mask, segment_ids, initial_numerator,
-        initial_mass, initial_segment, interpret, config: as given to `causal_forward`.
+      zq: as given to `causal_forward`, like all up to initial_segment.
+      zk: likewise.
+      value: likewise.
+      sharpness: likewise.
+      log_decay: likewise.
+      key_value_mask: likewise.
+      segment_ids: likewise.
+      initial_numerator: likewise.
+      initial_mass: likewise.
+      initial_segment: likewise.
       split_numerator: (B, K, splits, F, V), as `causal_forward` returned it.
       split_mass: (B, K, splits, F), likewise.
       d_out: cotangent of the outputs, (B, T, N, V).
       d_final_numerator: cotangent of the final numerator, (B, K, F, V) float32.
       d_final_mass: cotangent of the final mass, (B, K, F) float32.
+      interpret: as for `causal_forward`.
+      config: as for `causal_forward`.
 
     Returns:
       A CausalGradients, each leaf in the dtype of what it is the gradient of.
     """
-    problem, _, blocks = plan(zq, zk, value, interpret, config)
-    flat_q, flat_k = flat_projections(problem, zq), flat_projections(problem, zk)
-    wide = pad_to(value, problem.value_dim)
-    wide_d_out = pad_to(d_out.astype(value.dtype), problem.value_dim)
-    shared = Shared(
-        sharpness,
-        gamma=None if log_decay is None else running_decay(log_decay, problem.chunk),
-        mask=key_value_mask,
-        segment_ids=segment_ids,
-        initial_segment=initial_segment,
+    call = _prepare(
+        plan(zq, zk, value, interpret, config), zq, zk, value,
+        sharpness, log_decay, key_value_mask, segment_ids, initial_segment,
+    )  # fmt: skip
+    wide = pad_to(d_out.astype(value.dtype), call.problem.value_dim)
+    states = padded_state(call.problem, split_numerator, split_mass)
+    d_final = padded_state(call.problem, d_final_numerator, d_final_mass)
+    found = _gradients(call, states, wide, d_final)
+    features, value_dim = initial_numerator.shape[-2:]
+    return CausalGradients(
+        unflat(found.zq, zq),
+        unflat(found.zk, zk),
+        found.value[..., :value_dim],
+        found.sharpness.astype(sharpness.dtype),
+        found.log_decay,
+        found.initial_numerator[..., :features, :value_dim],
+        found.initial_mass[..., :features],
     )
-    states = padded_state(problem, split_numerator, split_mass)
-    d_final = padded_state(problem, d_final_numerator, d_final_mass)
-    query = causal_gradients.query_gradients(
-        problem, blocks.query, shared, flat_q, flat_k, wide, states, wide_d_out
+
+
+class _Arrays(NamedTuple):
+    """z and values at the sizes that products take."""
+
+    zq: jax.Array  # (B, T, N, LP)
+    zk: jax.Array  # (B, T, K, LP)
+    value: jax.Array  # (B, T, K, V)
+
+
+class _Call(NamedTuple):
+    """What both directions need: sizes, blocks, arrays and the prefix over splits."""
+
+    problem: Problem
+    blocks: Blocks
+    arrays: _Arrays
+    shared: Shared
+    weights: jax.Array
+
+
+def _prepare(
+    planned: tuple, zq, zk, value, sharpness, log_decay, mask, segment_ids, initial_segment
+) -> _Call:
+    problem, _, blocks = planned
+    gamma = None if log_decay is None else running_decay(log_decay, problem.chunk)
+    sizes = problem.batch, problem.kv_heads, problem.splits
+    return _Call(
+        problem,
+        blocks,
+        _Arrays(
+            flat_projections(problem, zq),
+            flat_projections(problem, zk),
+            pad_to(value, problem.value_dim),
+        ),
+        Shared(sharpness, gamma, mask, segment_ids, initial_segment),
+        split_weights(log_decay, segment_ids, initial_segment, sizes, problem.split),
     )
+
+
+def _gradients(call: _Call, states: tuple, d_out: jax.Array, d_final: tuple) -> CausalGradients:
+    """Queries forward in time, the adjoint of the states back over the splits, then the keys."""
+    problem, blocks, arrays, shared, weights = call
+    query = causal_gradients.query_gradients(problem, blocks.query, shared, *arrays, states, d_out)
     adjoints = causal_gradients.reverse_sums(
-        problem, blocks.reverse, shared, flat_q, wide_d_out, query.inverse, query.delta
+        problem, blocks.reverse, shared, arrays.zq, d_out, query.inverse, query.delta
     )
-    weights = _weights(problem, log_decay, segment_ids, initial_segment)
-    d_numerator, d_initial_numerator = leaving_adjoints(weights, adjoints[0], d_final[0])
-    d_mass, d_initial_mass = leaving_adjoints(weights, adjoints[1], d_final[1])
-    arrays = {"zq": flat_q, "zk": flat_k, "value": wide, "d_out": wide_d_out}
+    leaving, initial = zip(
+        *(leaving_adjoints(weights, *pair) for pair in zip(adjoints, d_final, strict=True)),
+        strict=True,
+    )
     run = functools.partial(
         causal_gradients.key_value_gradients, problem,
-        shared=shared, arrays=arrays, rows=query, adjoints=(d_numerator, d_mass),
+        shared=shared, arrays=arrays, d_out=d_out, rows=query, adjoints=leaving,
     )  # fmt: skip
     if blocks.value is None:
         keys = values = run(blocks.key)
     else:
         keys, values = run(blocks.key, values=False), run(blocks.value, keys=False)
-    d_sharpness = query.d_sharpness + keys.d_sharpness.sum(axis=(0, 1, 3))
     d_log_decay = None
-    if log_decay is not None:
-        later = _crossing(d_numerator, states[0], query.final_numerator)
-        later += _crossing(d_mass, states[1], query.final_mass)
+    if shared.gamma is not None:
+        later = _crossing(leaving[0], states[0], query.final_numerator)
+        later += _crossing(leaving[1], states[1], query.final_mass)
         flow = query.row - causal_gradients.total(keys.column)
         d_log_decay = later_flow(flow, later, problem.chunk, problem.split)
-        d_log_decay = d_log_decay[..., : problem.length].swapaxes(1, 2).astype(log_decay.dtype)
-    features, value_dim = initial_numerator.shape[-2:]
+        d_log_decay = d_log_decay[..., : problem.length].swapaxes(1, 2)
     return CausalGradients(
-        unflat(query.d_zq, zq),
-        unflat(causal_gradients.total(keys.d_zk), zk),
-        values.d_value[..., :value_dim],
-        d_sharpness.astype(sharpness.dtype),
+        query.d_zq,
+        causal_gradients.total(keys.d_zk),
+        values.d_value,
+        query.d_sharpness + keys.d_sharpness.sum(axis=(0, 1, 3)),
         d_log_decay,
-        d_initial_numerator[..., :features, :value_dim],
-        d_initial_mass[..., :features],
+        *initial,
     )
-
-
-def _weights(problem: Problem, log_decay, segment_ids, initial_segment) -> jax.Array:
-    shape = problem.batch, problem.kv_heads, problem.splits
-    return split_weights(log_decay, segment_ids, initial_segment, shape, problem.split)
 
 
 def _crossing(adjoint: jax.Array, states: jax.Array, final: jax.Array) -> jax.Array:
     """⟨Λ_e, X_e⟩ (B, K, splits) at the end e of each split: what later tokens add to dg there."""
     leaving = jnp.concatenate([states[:, :, 1:], final], axis=2)
     return (adjoint * leaving).reshape(*leaving.shape[:3], -1).sum(axis=3)
-

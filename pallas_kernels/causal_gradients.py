@@ -46,21 +46,21 @@ def _query_kernel(problem: Problem, refs: SimpleNamespace) -> None:
             d_sharpness, row = carry
             rows = chunk.span, head, slice(None)
             squashed = feature_map.squash(load(refs.zq, rows, chunk.rows))
-            phi_q = feature_map.expand(squashed)
-            queries, entering = math.cast(phi_q), math.cast(chunk.enter(phi_q))
+            queries = math.cast(feature_map.expand(squashed))
             d_out = load(refs.d_out, rows, chunk.rows)
             attention = math.cast(chunk.visible(math.dot(queries, keys, "nt")))
             inverse = reciprocals(
-                problem, chunk, denominators(problem, attention, entering, mass)
+                problem, chunk, denominators(problem, chunk, attention, queries, mass)
             )
             by_key = math.dot(d_out, value, "nt")
-            by_state = math.dot(d_out, numerator, "nt")
+            by_state = chunk.enter(math.dot(d_out, numerator, "nt"))
             delta = inverse * (
                 jnp.sum(attention.astype(jnp.float32) * by_key, axis=1)
-                + jnp.sum(entering.astype(jnp.float32) * by_state, axis=1)
+                + jnp.sum(queries.astype(jnp.float32) * by_state, axis=1)
             )
-            scores = math.cast(chunk.visible(by_key - delta[:, None], again=True))
-            d_phi = math.dot(scores, keys) + chunk.enter(by_state - delta[:, None] * mass_row)
+            scores = math.cast(chunk.visible(by_key - delta[:, None]))
+            entering = chunk.enter(delta[:, None])
+            d_phi = math.dot(scores, keys) + (by_state - entering * mass_row)
             d_phi = d_phi * inverse[:, None]
             d_z, d_beta = feature_map.gradient(squashed, queries, d_phi)
             store(refs.d_zq, rows, d_z, chunk.rows)
@@ -185,14 +185,14 @@ def _earlier_state(
     """The adjoint that leaves the chunk backwards; on the way dv = Σ Aᵀ do + out∘(φk Λ)."""
     math, d_value = problem.arithmetic, None
     if refs.d_value is not None:
-        d_value = math.dot(chunk.leave(phi_k), state[0])
+        d_value = chunk.leave(math.dot(phi_k, state[0]))
 
     def add_head(head, carry):
         d_value, state = carry
         scaled_q, d_out, delta = heads(head)
         if d_value is not None:
             attention = math.dot(phi_k, scaled_q, "nt")
-            attention = chunk.visible(attention, transposed=True, again=True)
+            attention = chunk.visible(attention, transposed=True)
             d_value += math.dot(attention, d_out)
         return d_value, gather(problem, chunk, scaled_q, d_out, delta, state)
 
@@ -230,7 +230,9 @@ def query_gradients(problem: Problem, block: Block, shared: Shared, zq, zk, valu
             "delta": problem.row_statistic(heads),
             "d_sharpness": problem.program_scalar(),
             "row": problem.row_statistic(problem.kv_heads) if gate else None,
-            "final_numerator": Output(final, jnp.float32, problem.single(numerators)) if gate else None,
+            "final_numerator": Output(final, jnp.float32, problem.single(numerators))
+            if gate
+            else None,
             "final_mass": problem.partial(final[:-1], jnp.float32, problem.single(masses))
             if gate
             else None,
@@ -250,7 +252,8 @@ def query_gradients(problem: Problem, block: Block, shared: Shared, zq, zk, valu
     )
 
 
-def partial_dtype(problem: Problem, dtype: jax.typing.DTypeLike):
+def partial_dtype(problem: Problem, dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+    """float32 for an output that is summed over value blocks afterwards."""
     return dtype if problem.value_blocks == 1 else jnp.float32
 
 
@@ -284,7 +287,8 @@ def key_value_gradients(
     problem: Problem,
     block: Block,
     shared: Shared,
-    arrays: dict,
+    arrays: tuple,
+    d_out: jax.Array,
     rows: SimpleNamespace,
     adjoints: tuple,
     *,
@@ -294,17 +298,17 @@ def key_value_gradients(
     """dz of the keys with dβ and the column sums of dg, or dv, or both; `rows` holds ρ and δ."""
     problem = problem.cut(block)
     gate = keys and shared.gamma is not None
-    zk, value = arrays["zk"], arrays["value"]
+    zq, zk, value = arrays
     return launch(
         lambda refs: _key_value_kernel(problem, refs),
         name="causal_" + "_".join(["key"] * keys + ["value"] * values) + "_gradients",
         grid=problem.grid,
         inputs=problem.shared_inputs(shared)
         | {
-            "zq": (arrays["zq"], problem.query_projections()),
+            "zq": (zq, problem.query_projections()),
             "zk": (zk, problem.key_projections()),
             "value": (value if keys else None, problem.values()),
-            "d_out": (arrays["d_out"], problem.outputs()),
+            "d_out": (d_out, problem.outputs()),
             "inverse": (rows.inverse, problem.row_spec()),
             "delta": (rows.delta, problem.row_spec()),
             "split_numerator": (adjoints[0], problem.numerators()),

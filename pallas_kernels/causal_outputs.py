@@ -49,11 +49,12 @@ def absorb(problem: Problem, chunk: Chunk, phi_k: jax.Array, value: jax.Array, s
     return numerator, chunk.carry(mass) + math.dot(keys, ones, "tn")
 
 
-def denominators(problem: Problem, attention: jax.Array, entering: jax.Array, mass: jax.Array):
+def denominators(problem: Problem, chunk: Chunk, attention, queries, mass) -> jax.Array:
     """z (C,) from the same rounded operands as the numerator, so that v = 1 gives o = 1."""
     math = problem.arithmetic
     ones = jnp.ones((problem.chunk, MASS), problem.dtype)
-    return jnp.max(math.dot(attention, ones) + math.dot(entering, mass), axis=1)
+    columns = math.dot(attention, ones) + chunk.enter(math.dot(queries, mass))
+    return jnp.max(columns, axis=1)
 
 
 def reciprocals(problem: Problem, chunk: Chunk, denominator: jax.Array) -> jax.Array:
@@ -91,11 +92,10 @@ def _outputs_kernel(problem: Problem, refs: SimpleNamespace) -> None:
 
         def query_head(head, _):
             rows = chunk.span, head, slice(None)
-            phi_q = hashed_queries(chunk, feature_map, refs.zq, head)
-            attention = chunk.visible(math.dot(math.cast(phi_q), keys, "nt"))
-            attention, entering = math.cast(attention), math.cast(chunk.enter(phi_q))
-            out = math.dot(attention, value) + math.dot(entering, numerator)
-            denominator = denominators(problem, attention, entering, mass)
+            queries = math.cast(hashed_queries(chunk, feature_map, refs.zq, head))
+            attention = math.cast(chunk.visible(math.dot(queries, keys, "nt")))
+            out = math.dot(attention, value) + chunk.enter(math.dot(queries, numerator))
+            denominator = denominators(problem, chunk, attention, queries, mass)
             out = out * reciprocals(problem, chunk, denominator)[:, None]
             store(refs.out, rows, out, chunk.rows)
 
@@ -154,5 +154,3 @@ def outputs(problem: Problem, block: Block, shared: Shared, zq, zk, value, state
         poison=problem.poison,
     )
     return result.out
-
-

@@ -1,7 +1,7 @@
 """Soft-hash features of a tile of tokens, and their derivative, on the matrix units.
 
 In: hash projections z (C, LP) and the sharpness. Out: φ (C, F), or dz and dβ from dφ.
-Equation: log φ_r = Σ_p log sigmoid(2 β tanh(z_p) c_rp), the corner softmax as a product of sigmoids.
+Equation: log φ_r = Σ_p log sigmoid(2 β tanh(z_p) c_rp), the corner softmax in factors.
 """
 
 import jax

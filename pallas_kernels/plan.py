@@ -20,7 +20,9 @@ def plan(
     batch, length, heads, tables, planes = zq.shape
     kv_length, kv_heads, value_dim = value.shape[1:]
     value_dim = padded(value_dim)
-    blocks = config or choose_blocks(padded_features(tables, planes), value_dim, value.dtype.itemsize)
+    blocks = config or choose_blocks(
+        padded_features(tables, planes), value_dim, value.dtype.itemsize
+    )
     queries = Problem(
         batch=batch,
         length=length,

@@ -180,9 +180,7 @@ class Problem:
 
     def shared_inputs(self, shared: "Shared") -> dict:
         """The inputs that every kernel takes, cut for this problem's value blocks."""
-        positive, negative = corner_signs(
-            self.tables, self.planes, self.projections, self.features
-        )
+        positive, negative = corner_signs(self.tables, self.planes, self.projections, self.features)
         signs = self.constant(self.projections, self.features)
         gamma, mask = shared.gamma, shared.mask
         segments = None if shared.segment_ids is None else shared.initial_segment
@@ -292,13 +290,8 @@ class Chunk:
         """`tile` (C, X) with the rows of padded tokens at zero."""
         return tile if self.valid is None else jnp.where(self.valid[:, None], tile, 0.0)
 
-    def visible(
-        self, tile: jax.Array, *, transposed: bool = False, again: bool = False
-    ) -> jax.Array:
-        """`tile` (C queries, C keys), or its transpose, times D.
-
-        With `again`, D is made anew: kept from its first use, it would cost 32 registers a thread.
-        """
+    def visible(self, tile: jax.Array, *, transposed: bool = False) -> jax.Array:
+        """`tile` (C queries, C keys), or its transpose, times D."""
         at = (lambda x: x[None, :]) if transposed else (lambda x: x[:, None])
         of = (lambda x: x[:, None]) if transposed else (lambda x: x[None, :])
         position = lax.iota(jnp.int32, self.size)
@@ -308,5 +301,5 @@ class Chunk:
         if self.gamma is not None:
             # Masked before the exponential: above the diagonal it could overflow.
             exponent = jnp.where(mask, at(self.gamma) - of(self.gamma), -jnp.inf)
-            return tile * self.math.exp2(exponent, again=again)
+            return tile * self.math.exp2(exponent)
         return jnp.where(mask, tile, 0.0)

@@ -94,6 +94,8 @@ def _limit(
         return f"the RACE kernels have normalization='global' only, got {normalization!r}"
     if packed and not is_causal:
         return "the RACE kernels take segment_ids with is_causal=True only"
+    if not has_cuda():  # without one the kernels are not even imported
+        return "the RACE kernels run on CUDA devices, and this host has none"
     return _kernels().supports(z_q, z_k, value, is_causal=is_causal)
 
 
@@ -152,7 +154,10 @@ def explain(
 
 
 def has_cuda() -> bool:
-    """Whether this host has a CUDA device that JAX can use."""
+    """Whether JAX has a CUDA device here, or compiles for an abstract one."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None:
+        return abstract.platform in ("cuda", "gpu")
     try:
         return bool(jax.devices("cuda"))
     except RuntimeError:  # JAX's word for "no such platform here"
@@ -191,10 +196,10 @@ def run_causal(choice: Choice, operands: causal.Operands) -> tuple[jax.Array, Su
 
 
 def _causal_forward(choice: Choice, operands: causal.Operands):
-    length = operands.value.shape[1]
+    batch, length, kv_heads = operands.value.shape[:3]
     blocks = causal.block_count(length)
     if choice.implementation != "xla":
-        blocks = _kernels().split_count(length)
+        blocks = _kernels().split_count(length, batch * kv_heads)
     xla = functools.partial(causal.forward, blocks=blocks)
     run = _by_platform(choice, xla, (CAUSAL_CPU, CAUSAL_WIDE), _pallas_causal_forward)
     with jax.named_scope("race_attention/causal"):
@@ -285,10 +290,28 @@ def _kernel_arguments(operands: causal.Operands) -> tuple:
 
 
 def _pallas_bidirectional_forward(operands: bidirectional.Operands) -> tuple[jax.Array, Sums]:
-    raise NotImplementedError
+    z_q, z_k, value, sharpness, mask, sums = operands
+    out, *totals = _kernels().bidirectional_forward(
+        z_q.astype(value.dtype), z_k.astype(value.dtype), value, sharpness, mask, *sums
+    )
+    return out, Sums(*totals)
 
 
 def _pallas_bidirectional_backward(
     operands: bidirectional.Operands, totals: Sums, d_out: jax.Array, d_totals: Sums
 ) -> bidirectional.Operands:
-    raise NotImplementedError
+    z_q, z_k, value, sharpness, mask, sums = operands
+    d_z_q, d_z_k, d_value, d_sharpness, *d_sums = _kernels().bidirectional_backward(
+        z_q.astype(value.dtype),
+        z_k.astype(value.dtype),
+        value,
+        sharpness,
+        mask,
+        *sums,
+        *totals,
+        d_out,
+        *d_totals,
+    )
+    return bidirectional.Operands(
+        d_z_q.astype(z_q.dtype), d_z_k.astype(z_k.dtype), d_value, d_sharpness, None, Sums(*d_sums)
+    )

@@ -11,8 +11,10 @@ from flax import nnx
 from race_jax import masking
 from race_jax.baselines import softmax_attention
 
-EMBEDDING_STD = 0.02  # GPT-2's
+INIT_STD = 0.02  # of every table and kernel, as in GPT-2's code
 ROPE_BASE = 10_000.0
+
+kernel_init = nnx.initializers.normal(INIT_STD)
 
 
 def token_positions(
@@ -132,7 +134,7 @@ class TokenEmbedding(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        init = nnx.initializers.normal(EMBEDDING_STD)
+        init = nnx.initializers.normal(INIT_STD)
         self.tokens = nnx.Param(init(rngs.params(), (vocab_size, width), jnp.float32))
         self.positions = (
             None
@@ -172,7 +174,7 @@ class MLP(nnx.Module):
         out_kernel_init: nnx.Initializer,
         rngs: nnx.Rngs,
     ):
-        self.up = nnx.Linear(width, hidden_width, dtype=dtype, rngs=rngs)
+        self.up = nnx.Linear(width, hidden_width, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
         self.down = nnx.Linear(
             hidden_width, width, dtype=dtype, kernel_init=out_kernel_init, rngs=rngs
         )
@@ -211,7 +213,9 @@ class SoftmaxAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         def projection(heads: int) -> nnx.LinearGeneral:
-            return nnx.LinearGeneral(in_features, (heads, head_dim), dtype=dtype, rngs=rngs)
+            return nnx.LinearGeneral(
+                in_features, (heads, head_dim), dtype=dtype, kernel_init=kernel_init, rngs=rngs
+            )
 
         self.query = projection(num_heads)
         self.key = projection(num_kv_heads)

@@ -1,7 +1,7 @@
-"""The trunk: pre-norm transformer blocks with the attention chosen by name.
+"""The trunk: an embedding, blocks and a norm, with the state that crosses calls.
 
 In: token ids (B, T), masks as vectors, and, to continue a sequence, a state. Out: (B, T, D).
-Equations: x += attention(norm(x)); x += MLP(norm(x)); after the last block, norm(x).
+Equation: hidden = norm(block_n(... block_1(embedding(tokens)))).
 """
 
 from typing import NamedTuple
@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from race_jax.models.block import Block, rematerialised
 from race_jax.models.config import ModelConfig
-from race_jax.models.layers import MLP, SoftmaxAttention, TokenEmbedding, token_positions
-from race_jax.nnx import RACEAttention
+from race_jax.models.layers import TokenEmbedding, token_positions
 from race_jax.state import EMPTY
 
 _NO_STATE = (
@@ -35,75 +35,6 @@ class TransformerState(NamedTuple):
 
     layers: tuple
     position: jax.Array
-
-
-class Block(nnx.Module):
-    """One pre-norm block: attention and MLP, each added to what came in.
-
-    Kernels start N(0, 1 / fan_in), truncated. Those of the two projections that add to the residual
-    stream start smaller by sqrt(2 * num_layers), so that what 2 * num_layers branches add has the
-    variance of one, whatever the depth (Radford et al. 2019, section 2.3).
-
-    Args:
-        config: a validated record.
-        is_causal: whether a token sees only itself and earlier tokens.
-        rngs: streams "params" and "planes".
-    """
-
-    def __init__(self, config: ModelConfig, *, is_causal: bool, rngs: nnx.Rngs):
-        width, dtype = config.width, jnp.dtype(config.dtype)
-        branch_init = nnx.initializers.variance_scaling(
-            0.5 / config.num_layers, "fan_in", "truncated_normal"
-        )
-        self.attention_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.attention = _attention(config, branch_init, rngs)
-        self.mlp_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.mlp = MLP(
-            width, config.mlp_ratio * width, dtype=dtype, out_kernel_init=branch_init, rngs=rngs
-        )
-        self.dropout = nnx.Dropout(config.dropout_rate)
-        self.is_causal = is_causal
-
-    def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        key_value_mask: jax.Array | None,
-        segment_ids: jax.Array | None,
-        state: tuple | None,
-        dropout_key: jax.Array | None,
-    ) -> tuple[jax.Array, tuple | None]:
-        """x (B, T, D) to (B, T, D), and the layer's state where one came in."""
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        attended, state = self._attend(
-            self.attention_norm(x), positions, key_value_mask, segment_ids, state
-        )
-        x += self._drop(attended, keys[0])
-        x += self._drop(self.mlp(self.mlp_norm(x)), keys[1])
-        return x, state
-
-    def _attend(self, x, positions, key_value_mask, segment_ids, state):
-        if isinstance(self.attention, SoftmaxAttention):
-            out = self.attention(
-                x,
-                positions=positions,
-                is_causal=self.is_causal,
-                key_value_mask=key_value_mask,
-                segment_ids=segment_ids,
-            )
-            return out, None
-        out = self.attention(
-            x,
-            mask=key_value_mask,
-            segment_ids=segment_ids,
-            is_causal=self.is_causal,
-            state=state,
-            deterministic=True,
-        )
-        return (out, None) if state is None else out
-
-    def _drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        return self.dropout(x, deterministic=key is None, rngs=key)
 
 
 class Transformer(nnx.Module):
@@ -207,7 +138,7 @@ class Transformer(nnx.Module):
             x = self.dropout(x, deterministic=drop_keys[0] is None, rngs=drop_keys[0])
         layers = [None] * len(self.blocks) if state is None else list(state.layers)
         for i, block in enumerate(self.blocks):
-            run = _rematerialised(block) if self.remat else block
+            run = rematerialised(block) if self.remat else block
             with jax.named_scope(f"transformer/block_{i}"):
                 x, layers[i] = run(
                     x, positions, key_value_mask, segment_ids, layers[i], drop_keys[i + 1]
@@ -270,49 +201,6 @@ def parameter_count(model: nnx.Module) -> int:
         8
     """
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-
-
-def _attention(
-    config: ModelConfig, out_kernel_init: nnx.Initializer, rngs: nnx.Rngs
-) -> SoftmaxAttention | RACEAttention:
-    shared = {
-        "num_heads": config.num_heads,
-        "in_features": config.width,
-        "num_kv_heads": config.kv_heads,
-        "head_dim": config.head_size,
-        "dtype": jnp.dtype(config.dtype),
-        "out_kernel_init": out_kernel_init,
-        "implementation": config.implementation,
-        "rngs": rngs,
-    }
-    if config.attention == "softmax":
-        return SoftmaxAttention(positions=config.positions, **shared)
-    return RACEAttention(
-        num_tables=config.num_tables,
-        num_planes=config.num_planes,
-        planes_scale=config.planes_scale,
-        learn_planes=config.learn_planes,
-        sharpness=config.sharpness,
-        learn_sharpness=config.learn_sharpness,
-        forget_gate=config.gate,
-        half_life=config.half_life,
-        short_conv=config.short_conv,
-        output_gate=config.output_gate,
-        fold_planes=config.fold_planes,
-        normalization=config.normalization,
-        **shared,
-    )
-
-
-def _rematerialised(block: Block):
-    """The block as a pure function of its variables, recomputed in the backward pass."""
-    graph, variables = nnx.split(block)
-
-    @jax.checkpoint
-    def run(variables, *arguments):
-        return nnx.merge(graph, variables)(*arguments)
-
-    return lambda *arguments: run(variables, *arguments)
 
 
 def _last_segment(state: TransformerState | None, start: jax.Array) -> jax.Array:

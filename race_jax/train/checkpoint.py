@@ -68,6 +68,7 @@ class Checkpoints:
             max_to_keep=None if read_only else keep,
             create=not read_only,
             read_only=read_only,
+            cleanup_tmp_directories=not read_only,  # what a killed or failed save left
             enable_async_checkpointing=False,
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
@@ -99,8 +100,8 @@ class Checkpoints:
             write_text(self._folder(step) / _DIGESTS, json.dumps(self._digests(step)))
         except Exception as error:  # Orbax raises many kinds; none may pass as a saved step
             raise RuntimeError(
-                f"the checkpoint of step {step} could not be written to {self._directory}: "
-                f"{error}; the ones before it are untouched: {self._whole_steps()}"
+                f"the checkpoint of step {step} could not be written to {self._directory}; those "
+                f"of steps {self._whole_steps()} are untouched. The reason: {error}"
             ) from error
 
     def restore(self, like: TrainState) -> Restored | None:
@@ -116,7 +117,7 @@ class Checkpoints:
         """
         if not self.steps():
             return None
-        step = self._newest_whole()
+        step = self.newest_whole()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         items = ocp.args.Composite(
             model=ocp.args.StandardRestore({"params": abstract.params, "fixed": abstract.fixed}),
@@ -129,17 +130,33 @@ class Checkpoints:
         state = TrainState(**found["model"], **found["optimizer"])
         return Restored(state, found["about"])
 
-    def restore_model(self, like: dict[str, nnx.State]) -> dict[str, nnx.State]:
-        """Only parameters and fixed variables of the newest whole checkpoint, on one device."""
+    def about(self, step: int) -> dict[str, Any]:
+        """The JSON values of a checkpoint."""
+        items = ocp.args.Composite(about=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=items)["about"]
+
+    def model(self, step: int, like: dict[str, nnx.State]) -> dict[str, nnx.State]:
+        """Only parameters and fixed variables of a checkpoint, on one device."""
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
         items = ocp.args.Composite(model=ocp.args.StandardRestore(like))
-        return self._manager.restore(self._newest_whole(), args=items)["model"]
+        return self._manager.restore(step, args=items)["model"]
 
-    def about(self) -> dict[str, Any]:
-        """The JSON values of the newest whole checkpoint."""
-        items = ocp.args.Composite(about=ocp.args.JsonRestore())
-        return self._manager.restore(self._newest_whole(), args=items)["about"]
+    def newest_whole(self) -> int:
+        """The last step whose checkpoint is whole; reports newer ones and sets them aside.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        for step in reversed(self.steps()):
+            damage = self._damage(step)
+            if damage is None:
+                return step
+            moved = "" if self._read_only else f"; moved to {self._set_aside(step)}"
+            self._say(f"the checkpoint of step {step} is damaged ({damage}){moved}")
+        raise RuntimeError(
+            f"no whole checkpoint in {self._directory}; train again into another directory"
+        )
 
     def close(self) -> None:
         """Releases Orbax's threads."""
@@ -150,17 +167,6 @@ class Checkpoints:
 
     def _whole_steps(self) -> list[int]:
         return [step for step in self.steps() if self._damage(step) is None]
-
-    def _newest_whole(self) -> int:
-        for step in reversed(self.steps()):
-            damage = self._damage(step)
-            if damage is None:
-                return step
-            moved = "" if self._read_only else f"; moved to {self._set_aside(step)}"
-            self._say(f"the checkpoint of step {step} is damaged ({damage}){moved}")
-        raise RuntimeError(
-            f"no whole checkpoint in {self._directory}; train again into another directory"
-        )
 
     def _set_aside(self, step: int) -> Path:
         """Moves a damaged checkpoint out of the way of a new one of the same step."""
@@ -216,12 +222,13 @@ def load_for_inference(directory: str | os.PathLike) -> tuple[TransformerLM, Tok
         raise ValueError(f"no checkpoints in {directory}; give the directory of a training run")
     checkpoints = Checkpoints(folder, read_only=True)
     try:
-        about = checkpoints.about()
+        step = checkpoints.newest_whole()
+        about = checkpoints.about(step)
         config = Config.from_dict(about["config"])
         tokenizer = from_dict(about["tokenizer"])
         model = nnx.eval_shape(lambda: make_model(config.model, tokenizer.vocab_size, 0))
         graph, params, fixed = nnx.split(model, nnx.Param, ...)
-        found = checkpoints.restore_model({"params": params, "fixed": fixed})
+        found = checkpoints.model(step, {"params": params, "fixed": fixed})
     finally:
         checkpoints.close()
     return nnx.merge(graph, found["params"], found["fixed"]), tokenizer, config

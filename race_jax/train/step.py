@@ -26,6 +26,7 @@ EvalStep = Callable[[nnx.State, nnx.State, Batch], dict[str, jax.Array]]
 def make_train_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
     mesh: Mesh,
     *,
     accumulation_steps: int = 1,
@@ -39,13 +40,14 @@ def make_train_step(
     Args:
         graph: the model's graph definition.
         optimizer: an optax transformation.
+        schedule: the learning rate by step that `optimizer` follows, to report it.
         mesh: the mesh whose "data" axis shares the batch.
         accumulation_steps: parts of a device's share, one after the other.
 
     Returns:
         The step. `key` is the run's; dropout draws from it folded with step, device and part.
-        Metrics are float32 scalars: loss (nats per token), grad_norm, tokens (their weight), and
-        finite (bool), which is False where loss or gradient is not.
+        Metrics are float32 scalars: loss (nats per token), grad_norm, learning_rate, tokens (their
+        weight), and finite (bool), which is False where loss or gradient is not.
     """
 
     def device_sums(params, fixed, batch, key):
@@ -71,6 +73,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step),
             "tokens": weight,
             "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
         }

@@ -50,7 +50,6 @@ class Trainer:
         self._prompt = report.sample_prompt(config, data)
         self._mesh = make_mesh(config)
         optimizer = make_optimizer(config.optimizer, config.run.steps)
-        self._rate = make_schedule(config.optimizer, config.run.steps)
         self._graph, self._state = init_state(
             config.model, data.vocab_size, config.run.seed, optimizer, self._mesh
         )
@@ -105,27 +104,17 @@ class Trainer:
         """
         if not self._pending:
             return
-        steps, values = zip(*jax.device_get(self._pending), strict=True)
-        self._pending = []
-        for step, value in zip(steps, values, strict=True):
-            if not value["finite"]:
-                raise FloatingPointError(self._not_finite(step, value))
-        records = [
-            {
-                "kind": "train",
-                "step": step,
-                "loss": float(value["loss"]),
-                "grad_norm": float(value["grad_norm"]),
-                "learning_rate": float(self._rate(step - 1)),
-                "tokens": float(value["tokens"]),
-            }
-            for step, value in zip(steps, values, strict=True)
-        ]
-        speed = self._progress.update(
-            steps[-1], float(np.mean([record["loss"] for record in records]))
-        )
-        records.append({"kind": "speed", "step": steps[-1], "tokens_per_second": speed})
+        measured, self._pending = jax.device_get(self._pending), []
+        finite = list(itertools.takewhile(lambda pair: pair[1]["finite"], measured))
+        records = [_train_record(step, values) for step, values in finite]
+        if records:
+            loss = float(np.mean([record["loss"] for record in records]))
+            speed = self._progress.update(records[-1]["step"], loss)
+            step = records[-1]["step"]
+            records.append({"kind": "speed", "step": step, "tokens_per_second": speed})
         self._log.write(records)
+        if len(finite) < len(measured):
+            raise FloatingPointError(self._not_finite(*measured[len(finite)]))
 
     def evaluate(self) -> Record:
         """Scores the held-out text, or the part of it that `run.eval_batches` allows."""
@@ -193,6 +182,7 @@ class Trainer:
         step = make_train_step(
             self._graph,
             optimizer,
+            make_schedule(self._config.optimizer, self._config.run.steps),
             self._mesh,
             accumulation_steps=self._config.optimizer.accumulation_steps,
         )
@@ -243,3 +233,9 @@ class Trainer:
             f"step {step}; {stands}; try a lower --config.optimizer.learning_rate, a longer "
             "warm-up, or a smaller clip_norm"
         )
+
+
+def _train_record(step: int, values: dict[str, np.ndarray]) -> Record:
+    """The record of one step; its fields are those of the step's metrics but the flag."""
+    numbers = {name: float(value) for name, value in values.items() if name != "finite"}
+    return {"kind": "train", "step": step, **numbers}

@@ -152,10 +152,10 @@ def oracle(function, given: dict[str, Any], cotangents: list) -> tuple[dict, dic
     with jax.enable_x64(True):
         exact = {name: _as_float64(x) for name, x in given.items()}
         names = [x for x in CAUSAL_GRADIENTS if exact.get(x) is not None]
-        run = lambda *arrays: function(exact | dict(zip(names, arrays)))  # noqa: E731
+        run = lambda *arrays: function(exact | dict(zip(names, arrays, strict=True)))  # noqa: E731
         out, pull = jax.vjp(run, *(exact[name] for name in names))
         gradients = pull(tuple(_as_float64(x) for x in cotangents))
-        return _outputs(out), {n: np.asarray(x) for n, x in zip(names, gradients)}
+        return _outputs(out), {n: np.asarray(x) for n, x in zip(names, gradients, strict=True)}
 
 
 def _as_float64(x):
@@ -165,7 +165,7 @@ def _as_float64(x):
 
 
 def _outputs(results) -> dict:
-    return dict(zip(("out", "numerator", "mass"), map(np.asarray, results)))
+    return dict(zip(("out", "numerator", "mass"), map(np.asarray, results), strict=True))
 
 
 def causal_kernels(

@@ -118,6 +118,6 @@ def test_a_long_sequence_equals_its_halves(length, assert_close):
     tail, last = run(middle, length, *arrays, state)
     ends = [slice(0, 256), slice(middle - 256, middle), slice(length - 256, length)]
     parts = head[:, ends[0]], head[:, ends[1]], tail[:, -256:]
-    for where, part in zip(ends, parts):
+    for where, part in zip(ends, parts, strict=True):
         assert_close(f"out {where}", part, whole[:, where], kind="resumed", dtype="bfloat16")
     assert_close("state", last[:2], final[:2], kind="resumed", dtype="bfloat16")

@@ -126,7 +126,7 @@ def test_a_failed_write_leaves_the_one_before(tmp_path, parts, monkeypatch, asse
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("race_jax.train.checkpoint.write_text", disk_full)
-    with pytest.raises(RuntimeError, match=r"step 2 could not .* No space left .* \[1\]"):
+    with pytest.raises(RuntimeError, match=r"step 2 could not .* steps \[1\] are .* No space left"):
         checkpoints.save(at_step(state, 2), about(2))
     checkpoints.close()
     checkpoints = Checkpoints(tmp_path, say=lambda text: None)

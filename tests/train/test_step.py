@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -14,6 +15,7 @@ from tests.train.small import VOCAB, small_batch, small_config, small_parts
 
 KEY = jax.random.key(0)
 RATE = 1e-2
+SCHEDULE = optax.constant_schedule(RATE)  # reported only
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def run():
     config = small_config()
     config.optimizer.learning_rate = RATE
     mesh, optimizer, graph, state, batch = small_parts(config)
-    step = make_train_step(graph, optimizer, mesh)
+    step = make_train_step(graph, optimizer, SCHEDULE, mesh)
     return SimpleNamespace(
         mesh=mesh, optimizer=optimizer, graph=graph, state=state, batch=batch, step=step
     )
@@ -53,11 +55,14 @@ def plain(run):
 def test_loss_and_gradient_are_those_of_the_whole_batch(parts, run, plain, assert_close):
     step = run.step
     if parts > 1:
-        step = make_train_step(run.graph, run.optimizer, run.mesh, accumulation_steps=parts)
+        step = make_train_step(
+            run.graph, run.optimizer, SCHEDULE, run.mesh, accumulation_steps=parts
+        )
     state, metrics = step(fresh(run.state), run.batch, KEY)
     assert_close("loss", metrics["loss"], plain[0], kind="outputs")
     assert_close("grad_norm", metrics["grad_norm"], plain[1], kind="gradients")
     assert float(metrics["tokens"]) == small_batch()["weights"].sum()
+    assert float(metrics["learning_rate"]) == pytest.approx(RATE)
     assert bool(metrics["finite"])
     assert int(state.step) == 1
 
@@ -96,7 +101,7 @@ def test_dropout_draws_by_step_and_evaluation_does_not_drop():
     evaluate = make_eval_step(graph, mesh)
     first, again = (evaluate(state.params, state.fixed, batch)["nats"] for _ in range(2))
     assert first == again
-    step = make_train_step(graph, optimizer, mesh)
+    step = make_train_step(graph, optimizer, SCHEDULE, mesh)
     losses = [
         float(step(fresh(state, step=jnp.int32(number)), batch, KEY)[1]["loss"])
         for number in (0, 0, 1)
@@ -115,7 +120,7 @@ TWO_DEVICES = """
         config = small_config()
         config.mesh.data, config.optimizer.accumulation_steps = devices, 2
         mesh, optimizer, graph, state, batch = small_parts(config)
-        step = make_train_step(graph, optimizer, mesh, accumulation_steps=2)
+        step = make_train_step(graph, optimizer, lambda step: 1.0, mesh, accumulation_steps=2)
         compiled = step.lower(state, batch, jax.random.key(0)).compile()
         assert "all-gather" not in compiled.as_text()
         assert len(batch["inputs"].sharding.device_set) == devices

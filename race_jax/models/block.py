@@ -1,0 +1,127 @@
+"""One pre-norm transformer block, with the attention chosen by name.
+
+In: hidden states (B, T, D), masks as vectors, and the layer's state. Out: the same.
+Equations: x += attention(norm(x)); x += MLP(norm(x)).
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from race_jax.models.config import ModelConfig
+from race_jax.models.layers import INIT_STD, MLP, SoftmaxAttention, kernel_init
+from race_jax.nnx import RACEAttention
+
+
+class Block(nnx.Module):
+    """One pre-norm block: attention and MLP, each added to what came in.
+
+    Kernels start N(0, 0.02^2). Those of the two projections that add to the residual stream start
+    smaller by sqrt(2 * num_layers), so that what 2 * num_layers branches add has the variance of
+    one, whatever the depth. Both after GPT-2 (Radford et al. 2019, section 2.3, and its code).
+
+    Args:
+        config: a validated record.
+        is_causal: whether a token sees only itself and earlier tokens.
+        rngs: streams "params" and "planes".
+    """
+
+    def __init__(self, config: ModelConfig, *, is_causal: bool, rngs: nnx.Rngs):
+        width, dtype = config.width, jnp.dtype(config.dtype)
+        branch_init = nnx.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
+        self.attention_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.attention = _attention(config, branch_init, rngs)
+        self.mlp_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(
+            width, config.mlp_ratio * width, dtype=dtype, out_kernel_init=branch_init, rngs=rngs
+        )
+        self.dropout = nnx.Dropout(config.dropout_rate)
+        self.is_causal = is_causal
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        key_value_mask: jax.Array | None,
+        segment_ids: jax.Array | None,
+        state: tuple | None,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, tuple | None]:
+        """x (B, T, D) to (B, T, D), and the layer's state where one came in."""
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        attended, state = self._attend(
+            self.attention_norm(x), positions, key_value_mask, segment_ids, state
+        )
+        x += self._drop(attended, keys[0])
+        x += self._drop(self.mlp(self.mlp_norm(x)), keys[1])
+        return x, state
+
+    def _attend(self, x, positions, key_value_mask, segment_ids, state):
+        if isinstance(self.attention, SoftmaxAttention):
+            out = self.attention(
+                x,
+                positions=positions,
+                is_causal=self.is_causal,
+                key_value_mask=key_value_mask,
+                segment_ids=segment_ids,
+            )
+            return out, None
+        out = self.attention(
+            x,
+            mask=key_value_mask,
+            segment_ids=segment_ids,
+            is_causal=self.is_causal,
+            state=state,
+            deterministic=True,
+        )
+        return (out, None) if state is None else out
+
+    def _drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        return self.dropout(x, deterministic=key is None, rngs=key)
+
+
+def rematerialised(block: Block) -> Callable[..., tuple]:
+    """The block as a pure function of its variables, recomputed in the backward pass."""
+    graph, variables = nnx.split(block)
+
+    @jax.checkpoint
+    def run(variables, *arguments):
+        return nnx.merge(graph, variables)(*arguments)
+
+    return lambda *arguments: run(variables, *arguments)
+
+
+def _attention(
+    config: ModelConfig, out_kernel_init: nnx.Initializer, rngs: nnx.Rngs
+) -> SoftmaxAttention | RACEAttention:
+    shared = {
+        "num_heads": config.num_heads,
+        "in_features": config.width,
+        "num_kv_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "dtype": jnp.dtype(config.dtype),
+        "out_kernel_init": out_kernel_init,
+        "implementation": config.implementation,
+        "rngs": rngs,
+    }
+    if config.attention == "softmax":
+        return SoftmaxAttention(positions=config.positions, **shared)
+    return RACEAttention(
+        kernel_init=kernel_init,
+        num_tables=config.num_tables,
+        num_planes=config.num_planes,
+        planes_scale=config.planes_scale,
+        learn_planes=config.learn_planes,
+        sharpness=config.sharpness,
+        learn_sharpness=config.learn_sharpness,
+        forget_gate=config.gate,
+        half_life=config.half_life,
+        short_conv=config.short_conv,
+        output_gate=config.output_gate,
+        fold_planes=config.fold_planes,
+        normalization=config.normalization,
+        **shared,
+    )
