@@ -1,7 +1,7 @@
 """Carrying the state over the splits of a sequence, forward and back, in plain XLA.
 
 In: the sums of each split and the initial state. Out: the state where each split starts, and the
-final one; transposed, the adjoints. Equation: X_s = Σ_{j<=s} W_sj Y_j, Y_0 the initial state and Y_j
+final one; transposed, the adjoints. Equation: X_s = Σ_{j<=s} W_sj Y_j, Y_0 the initial state, Y_j
 the sums of split j - 1; W_sj is the decay of the splits between, and 0 across a segment border.
 """
 

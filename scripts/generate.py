@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from race_jax.models.decode import Sampling, remaining_positions, stream
 from race_jax.models.heads import TransformerLM
@@ -54,6 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     """Checks the flags, loads the model, writes the continuation and its speed."""
     if len(arguments) > 1:
         _fail(f"unknown arguments {arguments[1:]}; quote a prompt of several words")
+    logging.set_verbosity(logging.WARNING)  # absl's app shows all that Orbax logs of a restore
     if not _PROMPT.value:
         _fail("--prompt is empty: the model continues a text and needs at least one token of it")
     try:

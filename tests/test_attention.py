@@ -22,25 +22,28 @@ EVERYTHING = {
 CAUSAL = {"is_causal": True, "gate": 0.2, "segments": 3} | EVERYTHING
 
 # A covering set: lengths on and off every chunk size, head dims, odd and even table shapes, each
-# argument alone and all of them together.
+# argument alone and all of them together. A chunk's total decay stays above about -100, as the
+# tolerances ask for.
 GRID = {
     "one token": {"is_causal": True, "queries": 1, "batch": 1, "heads": 1, "num_planes": 1},
     "7, P=10": {"is_causal": True, "queries": 7, "tables": 1, "num_planes": 10, "heads": 3},
     "63, H=24, V=33": {"is_causal": True, "queries": 63, "head_dim": 24, "value_dim": 33},
-    "64, H=64": {"is_causal": True, "queries": 64, "head_dim": 64, "gate": 0.1},
+    "64, H=64, gate": {"is_causal": True, "queries": 64, "head_dim": 64, "gate": 0.1},
     "65, H=128, L=5": {"is_causal": True, "queries": 65, "head_dim": 128, "tables": 5},
-    "1000, gate": {"is_causal": True, "queries": 1000, "num_planes": 3, "gate": 0.05},
+    "65, strong gate, unit planes, beta 8": {
+        "is_causal": True,
+        "queries": 65,
+        "gate": 1.4,
+        "scale": 1.0,
+        "sharpness": 8.0,
+    },
     "1000, all": {"queries": 1000, "num_planes": 3} | CAUSAL,
     "130, all, bucket": {"queries": 130, "normalization": "bucket"} | CAUSAL,
-    # A chunk's total decay stays above about -100, as the tolerances ask for.
-    "65, strong gate, unit planes": {"is_causal": True, "queries": 65, "gate": 1.4, "scale": 1.0},
-    "70, beta 8, unit planes": {"is_causal": True, "queries": 70, "sharpness": 8.0, "scale": 1.0},
     "bidirectional, T=65, S=7": {"queries": 65, "keys": 7, "head_dim": 24, "value_dim": 16},
     "bidirectional, T=7, S=1000, all": {"queries": 7, "keys": 1000, "num_planes": 3} | EVERYTHING,
-    "bidirectional, one token": {"queries": 1, "batch": 1, "heads": 1},
-    "bidirectional, bucket": {"queries": 65, "normalization": "bucket"} | EVERYTHING,
+    "bidirectional, all, bucket": {"queries": 65, "normalization": "bucket"} | EVERYTHING,
     "packed, 130": {"queries": 130, "padding": True, "segments": 4, "batch": 4},
-    "packed, bucket": {
+    "packed, 70, bucket": {
         "queries": 70,
         "padding": True,
         "segments": 3,

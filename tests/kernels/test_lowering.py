@@ -8,6 +8,7 @@ import pytest
 from tests.kernels import dense
 from tests.kernels.dense import Case
 
+AUTO = (jax.sharding.AxisType.Auto,)
 CASES = {
     "plain": Case(length=1024, tables=4, planes=4, value_dim=128, dtype="bfloat16"),
     "everything": Case(
@@ -30,11 +31,10 @@ KERNELS = {
 
 def lower_for_h200(function, *arguments) -> str:
     """The program for an H200, as text."""
-    traced = jax.jit(function).trace(*arguments)
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device, axis_types=AUTO)
     with jax.sharding.use_abstract_mesh(mesh):
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
