@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     """Checks the flags, loads the model, writes the continuation and its speed."""
     if len(arguments) > 1:
         _fail(f"unknown arguments {arguments[1:]}; quote a prompt of several words")
-    logging.set_verbosity(logging.WARNING)  # absl's app shows all that Orbax logs of a restore
+    logging.set_verbosity(logging.ERROR)  # absl's app shows all that Orbax logs of a restore
     if not _PROMPT.value:
         _fail("--prompt is empty: the model continues a text and needs at least one token of it")
     try:

@@ -39,16 +39,14 @@ class Compiled(NamedTuple):
     logits: Callable
 
 
-def build(vocab_size: int = VOCAB, **changes) -> TransformerLM:
-    """A model of `SIZES` and the changes, with a random number in every place.
+def draw(make: Callable[[], nnx.Module]) -> nnx.Module:
+    """The module that `make` describes, with a random number in every place.
 
     So no part is idle, as biases of zero and identity convolutions are at the start of training;
     and nothing is compiled to draw them. Matrices outweigh biases, else one token would mostly be
     the likeliest whatever was read.
     """
-    config = ModelConfig(**SIZES | changes)
-    model = nnx.eval_shape(lambda: TransformerLM(config, vocab_size, rngs=nnx.Rngs(0)))
-    graph, variables = nnx.split(model)
+    graph, variables = nnx.split(nnx.eval_shape(make))
     rng = np.random.default_rng(7)  # one with which greedy texts vary
 
     def drawn(path, leaf):
@@ -57,6 +55,12 @@ def build(vocab_size: int = VOCAB, **changes) -> TransformerLM:
         return jnp.asarray(rng.normal(center, spread, leaf.shape), leaf.dtype)
 
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(drawn, variables))
+
+
+def build(vocab_size: int = VOCAB, **changes) -> TransformerLM:
+    """A language model of `SIZES` and the changes."""
+    config = ModelConfig(**SIZES | changes)
+    return draw(lambda: TransformerLM(config, vocab_size, rngs=nnx.Rngs(0)))
 
 
 @functools.cache
