@@ -25,9 +25,9 @@ __all__ = [
     "supports",
 ]
 
-MAX_FEATURES = 256
+# Float32 products go in six bfloat16 parts, and their tiles share one multiprocessor's memory.
+MAX_FEATURES = {"float32": 64, "bfloat16": 256}
 VALUE_DIMS = range(1, 257)
-DTYPES = ("float32", "bfloat16")
 
 
 def supports(
@@ -46,30 +46,31 @@ def supports(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> z = jax.ShapeDtypeStruct((1, 8, 2, 8, 8), jnp.float32)
-      >>> v = jax.ShapeDtypeStruct((1, 8, 2, 64), jnp.float32)
-      >>> "F = L * 2**P" in (supports(z, z, v, is_causal=True) or "F = L * 2**P")
-      True
+      >>> z = jax.ShapeDtypeStruct((1, 8, 2, 4, 8), jnp.bfloat16)
+      >>> v = jax.ShapeDtypeStruct((1, 8, 2, 64), jnp.bfloat16)
+      >>> supports(z, z, v, is_causal=True).split(";")[1]
+      ' got L=4, P=8, F=1024'
     """
+    for name, array in (
+        ("query projections", query_projections),
+        ("key projections", key_projections),
+        ("value", value),
+    ):
+        if str(array.dtype) not in MAX_FEATURES:
+            known = " and ".join(MAX_FEATURES)
+            return f"the RACE kernels support {known}; {name} have {array.dtype}"
     tables, planes = query_projections.shape[-2:]
-    features = tables * 2**planes
-    if features > MAX_FEATURES:
+    features, most = tables * 2**planes, MAX_FEATURES[str(value.dtype)]
+    if features > most:
         return (
-            f"the RACE kernels support F = L * 2**P up to {MAX_FEATURES} features; "
-            f"got L={tables}, P={planes}, F={features}"
+            f"the RACE kernels support F = L * 2**P up to {most} features with {value.dtype} "
+            f"values; got L={tables}, P={planes}, F={features}"
         )
     if value.shape[-1] not in VALUE_DIMS:
         return (
             f"the RACE kernels support value head dims from {VALUE_DIMS[0]} to {VALUE_DIMS[-1]}; "
             f"got {value.shape[-1]}"
         )
-    for name, array in (
-        ("query projections", query_projections),
-        ("key projections", key_projections),
-        ("value", value),
-    ):
-        if str(array.dtype) not in DTYPES:
-            return f"the RACE kernels support {' and '.join(DTYPES)}; {name} have {array.dtype}"
     if 0 in query_projections.shape or 0 in key_projections.shape or 0 in value.shape:
         return f"the RACE kernels support no empty arrays; got value of shape {value.shape}"
     del is_causal

@@ -222,9 +222,18 @@ class Problem:
         first = pl.program_id(0) % self.value_blocks == 0
         return lambda x: jnp.where(first, x, jnp.zeros_like(x))
 
+    @property
+    def _only_head(self) -> int | jax.Array:
+        """0; the interpreter's masked load of 0.10.2 and 0.11.2 takes no Python integer."""
+        return jnp.int32(0) if self.interpret else 0
+
     def for_group(self, body: Callable, carry: Any) -> Any:
         """Folds `body(query head, carry)` over the query heads of the group."""
-        return body(0, carry) if self.group == 1 else lax.fori_loop(0, self.group, body, carry)
+        return (
+            body(self._only_head, carry)
+            if self.group == 1
+            else lax.fori_loop(0, self.group, body, carry)
+        )
 
     def shared_heads(self, tile: Callable) -> Callable:
         """`tile(head)`, made once where the group has one head: it is used in two places.
@@ -233,7 +242,7 @@ class Problem:
         """
         if self.group > 1:
             return tile
-        only = tile(0)
+        only = tile(self._only_head)
         return lambda head: only
 
 

@@ -9,7 +9,6 @@ and, when asked for, the state after the last token.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -256,7 +255,7 @@ def _empty(operands: causal.Operands) -> jax.Array:
 
 
 def _reverse_mode(
-    run: Callable, choice: dispatch.Choice, operands: NamedTuple
+    run: Callable, choice: dispatch.Choice, operands: tuple
 ) -> tuple[jax.Array, Sums]:
     try:
         return run(choice, operands)

@@ -56,9 +56,9 @@ BY_PLATFORM = Choice(
 
 
 def choose(
-    z_q: jax.ShapeDtypeStruct,
-    z_k: jax.ShapeDtypeStruct,
-    value: jax.ShapeDtypeStruct,
+    z_q: jax.Array | jax.ShapeDtypeStruct,
+    z_k: jax.Array | jax.ShapeDtypeStruct,
+    value: jax.Array | jax.ShapeDtypeStruct,
     *,
     is_causal: bool,
     packed: bool,

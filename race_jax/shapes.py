@@ -11,6 +11,7 @@ Comes in: nothing. Goes out: array types that internal signatures are annotated 
     H  head dim of queries and keys
     V  head dim of values
 
+Inside ``aggregate/`` heads lead and the tokens of a chunk follow: products batch over heads.
 The annotations are checked in tests only (``pytest --jaxtyping-packages``); at run time they cost
 nothing. Public entry points are annotated plainly, because they check their arguments in words.
 """
@@ -18,20 +19,15 @@ nothing. Public entry points are annotated plainly, because they check their arg
 from __future__ import annotations
 
 import jax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
-Planes = Float[jax.Array, "*K L P H"]
-Projections = Float[jax.Array, "*tokens L P"]
-Features = Float[jax.Array, "*tokens F"]
-PerHead = Float[jax.Array, "K"]
-
-QueryProjections = Float[jax.Array, "B T N L P"]
-KeyProjections = Float[jax.Array, "B S K L P"]
-Values = Float[jax.Array, "B S K V"]
-Outputs = Float[jax.Array, "B T N V"]
-LogDecay = Float[jax.Array, "B S K"]
-KeyMask = Bool[jax.Array, "B S"]
-SegmentIds = Int[jax.Array, "B S"]
+QueryFeatures = Float[jax.Array, "B K G F C"]
+KeyFeatures = Float[jax.Array, "B K F C"]
+HeadValues = Float[jax.Array, "B K C V"]
+HeadOutputs = Float[jax.Array, "B K G C V"]
+HeadMass = Float[jax.Array, "B K G C"]
+Weights = Float[jax.Array, "B K G C C"]
 
 Numerator = Float[jax.Array, "B K F V"]
 Mass = Float[jax.Array, "B K F"]
+Sharpness = Float[jax.Array, "K"]

@@ -81,7 +81,7 @@ def test_update_is_what_attention_returns(assert_close):
     assert_close("", got, want, kind="resumed")
 
 
-@pytest.mark.parametrize("stop", [0, 1, 23, 64, 70])
+@pytest.mark.parametrize("stop", [0, 23, 64])
 def test_updates_in_pieces_and_merges_equal_one_update(stop, assert_close):
     problem = to_device(make_problem(queries=70, state=True, is_causal=True, **PACKED))
 

@@ -52,7 +52,7 @@ def forward(operands: Operands, *, tiling: Tiling) -> tuple[jax.Array, Sums]:
     """
     sharpness = operands.sharpness
 
-    def add(carry: Sums, piece: tuple[jax.Array, ...], index: jax.Array) -> tuple[Sums, tuple]:
+    def add(carry: Sums, piece: tuple, index: jax.Array) -> tuple[Sums, tuple]:
         phi_k, value = hash_keys(sharpness, *piece)
         own = Sums(jnp.einsum("bkfs,bksv->bkfv", phi_k, value), phi_k.sum(axis=-1))
         return jax.tree.map(jnp.add, carry, own), ()
@@ -108,7 +108,7 @@ def backward(
     carry = d_totals, jnp.zeros_like(sharpness)
     (d_sums, d_sharpness), d_z_q = _walk(rows, carry, arrays, jnp.zeros_like(arrays[0]), tiling)
 
-    def columns(d_sharpness: jax.Array, piece: tuple[jax.Array, ...], index: jax.Array):
+    def columns(d_sharpness: jax.Array, piece: tuple, index: jax.Array):
         z_k, value, mask = piece
         phi_k, value = hash_keys(sharpness, z_k, value, mask)
         d_phi = jnp.einsum("bkfv,bksv->bkfs", d_sums.numerator, value) + d_sums.mass[..., None]
@@ -148,7 +148,9 @@ def _walk(step: Callable, carry: Any, arrays: Any, buffers: Any, tiling: Tiling)
     return carry, jax.tree.map(lambda x: x[:, :length], buffers)
 
 
-def _key_arrays(operands: Operands, tiling: Tiling) -> tuple[jax.Array, ...]:
+def _key_arrays(
+    operands: Operands, tiling: Tiling
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Keys, values and their mask, which has to exist where slots are appended."""
     batch, length = operands.value.shape[:2]
     mask = operands.mask

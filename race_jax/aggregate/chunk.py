@@ -16,6 +16,17 @@ import jax
 import jax.numpy as jnp
 
 from race_jax import hashing, state
+from race_jax.shapes import (
+    HeadMass,
+    HeadOutputs,
+    HeadValues,
+    KeyFeatures,
+    Mass,
+    Numerator,
+    QueryFeatures,
+    Sharpness,
+    Weights,
+)
 
 
 class Tokens(NamedTuple):
@@ -43,8 +54,8 @@ class Tokens(NamedTuple):
 class Sums(NamedTuple):
     """Table counts X = [numerator (B, K, F, V) | mass (B, K, F)]."""
 
-    numerator: jax.Array
-    mass: jax.Array
+    numerator: Numerator
+    mass: Mass
 
 
 def zeros_like(sums: Sums) -> Sums:
@@ -96,7 +107,7 @@ def _select(keep: jax.Array | None, factor: jax.Array) -> jax.Array:
     return factor if keep is None else jnp.where(keep, factor, 0.0)
 
 
-def features(z: jax.Array, sharpness: jax.Array) -> jax.Array:
+def features(z: jax.Array, sharpness: Sharpness) -> jax.Array:
     """phi ``(B, K, .., F, C)`` of z ``(B, C, K, .., L, P)``.
 
     The head axes lead, so that products batch over them; tokens come last, for long vectors.
@@ -105,15 +116,15 @@ def features(z: jax.Array, sharpness: jax.Array) -> jax.Array:
     return hashing.soft_buckets(z, sharpness)
 
 
-def key_features(tokens: Tokens, sharpness: jax.Array) -> jax.Array:
+def key_features(tokens: Tokens, sharpness: Sharpness) -> KeyFeatures:
     """phi_k ``(B, K, F, C)``, zero in padded slots."""
     phi = features(tokens.z_k, sharpness)
     return phi if tokens.mask is None else jnp.where(tokens.mask[:, None, None], phi, 0.0)
 
 
 def pull_features(
-    z: jax.Array, sharpness: jax.Array, phi: jax.Array, d_phi: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    z: jax.Array, sharpness: Sharpness, phi: jax.Array, d_phi: jax.Array
+) -> tuple[jax.Array, Sharpness]:
     """Cotangents of z ``(B, C, K, .., L, P)`` and of sharpness ``(K,)`` from that of phi."""
     heads_first = _heads_first(z, sharpness)
     d_z, d_sharpness = hashing.soft_buckets_pullback(*heads_first, phi, d_phi)
@@ -126,7 +137,7 @@ def _heads_first(z: jax.Array, sharpness: jax.Array) -> tuple[jax.Array, jax.Arr
     return z, sharpness.reshape(-1, *(1,) * (z.ndim - 2))
 
 
-def head_values(value: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def head_values(value: jax.Array, dtype: jnp.dtype) -> HeadValues:
     """v ``(B, K, C, V)`` of ``(B, C, K, V)``, in the dtype of the sums."""
     return jnp.moveaxis(value, 1, 2).astype(dtype)
 
@@ -143,7 +154,7 @@ def scale_tokens(factor: jax.Array | None, phi: jax.Array) -> jax.Array:
     return factor.reshape(*factor.shape[:2], *(1,) * (phi.ndim - 3), factor.shape[2]) * phi
 
 
-def add_keys(phi_k: jax.Array, value: jax.Array, decay: Decay, sums: Sums) -> Sums:
+def add_keys(phi_k: KeyFeatures, value: HeadValues, decay: Decay, sums: Sums) -> Sums:
     """X' = across X + (out_of . phi_k)ᵀ [v | 1]."""
     phi_k = scale_tokens(decay.out_of, phi_k)
     return Sums(
@@ -153,8 +164,8 @@ def add_keys(phi_k: jax.Array, value: jax.Array, decay: Decay, sums: Sums) -> Su
 
 
 def forward(
-    phi_q: jax.Array, phi_k: jax.Array, value: jax.Array, decay: Decay, sums: Sums
-) -> tuple[jax.Array, jax.Array]:
+    phi_q: QueryFeatures, phi_k: KeyFeatures, value: HeadValues, decay: Decay, sums: Sums
+) -> tuple[HeadOutputs, HeadMass]:
     """The unnormalised N ``(B, K, G, C, V)`` and z ``(B, K, G, C)`` of a chunk's queries."""
     weights = jnp.einsum("bkgft,bkfs->bkgts", phi_q, phi_k) * decay.within
     phi_in = scale_tokens(decay.into, phi_q)
@@ -164,7 +175,7 @@ def forward(
     return numerator, mass
 
 
-def running_mass(phi_k: jax.Array, decay: Decay, sums: Sums) -> jax.Array:
+def running_mass(phi_k: KeyFeatures, decay: Decay, sums: Sums) -> KeyFeatures:
     """The bucket masses A_f(t) that token t sees, ``(B, K, F, C)``."""
     within = jnp.broadcast_to(decay.within[:, :, 0], (*phi_k.shape[:2], *decay.within.shape[-2:]))
     own = jnp.einsum("bkts,bkfs->bkft", within, phi_k)
@@ -183,21 +194,21 @@ class Rows(NamedTuple):
       d_mass: dz = -(do . o) / z.
     """
 
-    phi_in: jax.Array
-    weights: jax.Array
-    d_weights: jax.Array
-    d_state: jax.Array
-    d_numerator: jax.Array
-    d_mass: jax.Array
+    phi_in: QueryFeatures
+    weights: Weights
+    d_weights: Weights
+    d_state: QueryFeatures
+    d_numerator: HeadOutputs
+    d_mass: HeadMass
 
 
 def backward_rows(
-    phi_q: jax.Array,
-    phi_k: jax.Array,
-    value: jax.Array,
+    phi_q: QueryFeatures,
+    phi_k: KeyFeatures,
+    value: HeadValues,
     decay: Decay,
     sums: Sums,
-    d_out: jax.Array,
+    d_out: HeadOutputs,
 ) -> Rows:
     """Recomputes the rows and takes the cotangent through the division.
 
@@ -234,13 +245,13 @@ def add_rows(rows: Rows, decay: Decay, d_sums: Sums) -> Sums:
 
 
 def backward(
-    phi_q: jax.Array,
-    phi_k: jax.Array,
-    value: jax.Array,
+    phi_q: QueryFeatures,
+    phi_k: KeyFeatures,
+    value: HeadValues,
     decay: Decay,
     rows: Rows,
     d_sums: Sums,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[QueryFeatures, KeyFeatures, HeadValues]:
     """Cotangents of phi_q, phi_k and value, given that of the sums that leave the chunk."""
     d_weights = rows.d_weights * decay.within
     d_phi_q = jnp.einsum("bkfs,bkgts->bkgft", phi_k, d_weights)
@@ -254,10 +265,10 @@ def backward(
 
 
 def log_decay_gradient(
-    phi_q: jax.Array,
-    phi_k: jax.Array,
-    d_phi_q: jax.Array,
-    d_phi_k: jax.Array,
+    phi_q: QueryFeatures,
+    phi_k: KeyFeatures,
+    d_phi_q: QueryFeatures,
+    d_phi_k: KeyFeatures,
     later: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """dg ``(B, C, K)`` of the gate, and its value at the chunk's start, ``(B, K)``.

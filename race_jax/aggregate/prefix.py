@@ -8,6 +8,8 @@ start (or, in reverse, the cotangents at every block's end), with the associativ
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -58,6 +60,6 @@ def fold(sums: Sums) -> Sums:
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), sums)
 
 
-def unfold(sums: Sums, blocks: int) -> Sums:
+def unfold(sums: Any, blocks: int) -> Any:
     """The inverse of ``fold``."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, blocks, *x.shape[1:]), 1, 0), sums)

@@ -23,7 +23,7 @@ CAUSAL = [
     Case(length=64, tables=3, planes=3, value_dim=16, heads=8, sharpness=8.0),
     Case(length=65, tables=4, planes=4, value_dim=256, mask=True),
     Case(batch=3, length=1000, tables=4, planes=4, value_dim=128, **FULL),
-    Case(length=1000, tables=8, planes=5, value_dim=80, gate=True, sharpness=8.0),
+    Case(length=1000, tables=8, planes=3, value_dim=80, gate=True, sharpness=8.0),
     Case(length=4160, tables=3, planes=3, value_dim=64, packed=True),
 ]
 BIDIRECTIONAL = [
@@ -57,6 +57,11 @@ def chosen(case: Case) -> Blocks:
 @pytest.mark.parametrize("case", CAUSAL, ids=str)
 def test_causal(case, dtype, assert_close):
     check(dense.causal_kernels, case._replace(dtype=dtype), assert_close)
+
+
+def test_the_most_features(assert_close):
+    case = Case(length=1000, tables=8, planes=5, value_dim=80, gate=True, sharpness=8.0)
+    check(dense.causal_kernels, case._replace(dtype="bfloat16"), assert_close)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -17,7 +17,8 @@ def shapes(*, tables=4, planes=4, value_dim=64, dtype="bfloat16", length=8):
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"tables": 16, "planes": 5}, r"up to 256 features; got L=16, P=5, F=512"),
+        ({"tables": 16, "planes": 5}, r"up to 256 features .*; got L=16, P=5, F=512"),
+        ({"planes": 5, "dtype": "float32"}, r"up to 64 features with float32 .*; got L=4, P=5"),
         ({"value_dim": 300}, r"value head dims from 1 to 256; got 300"),
         ({"dtype": "float16"}, r"float32 and bfloat16; query projections have float16"),
         ({"length": 0}, r"no empty arrays; got value of shape \(1, 0, 2, 64\)"),
