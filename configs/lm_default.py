@@ -5,7 +5,8 @@ own source files, which every machine has; whole files are held out. The text di
 versions, so losses compare only where the digest printed at the start is the same.
 
 Command:   python scripts/train_lm.py --config configs/lm_default.py
-Hardware:  2 CPU cores
+Hardware:  2 CPU cores, 195 s
+Expect:    2.04 bits per byte on held-out files (CPython 3.11.7's library; xz -9e makes 1.86)
 """
 
 from race_jax.train.config import Config

@@ -6,6 +6,8 @@ non-overlapping windows. `--config.model.attention=softmax` trains its softmax t
 
 Command:   RACE_JAX_DATA=FOLDER python scripts/train_lm.py --config configs/lm_ptb.py
 Data:      ptb/ptb.{train,valid,test}.txt.xz under FOLDER, one sentence a line
+Hardware:  one NVIDIA H200, about a minute and a half with two others beside it
+Expect:    perplexity 87.0 on the validation split, 81.4 on the test split (softmax: 105.9, 98.5)
 """
 
 from race_jax.train.config import Config

@@ -6,6 +6,8 @@ this part are not figures on text8. `--config.model.attention=softmax` trains it
 
 Command:   RACE_JAX_DATA=FOLDER python scripts/train_lm.py --config configs/lm_text8.py
 Data:      text8/text8.first-6877825-bytes.txt.xz under FOLDER
+Hardware:  one NVIDIA H200, under three minutes with two others beside it
+Expect:    1.752 bits per character held out (softmax: 1.719)
 """
 
 from race_jax.train.config import Config

@@ -6,6 +6,8 @@ non-overlapping windows. `--config.model.attention=softmax` trains its softmax t
 
 Command:   RACE_JAX_DATA=FOLDER python scripts/train_lm.py --config configs/lm_wikitext2.py
 Data:      wikitext/wikitext-2.{train,valid,test}.txt.xz under FOLDER
+Hardware:  one NVIDIA H200, under three minutes with two others beside it
+Expect:    perplexity 101.8 on the validation split, 97.5 on the test split
 """
 
 from race_jax.train.config import Config

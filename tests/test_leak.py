@@ -4,13 +4,11 @@ A small model on independent random tokens of 16 symbols cannot get below ln 16 
 attention leaks. A twin whose attention runs backwards in time shows that it would be seen.
 """
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import optax
-import pytest
 
 import race_jax
 

@@ -48,7 +48,7 @@ def plot_losses(records: Sequence[Record], path: Path, title: str) -> None:
     write_whole(path, FigureCanvasAgg(figure).print_png)
 
 
-def _running_mean(losses: Sequence[float], keep: float = 0.95) -> list[float]:
+def _running_mean(losses: Sequence[float], keep: float = 0.9) -> list[float]:
     """Exponential mean, corrected for its start."""
     total = weight = 0.0
     means = []
