@@ -141,9 +141,11 @@ def hash_projections(x: jax.Array, planes: jax.Array) -> jax.Array:
     rounded = planes.astype(x.dtype)
     if jnp.finfo(x.dtype).nmant >= jnp.finfo(planes.dtype).nmant:
         return product(rounded)
-    # What rounding takes from the planes goes into a second product: x is read in its own dtype,
-    # and W keeps 16 bits of bfloat16 where 8 would show in the gradient of the sharpness.
-    return product(rounded) + product((planes - rounded.astype(planes.dtype)).astype(x.dtype))
+    # What rounding takes from the planes becomes further tables of the same product: x is read
+    # once, in its own dtype, and W keeps 16 bits of bfloat16, where 8 show in sharpness' gradient.
+    rest = (planes - rounded.astype(planes.dtype)).astype(x.dtype)
+    z = product(jnp.concatenate([rounded, rest], axis=-3))
+    return z[..., : planes.shape[-3], :] + z[..., planes.shape[-3] :, :]
 
 
 def fold_planes(kernel: jax.Array, planes: jax.Array) -> jax.Array:

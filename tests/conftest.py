@@ -130,7 +130,7 @@ def _difference(got: np.ndarray, want: np.ndarray, limits: Tolerance | None) -> 
     )
 
 
-def run_fresh_python(script: str, *, devices: int = 1, timeout: float = 240) -> str:
+def run_fresh_python(script: str, *, devices: int = 1, timeout: float = 900) -> str:
     """Runs a script in its own Python with that many CPU devices; returns what it printed."""
     settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     done = subprocess.run(

@@ -178,7 +178,7 @@ def forward(
 def running_mass(phi_k: KeyFeatures, decay: Decay, sums: Sums) -> KeyFeatures:
     """The bucket masses A_f(t) that token t sees, ``(B, K, F, C)``."""
     within = jnp.broadcast_to(decay.within[:, :, 0], (*phi_k.shape[:2], *decay.within.shape[-2:]))
-    own = jnp.einsum("bkts,bkfs->bkft", within, phi_k)
+    own = jnp.einsum("bkfs,bkts->bkft", phi_k, within)
     return own + scale_tokens(decay.into, jnp.broadcast_to(sums.mass[..., None], own.shape))
 
 

@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from race_jax.train.config import Config
-from race_jax.train.records import unknown_field
+from race_jax.train.records import check_fields, unknown_field
 
 
 def parse_config(argv: Sequence[str]) -> Config:
@@ -73,6 +73,7 @@ def _load(path: Path) -> Config:
         raise ValueError(
             f"--config {path} must have a get_config() that returns a race_jax.train.config.Config"
         )
+    check_fields(config, "config")  # flags take a field's default only in its proper form
     return config
 
 

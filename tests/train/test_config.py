@@ -116,6 +116,20 @@ def test_overrides_reach_the_record():
     assert config.run.directory == "runs/lm_default"
 
 
+def test_a_list_of_files_written_as_text_can_be_overridden(tmp_path):
+    file = tmp_path / "written.py"
+    file.write_text(
+        "from race_jax.train.config import Config\n"
+        "def get_config():\n"
+        "    config = Config()\n"
+        "    config.data.source, config.data.train_files = 'files', 'a.txt,b.txt'\n"
+        "    return config\n"
+    )
+    assert parse_config([f"--config={file}"]).data.train_files == ("a.txt", "b.txt")
+    words = [f"--config={file}", "--config.data.train_files=c.txt"]
+    assert parse_config(words).data.train_files == ("c.txt",)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
