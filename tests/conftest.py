@@ -172,7 +172,9 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="session")
 def data_root() -> pathlib.Path:
-    """The folder of real data sets, for tests marked `data`."""
+    """The folder of real data sets; tests that ask for it are marked `data`."""
+    if reason := _why_no_data():
+        pytest.skip(reason)
     return pathlib.Path(os.environ["RACE_JAX_DATA"]).resolve()
 
 
