@@ -189,8 +189,21 @@ def bidirectional_kernels(
     return result, bidirectional_backward(*arguments, *result[1:], *cotangents, **options)
 
 
-def run(kernels, given: dict[str, Any], cotangents: list, **options) -> tuple[dict, dict]:
+# Compiling the interpreted kernels takes far longer than running them: no optimiser for them.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def run(
+    kernels,
+    given: dict[str, Any],
+    cotangents: list,
+    *,
+    interpret: bool,
+    config: Blocks | None = None,
+) -> tuple[dict, dict]:
     """Outputs and gradients of `kernels`, by name."""
-    results, gradients = jax.jit(functools.partial(kernels, **options))(given, cotangents)
+    function = functools.partial(kernels, interpret=interpret, config=config)
+    options = QUICK_COMPILE if interpret else None
+    results, gradients = jax.jit(function, compiler_options=options)(given, cotangents)
     named = gradients._asdict()
     return _outputs(results), {n: np.asarray(x) for n, x in named.items() if given[n] is not None}
