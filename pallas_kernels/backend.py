@@ -171,11 +171,15 @@ def _ptx(instruction: str, x: jax.Array) -> jax.Array:
     return result
 
 
+def has_warpgroups() -> bool:
+    """Whether this JAX has what warpgroup.py builds on."""
+    return tuple(int(part) for part in jax.__version__.split(".")[:2]) >= (0, 11)
+
+
 @functools.cache
 def missing() -> str | None:
     """What this installation or its card lacks for the compiled kernels, or None."""
-    version = tuple(int(part) for part in jax.__version__.split(".")[:2])
-    if version < (0, 11):
+    if not has_warpgroups():
         return f"the RACE kernels need jax >= 0.11; found {jax.__version__}"
     try:
         cards = jax.devices("cuda")

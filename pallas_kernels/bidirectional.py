@@ -63,7 +63,7 @@ def bidirectional_forward(
     Returns:
       A BidirectionalForward. Sums are kept in float32.
     """
-    queries, keys, blocks = plan(zq, zk, value, interpret, config)
+    queries, keys, blocks = plan(zq, zk, value, interpret, config, is_causal=False)
     shared = Shared(sharpness, mask=key_value_mask)
     flat_k, wide = flat_projections(keys, zk), pad_to(value, keys.value_dim)
     sums = split_sums(keys, blocks.sums, shared, flat_k, wide)
@@ -115,7 +115,7 @@ def bidirectional_backward(
     Returns:
       A BidirectionalGradients, each leaf in the dtype of what it is the gradient of.
     """
-    queries, keys, blocks = plan(zq, zk, value, interpret, config)
+    queries, keys, blocks = plan(zq, zk, value, interpret, config, is_causal=False)
     totals = padded_state(queries, total_numerator, total_mass)
     d_totals = padded_state(queries, d_total_numerator, d_total_mass)
     wide_d_out = pad_to(d_out.astype(value.dtype), queries.value_dim)

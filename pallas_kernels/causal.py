@@ -6,13 +6,14 @@ Equation: o_t = Σ_s w_ts v_s / Σ_s w_ts, w_ts = exp(G_t - G_s) φ(zq_t)·φ(zk
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import causal_gradients, causal_outputs
-from pallas_kernels.blocks import Blocks
+from pallas_kernels.blocks import Blocks, Pipeline
 from pallas_kernels.plan import flat_projections, pad_to, padded_state, plan, unflat
 from pallas_kernels.prefix import (
     later_flow,
@@ -81,7 +82,8 @@ def causal_forward(
       A CausalForward. Sums are kept in float32.
     """
     call = _prepare(
-        plan(zq, zk, value, interpret, config), zq, zk, value,
+        plan(zq, zk, value, interpret, config, is_causal=True, gate=log_decay is not None),
+        zq, zk, value,
         sharpness, log_decay, key_value_mask, segment_ids, initial_segment,
     )  # fmt: skip
     problem, blocks, arrays = call.problem, call.blocks, call.arrays
@@ -147,7 +149,8 @@ def causal_backward(
       A CausalGradients, each leaf in the dtype of what it is the gradient of.
     """
     call = _prepare(
-        plan(zq, zk, value, interpret, config), zq, zk, value,
+        plan(zq, zk, value, interpret, config, is_causal=True, gate=log_decay is not None),
+        zq, zk, value,
         sharpness, log_decay, key_value_mask, segment_ids, initial_segment,
     )  # fmt: skip
     wide = pad_to(d_out.astype(value.dtype), call.problem.value_dim)
@@ -206,7 +209,9 @@ def _prepare(
 def _gradients(call: _Call, states: tuple, d_out: jax.Array, d_final: tuple) -> CausalGradients:
     """Queries forward in time, the adjoint of the states back over the splits, then the keys."""
     problem, blocks, arrays, shared, weights = call
-    query = causal_gradients.query_gradients(problem, blocks.query, shared, *arrays, states, d_out)
+    form = _by_warpgroups if isinstance(blocks.query, Pipeline) else _by_programs
+    query_gradients, key_value_gradients = form(call, d_out)
+    query = query_gradients(states)
     adjoints = causal_gradients.reverse_sums(
         problem, blocks.reverse, shared, arrays.zq, d_out, query.inverse, query.delta
     )
@@ -214,28 +219,55 @@ def _gradients(call: _Call, states: tuple, d_out: jax.Array, d_final: tuple) -> 
         *(leaving_adjoints(weights, *pair) for pair in zip(adjoints, d_final, strict=True)),
         strict=True,
     )
-    run = functools.partial(
-        causal_gradients.key_value_gradients, problem,
-        shared=shared, arrays=arrays, d_out=d_out, rows=query, adjoints=leaving,
-    )  # fmt: skip
-    if blocks.value is None:
-        keys = values = run(blocks.key)
-    else:
-        keys, values = run(blocks.key, values=False), run(blocks.value, keys=False)
+    found = key_value_gradients(query, leaving)
     d_log_decay = None
     if shared.gamma is not None:
         later = _crossing(leaving[0], states[0], query.final_numerator)
         later += _crossing(leaving[1], states[1], query.final_mass)
-        flow = query.row - causal_gradients.total(keys.column)
-        d_log_decay = later_flow(flow, later, problem.chunk, problem.split)
+        d_log_decay = later_flow(query.row + found.flow, later, problem.chunk, problem.split)
         d_log_decay = d_log_decay[..., : problem.length].swapaxes(1, 2)
     return CausalGradients(
         query.d_zq,
-        causal_gradients.total(keys.d_zk),
-        values.d_value,
-        query.d_sharpness + keys.d_sharpness.sum(axis=(0, 1, 3)),
+        found.d_zk,
+        found.d_value,
+        query.d_sharpness + found.d_sharpness,
         d_log_decay,
         *initial,
+    )
+
+
+def _by_programs(call: _Call, d_out: jax.Array) -> tuple[Callable, Callable]:
+    """The two steps of the gradients as kernels of one program each."""
+    problem, blocks, arrays, shared, _ = call
+
+    def query_gradients(states):
+        return causal_gradients.query_gradients(
+            problem, blocks.query, shared, *arrays, states, d_out
+        )
+
+    def key_value_gradients(rows, adjoints):
+        run = functools.partial(
+            causal_gradients.key_value_gradients, problem,
+            shared=shared, arrays=arrays, d_out=d_out, rows=rows, adjoints=adjoints,
+        )  # fmt: skip
+        if blocks.value is None:
+            return run(blocks.key)
+        keys, values = run(blocks.key, values=False), run(blocks.value, keys=False)
+        keys.d_value = values.d_value
+        return keys
+
+    return query_gradients, key_value_gradients
+
+
+def _by_warpgroups(call: _Call, d_out: jax.Array) -> tuple[Callable, Callable]:
+    """The same as kernels of several warpgroups, loaded only where they run."""
+    from pallas_kernels import warp_key_value, warp_query
+
+    problem, blocks, arrays, shared, _ = call
+    given = shared, *arrays, d_out
+    return (
+        functools.partial(warp_query.query_gradients, problem, blocks.query, *given),
+        functools.partial(warp_key_value.key_value_gradients, problem, blocks.key, *given),
     )
 
 

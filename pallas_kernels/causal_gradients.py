@@ -299,7 +299,7 @@ def key_value_gradients(
     problem = problem.cut(block)
     gate = keys and shared.gamma is not None
     zq, zk, value = arrays
-    return launch(
+    result = launch(
         lambda refs: _key_value_kernel(problem, refs),
         name="causal_" + "_".join(["key"] * keys + ["value"] * values) + "_gradients",
         grid=problem.grid,
@@ -327,6 +327,12 @@ def key_value_gradients(
         block=block,
         interpret=problem.interpret,
         poison=problem.poison,
+    )
+    return SimpleNamespace(
+        d_zk=total(result.d_zk) if keys else None,
+        d_value=result.d_value,
+        d_sharpness=result.d_sharpness.sum(axis=(0, 1, 3)) if keys else None,
+        flow=-total(result.column) if gate else None,
     )
 
 

@@ -9,19 +9,35 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blocks import Blocks, choose_blocks, split_length
+from pallas_kernels import backend
+from pallas_kernels.blocks import Blocks, choose_blocks, fits_warpgroups, split_length
 from pallas_kernels.tiles import Problem, padded, padded_features
 
 
 def plan(
-    zq: jax.Array, zk: jax.Array, value: jax.Array, interpret: bool, config: Blocks | None
+    zq: jax.Array,
+    zk: jax.Array,
+    value: jax.Array,
+    interpret: bool,
+    config: Blocks | None,
+    *,
+    is_causal: bool,
+    gate: bool = False,
 ) -> tuple[Problem, Problem, Blocks]:
     """The problem as the queries see it and as the keys do (they differ in length), and blocks."""
     batch, length, heads, tables, planes = zq.shape
     kv_length, kv_heads, value_dim = value.shape[1:]
-    value_dim = padded(value_dim)
+    value_dim, features = padded(value_dim), padded_features(tables, planes)
+    sizes = features, padded(tables * planes), value_dim, value.dtype.itemsize
+    warpgroups = is_causal and not interpret and backend.has_warpgroups()
+    warpgroups = warpgroups and length % 8 == 0  # they are fetched in tiles of 8 tokens
     blocks = config or choose_blocks(
-        padded_features(tables, planes), value_dim, value.dtype.itemsize
+        features,
+        value_dim,
+        value.dtype.itemsize,
+        warpgroups=warpgroups and fits_warpgroups(*sizes),
+        is_causal=is_causal,
+        gate=gate,
     )
     queries = Problem(
         batch=batch,

@@ -1,16 +1,18 @@
 """What every test shares: the one tolerance table, the comparison by name, markers, fresh Pythons.
 
-Tests ask for `assert_close`, `tolerance`, `rng`, `run_python` and `data_root` as fixtures.
+Tests ask for `assert_close`, `tolerance`, `rng`, `run_python`, `on_h200`, `data_root` as fixtures.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pathlib
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -192,6 +194,16 @@ def _why_no_data() -> str | None:
     if pathlib.Path(root).is_dir() and root:
         return None
     return f"needs real data sets: RACE_JAX_DATA={root!r} names no folder"
+
+
+@pytest.fixture
+def on_h200() -> Callable[[], contextlib.AbstractContextManager]:
+    """A context in which JAX lowers for one NVIDIA H200, which need not be there."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh(
+        (1,), ("x",), abstract_device=device, axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    return lambda: jax.sharding.use_abstract_mesh(mesh)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

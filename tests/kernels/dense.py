@@ -20,6 +20,8 @@ from pallas_kernels import (
     causal_backward,
     causal_forward,
 )
+from pallas_kernels.blocks import choose_blocks
+from pallas_kernels.tiles import padded, padded_features
 
 CAUSAL_GRADIENTS = (
     "zq", "zk", "value", "sharpness", "log_decay", "initial_numerator", "initial_mass",
@@ -82,6 +84,12 @@ def draw(case: Case) -> tuple[dict[str, Any], list[Any]]:
     out = normal(b, case.queries or t, n, case.value_dim)
     d_numerator, d_mass = given["initial_numerator"][::-1], given["initial_mass"][::-1]
     return given, [out, d_numerator.copy(), d_mass.copy()]
+
+
+def programs(case: Case) -> Blocks:
+    """Blocks with which every kernel is one program at a time, none of several warpgroups."""
+    features = padded_features(case.tables, case.planes)
+    return choose_blocks(features, padded(case.value_dim), jnp.dtype(case.dtype).itemsize)
 
 
 def features(z, sharpness):

@@ -5,11 +5,11 @@ import functools
 import jax
 import pytest
 
+from pallas_kernels import backend
 from tests.kernels import dense
 from tests.kernels.dense import Case
 
-AUTO = (jax.sharding.AxisType.Auto,)
-CASES = {
+PROGRAMS = {
     "plain": Case(length=1024, tables=4, planes=4, value_dim=128, dtype="bfloat16"),
     "everything": Case(
         batch=2, length=1000, heads=4, tables=3, planes=3, value_dim=80,
@@ -17,10 +17,20 @@ CASES = {
     ),
     "float32": Case(length=65, tables=8, planes=3, value_dim=256, gate=True),
 }  # fmt: skip
+WARPGROUPS = {
+    "plain": PROGRAMS["plain"],
+    "everything": PROGRAMS["everything"],
+    "segments": Case(
+        length=304, heads=4, tables=2, planes=2, value_dim=64, packed=True, dtype="bfloat16"
+    ),
+    "ragged": Case(
+        length=136, kv_heads=1, heads=1, tables=3, planes=3, value_dim=128, dtype="bfloat16"
+    ),
+}
+SHARED = ("causal_sums", "causal_outputs", "causal_reverse_sums")
 KERNELS = {
     dense.causal_kernels: (
-        "causal_sums", "causal_outputs", "causal_query_gradients", "causal_reverse_sums",
-        "causal_key_gradients", "causal_value_gradients",
+        *SHARED, "causal_query_gradients", "causal_key_gradients", "causal_value_gradients",
     ),
     dense.bidirectional_kernels: (
         "causal_sums", "bidirectional_read", "bidirectional_query_gradients",
@@ -29,18 +39,38 @@ KERNELS = {
 }  # fmt: skip
 
 
-def lower_for_h200(function, *arguments) -> str:
+@pytest.fixture
+def lower(on_h200):
     """The program for an H200, as text."""
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device, axis_types=AUTO)
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+    def text(function, *arguments) -> str:
+        with on_h200():
+            traced = jax.jit(function).trace(*arguments)
+            return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    return text
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", PROGRAMS.values(), ids=PROGRAMS)
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda f: f.__name__)
-def test_every_kernel_lowers_for_cuda(kernels, case):
+def test_every_kernel_of_programs_lowers_for_cuda(kernels, case, lower):
     given, cotangents = dense.draw(case)
-    program = lower_for_h200(functools.partial(kernels, interpret=False), given, cotangents)
+    kernels_by_name = functools.partial(kernels, interpret=False, config=dense.programs(case))
+    program = lower(kernels_by_name, given, cotangents)
     for name in KERNELS[kernels]:
+        assert program.count(f'name = "{name}"') == 1, name
+
+
+@pytest.mark.skipif(not backend.has_warpgroups(), reason="the kernels need jax >= 0.11")
+@pytest.mark.parametrize("case", WARPGROUPS.values(), ids=WARPGROUPS)
+def test_every_kernel_of_warpgroups_lowers_for_cuda(case, lower):
+    given, cotangents = dense.draw(case)
+    kernels = functools.partial(dense.causal_kernels, interpret=False)
+    program = lower(kernels, given, cotangents)
+    calls = [line for line in program.splitlines() if "@mosaic_gpu" in line]
+    assert len(calls) == 2
+    names = "causal_query_gradients", "causal_key_value_gradients"
+    for name, call in zip(names, calls, strict=True):
+        assert name in call
+    for name in SHARED:
         assert program.count(f'name = "{name}"') == 1, name

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import Block, Blocks
+from pallas_kernels import Blocks
+from pallas_kernels.blocks import PIPELINES_KEY, PIPELINES_QUERY, TRITON_SPACE
 from pallas_kernels.plan import plan
 from tests.kernels import dense
 from tests.kernels.dense import Case
@@ -25,6 +26,7 @@ CAUSAL = [
     Case(batch=3, length=1000, tables=4, planes=4, value_dim=128, **FULL),
     Case(length=1000, tables=8, planes=3, value_dim=80, gate=True, sharpness=8.0),
     Case(length=4160, tables=3, planes=3, value_dim=64, packed=True),
+    Case(length=136, tables=8, planes=3, value_dim=64, heads=8, gate=True),
 ]
 BIDIRECTIONAL = [
     Case(length=1, tables=4, planes=4, value_dim=128),
@@ -50,7 +52,7 @@ def check(kernels, case, assert_close, config=None):
 def chosen(case: Case) -> Blocks:
     """The blocks that the heuristic picks."""
     given, _ = dense.draw(case)
-    return plan(given["zq"], given["zk"], given["value"], False, None)[2]
+    return plan(given["zq"], given["zk"], given["value"], False, None, is_causal=True)[2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,17 +72,31 @@ def test_bidirectional(case, dtype, assert_close):
     check(dense.bidirectional_kernels, case._replace(dtype=dtype), assert_close)
 
 
-@pytest.mark.parametrize("block", [
-    Block(value, warps, stages, packed)
-    for value, warps, stages, packed in [
-        (128, 4, 1, False), (128, 4, 2, False), (128, 4, 2, True), (128, 4, 3, False),
-        (64, 4, 1, False), (64, 4, 2, True), (64, 4, 3, False), (128, 8, 2, False),
-    ]
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("case", CAUSAL[3:], ids=str)
+def test_causal_by_programs(case, assert_close):
+    """In bfloat16 without the kernels of warpgroups, which `test_causal` takes where they fit."""
+    case = case._replace(dtype="bfloat16")
+    check(dense.causal_kernels, case, assert_close, dense.programs(case))
+
+
+TUNED = Case(length=600, tables=4, planes=4, value_dim=128, gate=True, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("block", TRITON_SPACE, ids=str)
 @pytest.mark.parametrize("apart", [False, True], ids=["fused", "apart"])
 def test_every_block_of_the_tuning_space(block, apart, assert_close):
-    case = Case(length=600, tables=4, planes=4, value_dim=128, gate=True, dtype="bfloat16")
     config = Blocks(64, *[block] * (6 if apart else 5))
+    check(dense.causal_kernels, TUNED, assert_close, config)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "pipeline"),
+    [("query", x) for x in PIPELINES_QUERY] + [("key", x) for x in PIPELINES_KEY],
+    ids=str,
+)
+def test_every_pipeline_of_the_tuning_space(kernel, pipeline, assert_close):
+    case = TUNED._replace(value_dim=64)  # at 128 some do not fit into shared memory
+    config = dataclasses.replace(chosen(case), **{kernel: pipeline})
     check(dense.causal_kernels, case, assert_close, config)
 
 

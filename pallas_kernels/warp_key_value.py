@@ -1,0 +1,303 @@
+"""Causal RACE attention, backward of keys and values, back in time, by four warpgroups.
+
+In: the forward's z and values, do, ρ, δ, and the adjoint of the state that leaves each split.
+Out: dz of the keys, dv, the terms of dβ, and with a gate the column sums.
+Equation: with q̂ = ρ φq and T = (do vᵀ - δ)∘D, dφk = Tᵀ q̂ + out∘(v Λᵀ + Λ_Z),
+dv = ((q̂ φkᵀ)∘D)ᵀ do + out∘(φk Λ), and [Λ | Λ_Z]' = a [Λ | Λ_Z] + (in∘q̂)ᵀ [do | -δ].
+
+One warpgroup fetches, one hashes queries and keeps the adjoint, one makes dz, and one dv.
+"""
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import warp_tiles as tiles
+from pallas_kernels import warpgroup as wg
+from pallas_kernels.blocks import Pipeline
+from pallas_kernels.tiles import Problem, Shared
+
+PASSED_SLOTS = 2  # of what one warpgroup makes for another
+
+
+def _fetch(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
+    tiles.fetch_constants(refs)
+
+    def chunk(turn, carry):
+        tiles.fetch_keys(place, pipeline, refs, turn)
+
+        def query_head(member, carry):
+            item, tokens = place.items_before(turn, member), place.tokens(turn)
+            slot, head = lax.rem(item, pipeline.query_slots), place.query_head(member)
+
+            @pl.when(item >= pipeline.query_slots)
+            def _():
+                wg.wait(refs.queries_free.at[slot])
+
+            full = refs.queries_full.at[slot]
+            where, rows = (place.batch, tokens, head), (place.batch, head, tokens)
+            halves = refs.delta_halves.at[place.batch, head, place.chunk(turn)]
+            wg.fetch(refs.zq.at[where], refs.zq_tiles.at[slot], full)
+            wg.fetch(refs.d_out.at[where], refs.d_out_tiles.at[slot], full)
+            wg.fetch(refs.inverse.at[rows], refs.inverse_numbers.at[slot], full)
+            wg.fetch(refs.delta.at[rows], refs.delta_numbers.at[slot], full)
+            wg.fetch(halves, refs.delta_columns.at[slot], full)
+            return carry
+
+        return place.for_group(query_head, carry)
+
+    lax.fori_loop(0, place.count, chunk, jnp.int32(0))
+
+
+def _keep_adjoint(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
+    where = place.batch, place.head, place.split
+    features = tiles.TileFeatures(refs, place.head)
+    # Columns 0 and 1 take the halves of -Λ_Z; the others are never read.
+    mass = wg.by_rows(wg.load(refs.leaving_mass.at[where], wg.ROWS), 8)
+    mass = jnp.where(wg.index(1, 8) == 0, -mass, 0.0)
+    state = wg.load(refs.leaving_numerator.at[where]), mass
+    wg.wait(refs.constants_full)
+
+    def chunk(turn, state):
+        weights = tiles.Weights(refs, lax.rem(turn, pipeline.key_slots))
+        passed = lax.rem(turn, PASSED_SLOTS)
+
+        @pl.when(turn >= PASSED_SLOTS)
+        def _():
+            wg.wait(refs.state_free.at[passed])
+
+        numerator, mass = state
+        refs.state_tiles[passed] = numerator.astype(jnp.bfloat16)
+        refs.mass_numbers[passed] = -jnp.sum(jnp.where(wg.index(1, 8) < 2, mass, 0.0), axis=1)
+        if refs.entering_tiles is not None:
+            wg.wait(refs.keys_full.at[lax.rem(turn, pipeline.key_slots)])
+            refs.decay_tiles[passed] = weights.decay(transposed=True).astype(jnp.bfloat16)
+        wg.commit()
+        wg.arrive(refs.state_full.at[passed])
+
+        def query_head(member, state):
+            item = place.items_before(turn, member)
+            slot, passed = lax.rem(item, pipeline.query_slots), lax.rem(item, PASSED_SLOTS)
+            wg.wait(refs.queries_full.at[slot])
+            phi = features.hash(refs.zq_tiles.at[slot])
+            phi *= wg.by_rows(wg.load(refs.inverse_numbers.at[slot], wg.ROWS))
+
+            @pl.when(item >= PASSED_SLOTS)
+            def _():
+                wg.wait(refs.hashed_free.at[passed])
+
+            refs.hashed_tiles[passed] = phi.astype(jnp.bfloat16)
+            entering = refs.hashed_tiles.at[passed]
+            if refs.entering_tiles is not None:
+                refs.entering_tiles[...] = weights.times("enter", phi).astype(jnp.bfloat16)
+                entering = refs.entering_tiles
+            wg.commit()
+            wg.arrive(refs.hashed_full.at[passed])
+            numerator, mass = state
+            entering, halves = entering.transpose((1, 0)), refs.delta_columns.at[slot]
+
+            def absorb(numerator, mass):
+                wg.multiply(numerator, entering, refs.d_out_tiles.at[slot])
+                wg.multiply(mass, entering, halves.transpose((1, 0)))
+
+            numerator, mass = wg.onto(absorb, numerator, mass)
+            wg.arrive(refs.queries_free.at[slot])
+            return numerator, mass
+
+        state = place.for_group(query_head, weights.carry(*state))
+        if refs.entering_tiles is not None:
+            wg.arrive(refs.keys_free.at[lax.rem(turn, pipeline.key_slots)])
+        return state
+
+    lax.fori_loop(0, place.count, chunk, state)
+
+
+def _differentiate_keys(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
+    features, gate = tiles.TileFeatures(refs, place.head), refs.column is not None
+    wg.wait(refs.constants_full)
+
+    def chunk(turn, d_sharpness):
+        slot, passed = lax.rem(turn, pipeline.key_slots), lax.rem(turn, PASSED_SLOTS)
+        weights, values = tiles.Weights(refs, slot), refs.value_tiles.at[slot]
+        decay = None if refs.decay_tiles is None else refs.decay_tiles.at[passed]
+        wg.wait(refs.keys_full.at[slot])
+        wg.wait(refs.state_full.at[passed])
+        states = refs.state_tiles.at[passed].transpose((1, 0))
+        mass = wg.by_columns(wg.load(refs.mass_numbers.at[passed], wg.COLUMNS))
+        d_phi = weights.times("leave", wg.product((values, states)) + mass)
+
+        def query_head(member, d_phi):
+            item = place.items_before(turn, member)
+            slot, passed = lax.rem(item, pipeline.query_slots), lax.rem(item, PASSED_SLOTS)
+            wg.wait(refs.queries_full.at[slot])
+            d_out = refs.d_out_tiles.at[slot].transpose((1, 0))
+            delta = wg.by_columns(wg.load(refs.delta_numbers.at[slot], wg.COLUMNS))
+            scores = wg.product((values, d_out)) - delta
+            wg.arrive(refs.queries_free.at[slot])
+            scores = tiles.visible(scores, decay, transposed=True).astype(jnp.bfloat16)
+            wg.wait(refs.hashed_full.at[passed])
+            hashed = refs.hashed_tiles.at[passed]
+            d_phi = wg.product((scores, hashed), start=d_phi)
+            wg.arrive(refs.hashed_free.at[passed])
+            return d_phi
+
+        d_phi = weights.keep(place.for_group(query_head, d_phi))
+        squashed = features.squash(refs.zk_tiles.at[slot])
+        wg.arrive(refs.state_free.at[passed])
+        wg.arrive(refs.keys_free.at[slot])
+        wg.wait(refs.phi_full.at[passed])
+        phi = wg.load(refs.phi_tiles.at[passed])
+        wg.arrive(refs.phi_free.at[passed])
+        d_z, d_beta = features.gradient(squashed, phi, d_phi)
+        wg.sent()
+        tokens = place.tokens(turn)
+        refs.d_zk_tiles[...] = d_z.astype(jnp.bfloat16)
+        copies = [(refs.d_zk_tiles, refs.d_zk.at[place.batch, tokens, place.head])]
+        if gate:
+            refs.column_numbers[...] = jnp.sum(phi * d_phi, axis=1)
+            copies.append((refs.column_numbers, refs.column.at[place.batch, place.head, tokens]))
+        wg.send(*copies)
+        return d_sharpness + d_beta
+
+    zeros = wg.filled(0.0, place.problem.projections)
+    d_sharpness = lax.fori_loop(0, place.count, chunk, zeros)
+    refs.d_sharpness[place.batch, place.head, place.split] = d_sharpness
+    wg.sent(read_only=False)
+
+
+def _differentiate_values(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
+    value_dim = place.problem.value_dim
+    features = tiles.TileFeatures(refs, place.head)
+    wg.wait(refs.constants_full)
+
+    def chunk(turn, carry):
+        slot, passed = lax.rem(turn, pipeline.key_slots), lax.rem(turn, PASSED_SLOTS)
+        weights = tiles.Weights(refs, slot)
+        wg.wait(refs.keys_full.at[slot])
+        decay = None if refs.decay_tiles is None else refs.decay_tiles.at[passed]
+        phi = weights.keep(features.hash(refs.zk_tiles.at[slot]))
+        keys, leaving = (x.astype(jnp.bfloat16) for x in (phi, weights.times("leave", phi)))
+
+        @pl.when(turn >= PASSED_SLOTS)
+        def _():
+            wg.wait(refs.phi_free.at[passed])
+
+        refs.phi_tiles[passed] = keys
+        wg.arrive(refs.phi_full.at[passed])
+        wg.wait(refs.state_full.at[passed])
+        states = refs.state_tiles.at[passed]
+        d_value = wg.product((leaving, states), columns=value_dim)
+
+        def query_head(member, d_value):
+            item = place.items_before(turn, member)
+            slot, passed = lax.rem(item, pipeline.query_slots), lax.rem(item, PASSED_SLOTS)
+            wg.wait(refs.hashed_full.at[passed])
+            hashed = refs.hashed_tiles.at[passed].transpose((1, 0))
+            attention = wg.product((keys, hashed))
+            wg.arrive(refs.hashed_free.at[passed])
+            attention = tiles.visible(attention, decay, transposed=True).astype(jnp.bfloat16)
+            wg.wait(refs.queries_full.at[slot])
+            d_value = wg.product((attention, refs.d_out_tiles.at[slot]), start=d_value)
+            wg.arrive(refs.queries_free.at[slot])
+            return d_value
+
+        d_value = place.for_group(query_head, d_value)
+        wg.arrive(refs.state_free.at[passed])
+        wg.arrive(refs.keys_free.at[slot])
+        wg.sent()
+        refs.d_value_tiles[...] = d_value.astype(jnp.bfloat16)
+        where = place.batch, place.tokens(turn), place.head
+        wg.send((refs.d_value_tiles, refs.d_value.at[where]))
+        return carry
+
+    lax.fori_loop(0, place.count, chunk, jnp.int32(0))
+    wg.sent(read_only=False)
+
+
+def _halves(problem: Problem, delta: jax.Array) -> jax.Array:
+    """δ (B, N, T) as operands (B, N, chunks, 8, 64): two rows of bfloat16 whose sum it is.
+
+    In halves, so that its rounding does not outlive that of do.
+    """
+    delta = delta.reshape(*delta.shape[:2], problem.chunks, 1, wg.CHUNK)
+    # Not a cast and back, which XLA may drop as excess precision.
+    coarse = lax.reduce_precision(delta, exponent_bits=8, mantissa_bits=7)
+    row = jnp.arange(8)[:, None]
+    halves = jnp.where(row == 0, coarse, jnp.where(row == 1, delta - coarse, 0.0))
+    return halves.astype(jnp.bfloat16)
+
+
+def _shared(problem: Problem, pipeline: Pipeline, numbers: dict) -> dict[str, Any]:
+    """Shared memory of a program, by name."""
+    gate, enters = numbers["gamma"] is not None, numbers["enter"] is not None
+    slots, z = pipeline.query_slots, (wg.CHUNK, problem.projections)
+    passed = lambda readers: wg.barrier(num_arrivals=readers, num_barriers=PASSED_SLOTS)  # noqa: E731
+    return tiles.key_memory(problem, pipeline, numbers, readers=2 + enters) | {
+        "zq_tiles": wg.plain(slots, *z, dtype=jnp.bfloat16),
+        "d_out_tiles": wg.operand(slots, wg.CHUNK, problem.value_dim),
+        "inverse_numbers": wg.plain(slots, wg.CHUNK),
+        "delta_numbers": wg.plain(slots, wg.CHUNK),
+        "delta_columns": wg.operand(slots, 8, wg.CHUNK),
+        "queries_full": wg.barrier(num_arrivals=5, num_barriers=slots),
+        "queries_free": wg.barrier(num_arrivals=3, num_barriers=slots),
+        "state_tiles": wg.operand(PASSED_SLOTS, tiles.FEATURES, problem.value_dim),
+        "mass_numbers": wg.plain(PASSED_SLOTS, tiles.FEATURES),
+        "decay_tiles": wg.operand(PASSED_SLOTS, wg.CHUNK, wg.CHUNK) if enters else None,
+        "state_full": passed(1),
+        "state_free": passed(2),
+        "hashed_tiles": wg.operand(PASSED_SLOTS, wg.CHUNK, tiles.FEATURES),
+        "entering_tiles": wg.operand(wg.CHUNK, tiles.FEATURES) if enters else None,
+        "hashed_full": passed(1),
+        "hashed_free": passed(2),
+        "phi_tiles": wg.operand(PASSED_SLOTS, wg.CHUNK, tiles.FEATURES),
+        "phi_full": passed(1),
+        "phi_free": passed(1),
+        "d_zk_tiles": wg.plain(*z, dtype=jnp.bfloat16),
+        "d_value_tiles": wg.operand(wg.CHUNK, problem.value_dim),
+        "column_numbers": wg.plain(wg.CHUNK) if gate else None,
+    }
+
+
+def key_value_gradients(
+    problem: Problem, pipeline: Pipeline, shared: Shared, zq, zk, value, d_out, rows, adjoints
+):
+    """As causal_gradients.key_value_gradients, for problems of `blocks.fits_warpgroups`."""
+    place, gate = tiles.Place(problem, reverse=True), shared.gamma is not None
+    numbers = tiles.token_numbers(problem, shared)
+    array = lambda *shape: jax.ShapeDtypeStruct(  # noqa: E731
+        (problem.batch, problem.kv_heads, *shape), jnp.float32
+    )
+    works = _fetch, _keep_adjoint, _differentiate_keys, _differentiate_values
+    result = wg.launch(
+        lambda refs: wg.roles(
+            len(works),
+            *(
+                (registers, functools.partial(work, place, pipeline, refs))
+                for registers, work in zip(pipeline.registers, works, strict=True)
+            ),
+        ),
+        name="causal_key_value_gradients",
+        grid=place.grid,
+        warpgroups=len(works),
+        inputs=tiles.constants(problem, shared.sharpness)
+        | numbers
+        | {"zq": zq, "zk": zk, "value": value, "d_out": d_out}
+        | {"inverse": rows.inverse, "delta": rows.delta}
+        | {"delta_halves": _halves(problem, rows.delta)}
+        | {"leaving_numerator": adjoints[0], "leaving_mass": adjoints[1]},
+        outputs={
+            "d_zk": jax.ShapeDtypeStruct(zk.shape, zk.dtype),
+            "d_value": jax.ShapeDtypeStruct(value.shape, value.dtype),
+            "d_sharpness": array(problem.splits, wg.CHUNK, problem.projections),
+            "column": array(problem.chunks * wg.CHUNK) if gate else None,
+        },
+        shared=_shared(problem, pipeline, numbers),
+    )
+    result.d_sharpness = result.d_sharpness.sum(axis=(0, 2, 3, 4))
+    result.flow = -result.column if gate else None
+    return result

@@ -1,0 +1,172 @@
+"""The one file that names Mosaic GPU: launching warpgroups that pass tiles through shared memory.
+
+In: the body of a kernel, its arrays, its shared memory by name. Out: the kernel's outputs by name;
+and the arithmetic of 64-row tiles, which one warpgroup holds in registers in the layout of Hopper's
+matrix product. No equation of RACE lives here.
+"""
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+CHUNK = 64  # rows of a tile: one warpgroup's matrix product
+TILE = plgpu.Layout.WGMMA
+ROWS = TILE.reduce(1)  # one number for each row of a tile
+COLUMNS = TILE.reduce(0)  # one for each column
+
+barrier, arrive, wait = plgpu.Barrier, plgpu.barrier_arrive, plgpu.barrier_wait
+commit = plgpu.commit_smem
+fetch = plgpu.copy_gmem_to_smem
+
+
+def operand(*shape: int) -> Any:
+    """Shared memory of bfloat16 tiles (..., rows, 64 n) that a matrix product reads."""
+    transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+
+
+def narrow_operand(*shape: int) -> Any:
+    """The same for a product over 16 rows, whose tiles are 16 wide."""
+    transforms = plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32)
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+
+
+def plain(*shape: int, dtype: Any = jnp.float32) -> Any:
+    """Shared memory that is loaded and stored by rows."""
+    return plgpu.SMEM(shape, dtype)
+
+
+def launch(
+    body: Callable[[SimpleNamespace], None],
+    *,
+    name: str,
+    grid: Mapping[str, int],
+    warpgroups: int,
+    inputs: Mapping[str, jax.Array | None],
+    outputs: Mapping[str, jax.ShapeDtypeStruct | None],
+    shared: Mapping[str, Any],
+) -> SimpleNamespace:
+    """Runs `body` over the grid; what is absent is None on both sides."""
+    absent = dict.fromkeys([*inputs, *outputs, *shared])
+    given, wanted, scratch = (
+        {key: item for key, item in items.items() if item is not None}
+        for items in (inputs, outputs, shared)
+    )
+
+    def named_body(*refs):
+        names = [*given, *wanted, *scratch]
+        body(SimpleNamespace(**(absent | dict(zip(names, refs, strict=True)))))
+
+    call = plgpu.kernel(
+        named_body,
+        out_type=list(wanted.values()),
+        scratch_types=list(scratch.values()),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+    )
+    with jax.named_scope(f"race_attention/{name}"):
+        results = call(*given.values())
+    return SimpleNamespace(**(dict.fromkeys(outputs) | dict(zip(wanted, results, strict=True))))
+
+
+def warpgroup() -> jax.Array:
+    """Which warpgroup of its program this is."""
+    return lax.axis_index("warpgroup")
+
+
+def roles(warpgroups: int, *bodies: tuple[int, Callable[[], None]]) -> None:
+    """What each warpgroup does, and the registers a thread that it may take; the last are alike."""
+    fair = 512 // warpgroups
+    for turn, (registers, role) in enumerate(bodies):
+        mine = warpgroup() == turn if turn < len(bodies) - 1 else warpgroup() >= turn
+
+        @pl.when(mine)
+        def _(registers=registers, role=role):
+            action = "increase" if registers > fair else "decrease"
+            plgpu.set_max_registers(registers, action=action)
+            role()
+
+
+def load(ref: Any, layout: Any = TILE) -> jax.Array:
+    """A tile, or a vector of 64, from shared or device memory, in float32 unless of integers."""
+    x = plgpu.load(ref, layout=layout, optimized=False)
+    return x if x.dtype == jnp.int32 else x.astype(jnp.float32)
+
+
+def multiply(accumulator: Any, a: Any, b: Any) -> None:
+    """Starts accumulator += a b; a may be in registers, b is shared."""
+    plgpu.wgmma(accumulator, a, b)
+
+
+def together(body: Callable[..., None], *columns: int) -> list[jax.Array]:
+    """Runs `body(*accumulators)`, which starts products into (64, columns), and waits once."""
+
+    def run(*accumulators):
+        body(*accumulators)
+        return [accumulator[...] for accumulator in accumulators]
+
+    return pl.run_scoped(run, *(plgpu.ACC((CHUNK, n), jnp.float32) for n in columns))
+
+
+def onto(body: Callable[..., None], *starts: jax.Array) -> tuple[jax.Array, ...]:
+    """The same with accumulators that start from tiles."""
+
+    def run(accumulators):
+        body(*accumulators)
+
+    return pl.run_state(run)(tuple(plgpu.ACC.init(start) for start in starts))
+
+
+def product(*pairs: tuple[Any, Any], start: jax.Array | None = None, columns: int = 64):
+    """start + Σ a b over pairs (a, b): (64, columns) in float32."""
+
+    def run(accumulator):
+        for a, b in pairs:
+            multiply(accumulator, a, b)
+
+    (result,) = together(run, columns) if start is None else onto(run, start)
+    return result
+
+
+def by_rows(x: jax.Array, columns: int = 64) -> jax.Array:
+    """(64,) as (64, columns), the same along a row."""
+    return lax.broadcast_in_dim(x, (CHUNK, columns), [0])
+
+
+def by_columns(x: jax.Array) -> jax.Array:
+    """(columns,) as (64, columns), the same along a column."""
+    return lax.broadcast_in_dim(x, (CHUNK, x.shape[0]), [1])
+
+
+def filled(value: float, columns: int) -> jax.Array:
+    """A tile of one number."""
+    return plgpu.layout_cast(jnp.full((CHUNK, columns), value, jnp.float32), TILE)
+
+
+def index(axis: int, columns: int = 64) -> jax.Array:
+    """The row (0) or the column (1) of every element of a tile."""
+    return plgpu.broadcasted_iota(jnp.int32, (CHUNK, columns), axis, layout=TILE)
+
+
+def send(*pairs: tuple[Any, Any]) -> None:
+    """Starts copies from shared to device memory, of tiles stored before."""
+    commit()
+    for source, target in pairs:
+        plgpu.copy_smem_to_gmem(source, target)
+
+
+def sent(*, read_only: bool = True) -> None:
+    """Waits until the copies that this warpgroup started have left shared memory."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=read_only)
