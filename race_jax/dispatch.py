@@ -31,6 +31,10 @@ CAUSAL_WIDE = Tiling(chunk=128, parallel=True)
 BIDIRECTIONAL_CPU = Tiling(chunk=128, parallel=False)
 BIDIRECTIONAL_WIDE = Tiling(chunk=128, parallel=True)
 
+# Below so many tokens XLA overtakes the kernels in float32: it takes TF32 products, they six
+# bfloat16 ones (docs/kernels.md). In bfloat16 the kernels were faster at every length measured.
+FLOAT32_KERNELS_FROM = 2048
+
 _log = logging.getLogger("race_jax")
 
 
@@ -52,6 +56,10 @@ PALLAS_ASKED = Choice("pallas", "implementation='pallas' was asked for and the k
 BY_PLATFORM = Choice(
     "pallas on cuda, xla elsewhere",
     "implementation=None: the kernels support this call, and run wherever it is lowered for CUDA",
+)
+SHORT_FLOAT32 = Choice(
+    "xla",
+    f"the kernels are no faster than XLA in float32 below {FLOAT32_KERNELS_FROM} tokens",
 )
 
 
@@ -81,7 +89,8 @@ def choose(
             raise NotImplementedError(f"{reason}; pass implementation='xla' or None")
         return PALLAS_ASKED
     if reason is None:
-        return BY_PLATFORM
+        short = value.shape[1] < FLOAT32_KERNELS_FROM and value.dtype == jnp.float32
+        return SHORT_FLOAT32 if short else BY_PLATFORM
     if has_cuda():
         _say_once(f"{reason}; using XLA")
     return Choice("xla", reason)

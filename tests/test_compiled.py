@@ -73,3 +73,20 @@ def test_memory_grows_no_faster_than_the_inputs(passes, is_causal):
     assert of_long < all_pairs / 50
     # Packed segments without causality take a second pass, backwards in time.
     assert of_long < (2 if is_causal else 5) * inputs
+
+
+@CAUSALITY
+def test_gradients_of_a_batch_do_not_end_the_process(is_causal, run_python):
+    """jaxlib 0.10.2 crashed in its own fusion of an earlier form of this gradient."""
+    printed = run_python(
+        f"""
+        import jax, jax.numpy as jnp, race_jax
+        x = jax.random.normal(jax.random.key(0), (4, 64, 2, 16))
+        planes = jax.random.normal(jax.random.key(1), (4, 4, 16)) / 4
+        total = lambda q, k, v, w, b: race_jax.race_attention(
+            q, k, v, w, sharpness=b, is_causal={is_causal}).sum()
+        gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3, 4)))(x, x, x, planes, jnp.ones(2))
+        print(all(bool(jnp.isfinite(g).all()) for g in gradients))
+        """
+    )
+    assert printed.strip() == "True"

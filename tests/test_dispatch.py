@@ -51,6 +51,22 @@ def test_a_name_means_exactly_that():
         dispatch.explain(**arguments(implementation="triton"))
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need jax >= 0.11")
+@pytest.mark.parametrize(
+    ("dtype", "length", "kernels"),
+    [("bfloat16", 64, True), ("float32", 2047, False), ("float32", 2048, True)],
+)
+def test_none_takes_the_kernels_where_they_are_faster(dtype, length, kernels, on_h200):
+    x = jax.ShapeDtypeStruct((1, length, 2, 64), dtype)
+    with on_h200():
+        choice = dispatch.explain(**arguments(query=x, key=x, value=x, is_causal=True))
+        named = dispatch.explain(
+            **arguments(query=x, key=x, value=x, is_causal=True, implementation="pallas")
+        )
+    assert ("pallas" in choice.implementation) == kernels
+    assert named.implementation == "pallas"
+
+
 def test_explain_takes_shapes():
     shapes = jax.eval_shape(lambda: arguments())
     assert dispatch.explain(**shapes) == dispatch.explain(**arguments())
