@@ -5,6 +5,7 @@
 In: a run's directory and a prompt. Out: text. Equation: that of `race_jax.models.decode`.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -68,13 +69,15 @@ def main(arguments: Sequence[str]) -> None:
     if not model.trunk.carries_state:
         _say("a softmax model carries no state: every token reads the whole sequence again")
     clock: list[float] = []
-    _write(_PROMPT.value)
     try:
+        _write(_PROMPT.value)
         for piece in text_pieces(tokenizer, prompt, _timed(tokens, clock)):
             _write(piece)
+        _write("\n")
     except KeyboardInterrupt:
         _say("\nstopped")
-    _write("\n")
+    except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     _say(_speed(clock))
 
 

@@ -81,6 +81,18 @@ def test_the_command_line_writes_the_model_s_own_continuation(race_run):
     assert b" tokens/s" in done.stderr
 
 
+def test_a_reader_that_leaves_early_is_no_error(race_run):
+    command = [sys.executable, SCRIPT, f"--checkpoint={race_run}", "--prompt=ab"]
+    environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe) as run:
+        assert run.stdout.read(2) == b"ab"
+        run.stdout.close()
+        said = run.stderr.read().decode()
+    assert run.returncode == 0, said
+    assert "Traceback" not in said
+
+
 def test_softmax_says_that_it_reads_again_and_positions_where_they_end(script, softmax_run, capsys):
     run(script, checkpoint=softmax_run, prompt="the cat", max_tokens=20, seed=3)
     out, err = capsys.readouterr()
