@@ -1,212 +1,35 @@
-"""How fast is attention: RACE against softmax, in one run and one table.
+"""How fast is attention: one command, one table.
 
     python scripts/bench_kernels.py --lengths 256,4k,64k --json bench.json --plot bench.png
+    XLA_PYTHON_CLIENT_MEM_FRACTION=.97 python scripts/bench_kernels.py --json bench.json
 
-In: sizes. Out: a markdown table of medians, temporary memory, and the percentage of the machine's
-matrix product peak, measured in the same run, that the fewest possible operations make (counted in
-scripts/attention_variants.py). Inputs are random, runs are interleaved, and all cores are used.
+The first, without a GPU: RACE against softmax, in percent of the machine's matrix product peak
+(scripts/peak_table.py). The second, on a GPU: RACE by kernels and by XLA and softmax by cuDNN, in
+percent of the floor by bytes (scripts/floor_table.py). In: options. Out: a markdown table.
 """
 
 import argparse
-import dataclasses
-import functools
-import json
 import math
 import pathlib
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
-from attention_variants import (
-    VARIANTS,
-    Inputs,
-    Sizes,
-    compile_run,
-    draw,
-    head_mesh,
-    input_shapes,
-    use_all_cores,
-)
+import floor_table
+import peak_table
+from attention_variants import VARIANTS, Sizes, input_shapes, use_all_cores
+from floor_cases import IMPLEMENTATIONS, SWEEPS
+from peak_table import Limits, record
+from table_text import SUFFIXES, length_name
 
 LENGTHS = "256,512,1k,2k,4k,16k,64k,256k"
-SUFFIXES = {"k": 2**10, "M": 2**20}
-SHORTEST_SAMPLE = 0.02  # seconds; a sample repeats a shorter run
-COMPILE_TOKENS = 32768  # compiling takes about as long as running so many tokens; for the time left
-BAR = "{percentage:3.0f}% |{bar}| {elapsed} gone, about {remaining} left"
-COLUMNS = {
-    "T": 4,
-    "attention": 21,
-    "forward, ms": 11,
-    "forward+backward, ms": 20,
-    "softmax / this": 14,
-    "temporary, MiB": 14,
-    "% of peak, forward": 18,
-    "% of peak, both": 15,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """Samples of a run, seconds that they may take, and GiB that it may hold, inputs included."""
-
-    repeats: int = 10
-    seconds: float = 20.0
-    memory: float = 8.0
-
-
-@dataclasses.dataclass
-class Row:
-    """What was measured of one variant at one length; `stopped` says why there is no time."""
-
-    attention: str
-    backward: bool
-    length: int = 0
-    seconds: float | None = None
-    temporary_bytes: int | None = None
-    stopped: str = ""
-
-
-def timed(run: Callable[[Inputs], object], inputs: Inputs, calls: int = 1) -> float:
-    """Mean seconds of so many calls."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        jax.block_until_ready(run(inputs))
-    return (time.perf_counter() - start) / calls
-
-
-def matmul_peak(mesh: Mesh, dtype: str, size: int = 2048) -> float:
-    """Operations a second of one large matrix product a device: the best of five."""
-    sharding = NamedSharding(mesh, PartitionSpec("heads"))
-    shape = (mesh.size, size, size)
-    matrices = jax.device_put(jax.random.normal(jax.random.key(1), shape, dtype), sharding)
-    product = jax.jit(lambda inputs: inputs["x"] @ inputs["x"])
-    best = min(timed(product, {"x": matrices}) for _ in range(5))
-    return 2 * size**3 * mesh.size / best
-
-
-def expected_stop(before: Row, length: int, limits: Limits) -> str:
-    """Why a length need not be tried, judged by the one before; empty where it should be."""
-    if before.seconds is None:
-        return before.stopped
-    expected = before.seconds * (length / before.length) ** VARIANTS[before.attention].growth
-    return f"over {limits.seconds:g} s" if expected > limits.seconds else ""
-
-
-def prepare(row: Row, inputs: Inputs, mesh: Mesh, limits: Limits) -> Callable[[], float] | None:
-    """Compiles and warms up; gives what takes one sample, or None where memory forbids the run."""
-    run = compile_run(VARIANTS[row.attention], inputs, mesh, backward=row.backward)
-    memory = run.memory_analysis()
-    row.temporary_bytes = memory.temp_size_in_bytes * mesh.size
-    outside = (memory.argument_size_in_bytes + memory.output_size_in_bytes) * mesh.size
-    if row.temporary_bytes + outside > limits.memory * 2**30:
-        row.stopped = f"over {limits.memory:g} GiB"
-        return None
-    calls = math.ceil(SHORTEST_SAMPLE / timed(run, inputs))
-    return functools.partial(timed, run, inputs, calls)
-
-
-def measure(
-    before: Sequence[Row], sizes: Sizes, length: int, mesh: Mesh, limits: Limits, progress: tqdm
-) -> list[Row]:
-    """All rows at one length, sampled in turn, so that a busy moment of the machine hits all.
-
-    `before` holds the rows of the last length, or empty ones to start with.
-    """
-    inputs = draw(sizes, length, mesh)
-    rows, running = [], []
-    for old in before:
-        row = Row(old.attention, old.backward, length, stopped=expected_stop(old, length, limits))
-        sample = None if row.stopped else prepare(row, inputs, mesh, limits)
-        if sample:
-            running.append((row, sample, []))
-        rows.append(row)
-        progress.update(COMPILE_TOKENS)
-    for _ in range(limits.repeats):
-        for _, sample, samples in running:
-            if sum(samples) < limits.seconds:
-                samples.append(sample())
-    for row, _, samples in running:
-        row.seconds = statistics.median(samples)
-    progress.update(length * len(rows))
-    return rows
-
-
-def percent_of_peak(row: Row, sizes: Sizes, peak: float) -> float | None:
-    """The fewest operations over what the peak would do in the time taken."""
-    if row.seconds is None:
-        return None
-    forward = VARIANTS[row.attention].operations(sizes, row.length)
-    operations = forward * sizes.batch * row.length * sizes.heads * (3 if row.backward else 1)
-    return 100 * operations / (row.seconds * peak)
-
-
-def table_lines(rows: Sequence[Row], sizes: Sizes, peak: float) -> list[str]:
-    """One line of the table for each variant, from all rows of one length."""
-    found = {(row.attention, row.backward): row for row in rows}
-    lines = []
-    for name in dict.fromkeys(row.attention for row in rows):
-        pair = found[name, False], found[name, True]
-        both = pair[1]
-        rival = found.get((VARIANTS[name].rival, True))
-        known = rival and rival.seconds and both.seconds
-        cells = [length_name(both.length), name]
-        cells += [number(row.seconds, 2, 1e3) or row.stopped for row in pair]
-        cells += [number(rival.seconds / both.seconds if known else None, 2)]
-        cells += [number(both.temporary_bytes, 1, 2**-20)]
-        cells += [number(percent_of_peak(row, sizes, peak), 1) for row in pair]
-        lines.append(markdown(cells))
-    return lines
-
-
-def header() -> list[str]:
-    """The first two lines of the table."""
-    return [markdown(list(COLUMNS)), markdown(["-" * width for width in COLUMNS.values()])]
-
-
-def markdown(cells: Sequence[str]) -> str:
-    """A line of the table, with columns of equal width."""
-    pairs = zip(cells, COLUMNS.values(), strict=True)
-    return f"| {' | '.join(cell.ljust(width) for cell, width in pairs)} |"
-
-
-def number(value: float | None, digits: int, scale: float = 1.0) -> str:
-    """A cell of the table, empty where nothing is known."""
-    return "" if value is None else f"{value * scale:.{digits}f}"
-
-
-def length_name(length: int) -> str:
-    """256k for 262144."""
-    for suffix, unit in reversed(SUFFIXES.items()):
-        if length % unit == 0:
-            return f"{length // unit}{suffix}"
-    return str(length)
-
-
-def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
-    """Time over length, both logarithmic: whole lines with the backward pass, dashed without."""
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
-    for index, name in enumerate(dict.fromkeys(row.attention for row in rows)):
-        for backward, style in ((True, "o-"), (False, "o--")):
-            known = [r for r in rows if (r.attention, r.backward) == (name, backward) and r.seconds]
-            label = f"{name}, forward{'+backward' * backward}"
-            points = [row.length for row in known], [row.seconds for row in known]
-            axes.loglog(*points, style, color=f"C{index}", label=label, markersize=3)
-    ticks = sorted({row.length for row in rows})
-    axes.set_xticks(ticks, [length_name(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.set(xlabel="length T, tokens", ylabel="seconds")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+TABLES = {"peak": peak_table, "floor": floor_table}
+SHARED = {"table", "repeats", "json"}
+FLOOR_ONLY = {"sweep", "implementations"}
+ADVICE = """On a GPU set XLA_PYTHON_CLIENT_MEM_FRACTION=.97 in the environment: else JAX takes three
+quarters of the memory, and the longest sequences do not fit. A line that does not fit says so."""
 
 
 def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
@@ -234,12 +57,18 @@ def lengths(text: str) -> list[int]:
     return sorted(found)
 
 
-def variants(text: str) -> list[str]:
-    """Names of rows, by commas."""
-    names = [name.strip() for name in text.split(",")]
-    if unknown := [name for name in names if name not in VARIANTS]:
-        raise argparse.ArgumentTypeError(f"no row {unknown[0]!r}; there are {', '.join(VARIANTS)}")
-    return list(dict.fromkeys(names))
+def names(choices: Collection[str], kind: str) -> Callable[[str], list[str]]:
+    """A reader of some of these names, by commas."""
+
+    def read(text: str) -> list[str]:
+        found = [name.strip() for name in text.split(",")]
+        if unknown := [name for name in found if name not in choices]:
+            raise argparse.ArgumentTypeError(
+                f"no {kind} {unknown[0]!r}; there are {', '.join(choices)}"
+            )
+        return list(dict.fromkeys(found))
+
+    return read
 
 
 def output(suffix: str) -> Callable[[str], pathlib.Path]:
@@ -258,12 +87,28 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command line; stops with a sentence where it asks for what cannot be."""
     parser = argparse.ArgumentParser(
         description="Times RACE and softmax attention, and prints one markdown table.",
+        epilog=ADVICE,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    add, count, amount = parser.add_argument, positive(int), positive(float)
+    count, amount = positive(int), positive(float)
+    add = parser.add_argument
+    add("--table", choices=TABLES, help="without it: floor where JAX finds a GPU, else peak")
+    add("--repeats", type=count, default=Limits.repeats, help="samples, of which the median counts")
+    add("--json", type=output(".json"), help="write the figures here")
+    add = parser.add_argument_group("table floor").add_argument
+    sweeps, implementations = names(SWEEPS, "sweep"), names(IMPLEMENTATIONS, "implementation")
+    add("--sweep", type=sweeps, default=",".join(SWEEPS), help="parts of the table, by commas")
+    everything = ",".join(IMPLEMENTATIONS)
+    add("--implementations", type=implementations, default=everything, help="its lines, by commas")
+    add = parser.add_argument_group("table peak").add_argument
     add("--lengths", type=lengths, default=LENGTHS, help="T by commas; k is 1024, M is 1024 k")
-    add("--rows", type=variants, default=",".join(VARIANTS), help="what to time, by commas")
+    add(
+        "--rows",
+        type=names(VARIANTS, "row"),
+        default=",".join(VARIANTS),
+        help="what to time, by commas",
+    )
     add("--batch", type=count, default=Sizes.batch, help="B, sequences")
     add("--heads", type=count, default=Sizes.heads, help="N, heads")
     add("--head_dim", type=count, default=Sizes.head_dim, help="H, width of queries and keys")
@@ -272,7 +117,6 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--planes", type=int, choices=range(1, 11), default=Sizes.planes, help="P, planes a table")
     add("--dtype", choices=("float32", "bfloat16"), default=Sizes.dtype, help="of the inputs")
     add("--decay", action="store_true", help="with the forgetting gate, where RACE is causal")
-    add("--repeats", type=count, default=Limits.repeats, help="samples, of which the median counts")
     add(
         "--seconds",
         type=amount,
@@ -280,7 +124,6 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         help="for the samples of a run; a longer run is left out",
     )
     add("--memory", type=amount, default=Limits.memory, help="GiB that one run may hold")
-    add("--json", type=output(".json"), help="write the figures here")
     add("--plot", type=output(".png"), help="draw them here")
     options = parser.parse_args(words)
     if options.value_dim != options.head_dim and any("softmax" in row for row in options.rows):
@@ -299,46 +142,23 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def record(kind: type, options: argparse.Namespace):
-    """The fields of one record, from the command line."""
-    return kind(**{field.name: getattr(options, field.name) for field in dataclasses.fields(kind)})
-
-
-def save(options: argparse.Namespace, machine: dict, rows: Sequence[Row]) -> None:
-    """Writes the files that were asked for."""
-    sizes = record(Sizes, options)
-    if options.json:
-        content = {"machine": machine, "sizes": dataclasses.asdict(sizes), "rows": []}
-        for row in rows:
-            percent = percent_of_peak(row, sizes, machine["peak"])
-            content["rows"].append(dataclasses.asdict(row) | {"percent_of_peak": percent})
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
-    if options.plot:
-        plot(rows, options.plot)
+def check_table(options: argparse.Namespace, table: str) -> None:
+    """Stops where an option was given that the table would not heed."""
+    for name, default in vars(parse([])).items():
+        heeded = name in SHARED or (name in FLOOR_ONLY) == (table == "floor")
+        if not heeded and getattr(options, name) != default:
+            other = "peak" if table == "floor" else "floor"
+            sys.exit(f"--{name} is of the other table: leave it out, or add --table {other}")
 
 
 def main(words: Sequence[str]) -> None:
-    """Measures length by length, printing each line of the table as it is known."""
+    """Prints the table that was asked for, or that suits the machine."""
     options = parse(words)
-    sizes, limits = record(Sizes, options), record(Limits, options)
-    use_all_cores(sizes.heads)
-    mesh = head_mesh(sizes.heads)
-    device = mesh.devices.flat[0]
-    dtype = "float32" if device.platform == "cpu" else sizes.dtype
-    peak = matmul_peak(mesh, dtype)
-    machine = {"jax": jax.__version__, "device": device.device_kind, "devices": mesh.size}
-    machine |= {"peak": peak, "peak_dtype": dtype}
-    print(f"{sizes}\n{mesh.size} x {device.device_kind}, jax {jax.__version__}, ", end="")
-    print(f"{dtype} matrix product {peak / 1e9:,.1f} GFLOP/s\n", *header(), sep="\n", flush=True)
-    latest = [Row(name, backward) for name in options.rows for backward in (False, True)]
-    total = sum(len(latest) * (COMPILE_TOKENS + length) for length in options.lengths)
-    rows = []
-    with tqdm(total=total, bar_format=BAR, leave=False, disable=None) as progress:
-        for length in options.lengths:
-            latest = measure(latest, sizes, length, mesh, limits, progress)
-            progress.write("\n".join(table_lines(latest, sizes, peak)), file=sys.stdout)
-            rows += latest
-    save(options, machine, rows)
+    use_all_cores(options.heads)
+    by_device = "floor" if jax.default_backend() == "gpu" else "peak"
+    table = options.table or by_device
+    check_table(options, table)
+    TABLES[table].main(options)
 
 
 if __name__ == "__main__":

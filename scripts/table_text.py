@@ -1,0 +1,43 @@
+"""The text of a benchmark's table: cells, lines, names of lengths, and the bar while it is made.
+
+In: figures. Out: markdown, with columns of equal width.
+"""
+
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+SUFFIXES = {"k": 2**10, "M": 2**20}
+BAR = "{percentage:3.0f}% |{bar}| {elapsed} gone, about {remaining} left"
+
+
+def header(columns: dict[str, int]) -> list[str]:
+    """The first two lines of a table, from the columns' names and widths."""
+    return [
+        markdown(list(columns), columns),
+        markdown(["-" * w for w in columns.values()], columns),
+    ]
+
+
+def markdown(cells: Sequence[str], columns: dict[str, int]) -> str:
+    """A line of the table, with columns of equal width."""
+    pairs = zip(cells, columns.values(), strict=True)
+    return f"| {' | '.join(cell.ljust(width) for cell, width in pairs)} |"
+
+
+def number(value: float | None, digits: int, scale: float = 1.0) -> str:
+    """A cell of the table, empty where nothing is known."""
+    return "" if value is None else f"{value * scale:.{digits}f}"
+
+
+def length_name(length: int) -> str:
+    """256k for 262144."""
+    for suffix, unit in reversed(SUFFIXES.items()):
+        if length % unit == 0:
+            return f"{length // unit}{suffix}"
+    return str(length)
+
+
+def progress_bar(total: int) -> tqdm:
+    """How far the work is, where somebody watches."""
+    return tqdm(total=total, bar_format=BAR, leave=False, disable=None)
