@@ -1,7 +1,8 @@
 # make train and make test do everything from a fresh checkout: environment, installation, run.
 PYTHON ?= python3
 ARGS ?=
-JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# One more than there are cores: some tests wait for others' processes.
+JOBS ?= $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
 
 # .venv for python3, .venv-3.12 for python3.12, wherever that interpreter lies.
 VENV := .venv$(addprefix -,$(filter-out 3,$(patsubst python%,%,$(notdir $(PYTHON)))))

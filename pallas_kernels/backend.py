@@ -1,4 +1,4 @@
-"""The one file that names a Pallas backend: launching a kernel, and the arithmetic inside it.
+"""The one file that names Pallas's Triton form: launching a kernel, and the arithmetic inside it.
 
 In: a kernel over named references, its grid and block; or the tiles of one operation.
 Out: the kernel's outputs by name; or the operation's tile. No equation of RACE lives here.

@@ -142,3 +142,36 @@ def test_a_long_sequence_equals_its_halves(length, assert_close):
     for where, part in zip(ends, parts, strict=True):
         assert_close(f"out {where}", part, whole[:, where], kind="resumed", dtype="bfloat16")
     assert_close("state", last[:2], final[:2], kind="resumed", dtype="bfloat16")
+
+
+def test_gradients_past_2_31_elements_equal_those_of_the_halves(assert_close):
+    """The adjoint of the carried state goes from the second half into the first."""
+    length = (1 << 22) + 4096
+    middle = length // 2 + 80  # within a chunk
+    zq, zk = (_random(i, 1, length, 4, 3, 3) for i in range(2))
+    value, d_out = (_random(i, 1, length, 4, 128) for i in (2, 3))
+    zeros = jnp.zeros((1, 4, 24, 128)), jnp.zeros((1, 4, 24))
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def run(start, stop, zq, zk, value, d_out, state, d_final):
+        cut = slice(start, stop)
+        segment = jnp.zeros((1,), jnp.int32)
+        rest = jnp.full((4,), 2.0), None, None, None, *state, segment
+        arrays = zq[:, cut], zk[:, cut], value[:, cut], *rest
+        forward = pallas_kernels.causal_forward(*arrays)
+        states = forward.split_numerator, forward.split_mass
+        gradients = pallas_kernels.causal_backward(*arrays, *states, d_out[:, cut], *d_final)
+        return gradients, (forward.final_numerator, forward.final_mass)
+
+    arrays = zq, zk, value, d_out
+    whole, _ = run(0, length, *arrays, zeros, zeros)
+    _, state = run(0, middle, *arrays, zeros, zeros)
+    tail, _ = run(middle, length, *arrays, state, zeros)
+    adjoint = tail.initial_numerator, tail.initial_mass
+    head, _ = run(0, middle, *arrays, zeros, adjoint)
+    for name in ("zq", "zk", "value"):
+        got, want = (getattr(x, name) for x in (head, whole))
+        for where in (slice(0, 256), slice(middle - 256, middle)):
+            assert_close(name, got[:, where], want[:, where], kind="resumed", dtype="bfloat16")
+        got, want = getattr(tail, name)[:, -256:], getattr(whole, name)[:, -256:]
+        assert_close(name, got, want, kind="resumed", dtype="bfloat16")
