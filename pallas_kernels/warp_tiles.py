@@ -51,11 +51,6 @@ def token_numbers(problem: Problem, shared: Shared) -> dict[str, jax.Array | Non
     return dict(zip(NUMBERS, (gamma, segment, flat(enter), flat(leave), valid), strict=True))
 
 
-def head_of(array: jax.Array, head: jax.Array) -> jax.Array | int:
-    """The head of a numbers' array: those of masks and segments have one for all."""
-    return head if array.shape[1] > 1 else 0
-
-
 def constants(problem: Problem, sharpness: jax.Array) -> dict[str, jax.Array]:
     """Corner signs, ones and β: inputs of every kernel."""
     signs = corner_signs(problem.tables, problem.planes, problem.projections, FEATURES)
@@ -192,9 +187,9 @@ class Weights:
         factor = self._rows("enter")
         return rows if factor is None else rows * factor
 
-    def keep(self, tile: jax.Array, name: str = "valid") -> jax.Array:
+    def keep(self, tile: jax.Array) -> jax.Array:
         """A tile with rows of padded tokens selected to zero."""
-        rows = self._rows(name)
+        rows = self._rows("valid")
         if rows is None:
             return tile
         return jnp.where(wg.by_rows(rows, tile.shape[1]) > 0.0, tile, 0.0)
