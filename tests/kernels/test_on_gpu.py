@@ -104,7 +104,8 @@ def test_every_pipeline_of_the_tuning_space(kernel, pipeline, assert_close):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_output_is_written(kernels, dtype, assert_close):
     case = Case(batch=2, length=300, heads=4, tables=4, planes=4, value_dim=64, dtype=dtype)
-    check(kernels, case, assert_close, dataclasses.replace(chosen(case), poison=True))
+    # The kernels of warpgroups cannot start from given outputs: of programs only.
+    check(kernels, case, assert_close, dataclasses.replace(dense.programs(case), poison=True))
 
 
 @pytest.mark.parametrize("kernels", BOTH)
