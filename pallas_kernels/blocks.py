@@ -36,8 +36,8 @@ class Block:
 class Pipeline:
     """How a kernel of several warpgroups is fed, and what each of them may take."""
 
-    key_slots: int  # chunks of keys and values that are fetched ahead
-    query_slots: int  # the same of single query heads
+    key_slots: int  # chunks of keys and values that are fetched ahead, at most
+    query_slots: int  # the same of single query heads; fewer where memory is short
     registers: tuple[int, ...]  # a thread of each kind of warpgroup; at most 504 for all four
 
 
@@ -47,7 +47,7 @@ class Blocks:
 
     chunk: int
     sums: Block
-    outputs: Block
+    outputs: Block | Pipeline
     query: Block | Pipeline
     reverse: Block
     key: Block | Pipeline
@@ -126,9 +126,12 @@ def heuristic_blocks(problem: ProblemClass) -> Blocks:
     )
     if not problem.warpgroups:
         return blocks
-    query = Pipeline(key_slots=3, query_slots=2, registers=(24, 144, 168))
-    key = Pipeline(key_slots=2, query_slots=3, registers=(24, 168, 160, 152))
-    return dataclasses.replace(blocks, query=query, key=key)
+    return dataclasses.replace(
+        blocks,
+        outputs=Pipeline(key_slots=4, query_slots=2, registers=(24, 144, 168)),
+        query=Pipeline(key_slots=3, query_slots=2, registers=(24, 144, 168)),
+        key=Pipeline(key_slots=2, query_slots=3, registers=(24, 168, 160, 152)),
+    )
 
 
 # All that tuning tries and the table may hold; a problem class takes the part that suits it.
@@ -136,12 +139,16 @@ TRITON_SPACE = tuple(
     Block(value, 4, stages, packed)
     for value, stages, packed in itertools.product((128, 64, 32), (1, 2, 3), (False, True))
 )
-_QUERY_REGISTERS = (24, 144, 168), (24, 160, 160), (24, 176, 152)
+_FORWARD_REGISTERS = (24, 144, 168), (24, 160, 160), (24, 176, 152)
 _KEY_REGISTERS = (24, 168, 160, 152), (24, 160, 160, 160), (24, 168, 168, 144)
-PIPELINES_QUERY, PIPELINES_KEY = (
-    tuple(Pipeline(*chosen) for chosen in itertools.product((2, 3), (2, 3), registers))
-    for registers in (_QUERY_REGISTERS, _KEY_REGISTERS)
-)
+PIPELINES = {
+    kernel: tuple(Pipeline(*chosen) for chosen in itertools.product(keys, (2, 3), registers))
+    for kernel, keys, registers in (
+        ("outputs", (3, 4, 5), _FORWARD_REGISTERS[:2]),
+        ("query", (2, 3), _FORWARD_REGISTERS),
+        ("key", (2, 3), _KEY_REGISTERS),
+    )
+}
 
 
 def candidates(problem: ProblemClass, field: str) -> list[Block | Pipeline]:
@@ -151,7 +158,7 @@ def candidates(problem: ProblemClass, field: str) -> list[Block | Pipeline]:
     """
     chosen = getattr(heuristic_blocks(problem), field)
     if isinstance(chosen, Pipeline):
-        space = {"query": PIPELINES_QUERY, "key": PIPELINES_KEY}[field]
+        space = PIPELINES[field]
     else:
         packable = field == "key" and problem.itemsize == 2
         space = tuple(

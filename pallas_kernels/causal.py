@@ -91,9 +91,7 @@ def causal_forward(
     initial = padded_state(problem, initial_numerator, initial_mass)
     split_numerator, final_numerator = starting_states(call.weights, sums[0], initial[0])
     split_mass, final_mass = starting_states(call.weights, sums[1], initial[1])
-    out = causal_outputs.outputs(
-        problem, blocks.outputs, call.shared, *arrays, (split_numerator, split_mass)
-    )
+    out = _outputs(call, (split_numerator, split_mass))
     features, value_dim = initial_numerator.shape[-2:]
     return CausalForward(
         out[..., :value_dim],
@@ -204,6 +202,14 @@ def _prepare(
         Shared(sharpness, gamma, mask, segment_ids, initial_segment),
         split_weights(log_decay, segment_ids, initial_segment, sizes, problem.split),
     )
+
+
+def _outputs(call: _Call, states: tuple) -> jax.Array:
+    """Outputs by one program a block, or by several warpgroups, loaded only where they run."""
+    form, block = causal_outputs, call.blocks.outputs
+    if isinstance(block, Pipeline):
+        from pallas_kernels import warp_outputs as form
+    return form.outputs(call.problem, block, call.shared, *call.arrays, states)
 
 
 def _gradients(call: _Call, states: tuple, d_out: jax.Array, d_final: tuple) -> CausalGradients:

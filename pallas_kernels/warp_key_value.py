@@ -232,7 +232,7 @@ def _halves(problem: Problem, delta: jax.Array) -> jax.Array:
     return halves.astype(jnp.bfloat16)
 
 
-def _shared(problem: Problem, pipeline: Pipeline, numbers: dict) -> dict[str, Any]:
+def _memory(problem: Problem, numbers: dict, pipeline: Pipeline) -> dict[str, Any]:
     """Shared memory of a program, by name."""
     gate, enters = numbers["gamma"] is not None, numbers["enter"] is not None
     slots, z = pipeline.query_slots, (wg.CHUNK, problem.projections)
@@ -269,6 +269,8 @@ def key_value_gradients(
     """As causal_gradients.key_value_gradients, for problems of `blocks.fits_warpgroups`."""
     place, gate = tiles.Place(problem, reverse=True), shared.gamma is not None
     numbers = tiles.token_numbers(problem, shared)
+    memory = functools.partial(_memory, problem, numbers)
+    pipeline = tiles.fitting(pipeline, memory)
     array = lambda *shape: jax.ShapeDtypeStruct(  # noqa: E731
         (problem.batch, problem.kv_heads, *shape), jnp.float32
     )
@@ -296,7 +298,7 @@ def key_value_gradients(
             "d_sharpness": array(problem.splits, wg.CHUNK, problem.projections),
             "column": array(problem.chunks * wg.CHUNK) if gate else None,
         },
-        shared=_shared(problem, pipeline, numbers),
+        shared=memory(pipeline),
     )
     result.d_sharpness = result.d_sharpness.sum(axis=(0, 2, 3, 4))
     result.flow = -result.column if gate else None

@@ -88,6 +88,17 @@ def key_memory(
     }
 
 
+def fitting(pipeline: Pipeline, memory: Callable[[Pipeline], Mapping[str, Any]]) -> Pipeline:
+    """The pipeline, with one slot less at a time until `memory(pipeline)` fits into a program."""
+    while not wg.fits(memory(pipeline)):
+        most = max(("query_slots", "key_slots"), key=lambda name: getattr(pipeline, name))
+        left = getattr(pipeline, most) - 1
+        if left == 0:
+            raise ValueError(f"{pipeline} does not fit into shared memory: use another block")
+        pipeline = dataclasses.replace(pipeline, **{most: left})
+    return pipeline
+
+
 def fetch_constants(refs: SimpleNamespace) -> None:
     """Starts their copies; `wait(refs.constants_full)` before use, in every warpgroup."""
     for sign in ("positive", "negative"):

@@ -5,6 +5,7 @@ and the arithmetic of 64-row tiles, which one warpgroup holds in registers in th
 matrix product. No equation of RACE lives here.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+MOST_SHARED = 227 * 1024  # bytes a program, of compute capability 9.0 (CUDA programming guide)
+ALIGNMENT = 1024  # bytes, of each array there
+RESERVED = 3 * 1024  # of the compiler: 2 KiB for sums along an axis, and barriers
 
 CHUNK = 64  # rows of a tile: one warpgroup's matrix product
 TILE = plgpu.Layout.WGMMA
@@ -40,6 +45,13 @@ def narrow_operand(*shape: int) -> Any:
 def plain(*shape: int, dtype: Any = jnp.float32) -> Any:
     """Shared memory that is loaded and stored by rows."""
     return plgpu.SMEM(shape, dtype)
+
+
+def fits(shared: Mapping[str, Any]) -> bool:
+    """Whether one program may have this shared memory."""
+    arrays = [x for x in shared.values() if not isinstance(x, plgpu.Barrier | None)]
+    sizes = [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays]
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes) + RESERVED <= MOST_SHARED
 
 
 def launch(

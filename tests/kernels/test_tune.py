@@ -101,17 +101,18 @@ def test_every_kernel_has_valid_candidates(problem):
                 assert block in blocks.TRITON_SPACE
                 assert block.value <= problem.value_dim
             else:
-                assert block in blocks.PIPELINES_QUERY + blocks.PIPELINES_KEY
+                assert block in blocks.PIPELINES[field]
 
 
 def test_pipelines_share_out_no_more_registers_than_there_are():
-    for pipelines, warpgroups in ((blocks.PIPELINES_QUERY, 3), (blocks.PIPELINES_KEY, 4)):
+    for kernel, pipelines in blocks.PIPELINES.items():
+        shares = 4 if kernel == "key" else 3
         for pipeline in pipelines:
             registers = pipeline.registers
-            assert len(registers) == warpgroups
+            assert len(registers) == shares
             assert all(x % 8 == 0 and 24 <= x <= 240 for x in registers)
             # The last of three is the share of two warpgroups.
-            assert sum(registers) + registers[-1] * (warpgroups == 3) <= 504
+            assert sum(registers) + registers[-1] * (shares == 3) <= 504
 
 
 @pytest.mark.parametrize("record", [SMALLER, Block(32, 4, 1, packed=True), DEEPER])

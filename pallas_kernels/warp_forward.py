@@ -1,0 +1,234 @@
+"""What the kernels of warpgroups that go forward in time share: the feeding and the state.
+
+In: zq, zk, values, numbers a token, the state where each split starts; do, where it is given.
+Out: for two readers in turn, in shared memory: tiles of the queries, φk, S, Z and D of a chunk.
+Equation: [S | Z]' = a [S | Z] + (out∘φk)ᵀ [v | 1].
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import warp_tiles as tiles
+from pallas_kernels import warpgroup as wg
+from pallas_kernels.blocks import Pipeline
+from pallas_kernels.tiles import TINY, Problem, Shared
+
+READERS = 2  # warpgroups that take queries: chunk i goes to reader i % 2, with slots of its own
+
+
+def launch(
+    problem: Problem,
+    pipeline: Pipeline,
+    shared: Shared,
+    arrays: Mapping[str, jax.Array],
+    states: tuple[jax.Array, jax.Array],
+    *,
+    name: str,
+    read: Callable[[tiles.Place, Pipeline, SimpleNamespace], None],
+    outputs: Mapping[str, jax.ShapeDtypeStruct | None],
+    memory: Mapping[str, Any],
+) -> SimpleNamespace:
+    """Runs a kernel whose readers do `read`, with zq, zk, value and perhaps d_out as `arrays`.
+
+    `memory` is shared memory of the readers' own, by name.
+    """
+    numbers, place = tiles.token_numbers(problem, shared), tiles.Place(problem)
+    given = "d_out" in arrays
+    room = lambda pipeline: _memory(problem, pipeline, numbers, d_out=given) | memory  # noqa: E731
+    pipeline = tiles.fitting(pipeline, room)
+    fetcher, keeper, reader = pipeline.registers
+    return wg.launch(
+        lambda refs: wg.roles(
+            2 + READERS,
+            (fetcher, functools.partial(_fetch, place, pipeline, refs)),
+            (keeper, functools.partial(_keep_state, place, pipeline, refs)),
+            (reader, functools.partial(read, place, pipeline, refs)),
+        ),
+        name=name,
+        grid=place.grid,
+        warpgroups=2 + READERS,
+        inputs=tiles.constants(problem, shared.sharpness)
+        | numbers
+        | {"split_numerator": states[0], "split_mass": states[1], "d_out": None}
+        | arrays,
+        outputs={"final_numerator": None, "final_mass": None} | outputs,
+        shared=room(pipeline),
+    )
+
+
+def _memory(
+    problem: Problem, pipeline: Pipeline, numbers: dict, *, d_out: bool = False
+) -> dict[str, Any]:
+    """Shared memory of what is fetched, and of what the keeper passes on to the readers."""
+    slots, leaves = READERS * pipeline.query_slots, numbers["leave"] is not None
+    wide = wg.operand(slots, wg.CHUNK, problem.value_dim) if d_out else None
+    return tiles.key_memory(problem, pipeline, numbers) | {
+        "zq_tiles": wg.plain(slots, wg.CHUNK, problem.projections, dtype=jnp.bfloat16),
+        "d_out_tiles": wide,
+        "queries_full": wg.barrier(num_arrivals=1 + d_out, num_barriers=slots),
+        "queries_free": wg.barrier(num_arrivals=1, num_barriers=slots),
+        "phi_tiles": wg.operand(READERS, wg.CHUNK, tiles.FEATURES),
+        "leaving_tiles": wg.operand(wg.CHUNK, tiles.FEATURES) if leaves else None,
+        "decay_tiles": wg.operand(READERS, wg.CHUNK, wg.CHUNK) if leaves else None,
+        "state_tiles": wg.operand(READERS, tiles.FEATURES, problem.value_dim),
+        "mass_numbers": wg.plain(READERS, tiles.FEATURES) if d_out else None,
+        "mass_tiles": None if d_out else wg.operand(READERS, 8, tiles.FEATURES),
+        "state_full": wg.barrier(num_arrivals=1, num_barriers=READERS),
+        "state_free": wg.barrier(num_arrivals=1, num_barriers=READERS),
+    }
+
+
+def _fetch(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
+    """Starts the copies of keys a chunk and of queries a query head, as slots become free."""
+    tiles.fetch_constants(refs)
+    query_slots = pipeline.query_slots
+
+    def chunk(turn, carry):
+        tiles.fetch_keys(place, pipeline, refs, turn)
+        reader, own_turn = lax.rem(turn, READERS), lax.div(turn, READERS)
+
+        def query_head(member, carry):
+            item = place.items_before(own_turn, member)
+            slot = reader * query_slots + lax.rem(item, query_slots)
+
+            @pl.when(item >= query_slots)
+            def _():
+                wg.wait(refs.queries_free.at[slot])
+
+            where = place.batch, place.tokens(turn), place.query_head(member)
+            full = refs.queries_full.at[slot]
+            wg.fetch(refs.zq.at[where], refs.zq_tiles.at[slot], full)
+            if refs.d_out is not None:
+                wg.fetch(refs.d_out.at[where], refs.d_out_tiles.at[slot], full)
+            return carry
+
+        return place.for_group(query_head, carry)
+
+    lax.fori_loop(0, place.count, chunk, jnp.int32(0))
+
+
+def _keep_state(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
+    """Hashes keys and keeps the state: for each chunk passes on φk, S, Z and D, then absorbs it."""
+    where = place.batch, place.head, place.split
+    features = tiles.TileFeatures(refs, place.head)
+    mass = wg.load(refs.split_mass.at[where], wg.ROWS)
+    state = wg.load(refs.split_numerator.at[where]), wg.by_rows(mass, 8)
+    wg.wait(refs.constants_full)
+
+    def chunk(turn, state):
+        slot, reader = lax.rem(turn, pipeline.key_slots), lax.rem(turn, READERS)
+        weights = tiles.Weights(refs, slot)
+        wg.wait(refs.keys_full.at[slot])
+        phi = weights.keep(features.hash(refs.zk_tiles.at[slot]))
+
+        @pl.when(turn >= READERS)
+        def _():
+            wg.wait(refs.state_free.at[reader])
+
+        numerator, mass = state
+        refs.phi_tiles[reader] = phi.astype(jnp.bfloat16)
+        refs.state_tiles[reader] = numerator.astype(jnp.bfloat16)
+        if refs.mass_numbers is None:
+            refs.mass_tiles.at[reader].transpose((1, 0))[...] = mass.astype(jnp.bfloat16)
+        else:
+            refs.mass_numbers[reader] = jnp.max(mass, axis=1)
+        leaving = refs.phi_tiles.at[reader]
+        if refs.leaving_tiles is not None:
+            refs.leaving_tiles[...] = weights.times("leave", phi).astype(jnp.bfloat16)
+            refs.decay_tiles[reader] = weights.decay().astype(jnp.bfloat16)
+            leaving = refs.leaving_tiles
+        wg.commit()
+        wg.arrive(refs.state_full.at[reader])
+        leaving = leaving.transpose((1, 0))
+
+        def absorb(numerator, mass):
+            wg.multiply(numerator, leaving, refs.value_tiles.at[slot])
+            wg.multiply(mass, leaving, refs.ones_columns.transpose((1, 0)))
+
+        state = wg.onto(absorb, *weights.carry(numerator, mass))
+        wg.arrive(refs.keys_free.at[slot])
+        return state
+
+    numerator, mass = lax.fori_loop(0, place.count, chunk, state)
+    if refs.final_numerator is not None:
+
+        @pl.when(place.split == place.problem.splits - 1)
+        def _():
+            refs.final_numerator[place.batch, place.head, 0] = numerator
+            refs.final_mass[place.batch, place.head, 0] = jnp.max(mass, axis=1)
+
+
+class Item(NamedTuple):
+    """One chunk of one query head as a reader finds it in shared memory."""
+
+    weights: tiles.Weights
+    zq: Any
+    d_out: Any
+    keys: Any  # φk
+    values: Any
+    states: Any  # S
+    mass: Any  # Z: with do as numbers, else as 8 equal columns
+    decay: Any  # D, or None
+    free: Any  # to arrive at after the last use of zq and d_out
+
+    def masses(self) -> jax.Array:
+        """Z as the columns of a tile; loaded where it is used, for the sake of registers."""
+        return wg.by_columns(wg.load(self.mass, wg.COLUMNS))
+
+
+def reader_number() -> jax.Array:
+    """Which of the readers this warpgroup is."""
+    return wg.warpgroup() - 2
+
+
+def for_chunks(
+    place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace, body: Callable, carry: Any
+) -> Any:
+    """Folds `body(turn, carry)` over this reader's chunks, as the keeper passes them on."""
+    reader = reader_number()
+
+    def chunk(own_turn, carry):
+        turn = own_turn * READERS + reader
+        wg.wait(refs.state_full.at[reader])  # and with it for what the keeper waited for
+        carry = body(turn, carry)
+        wg.arrive(refs.state_free.at[reader])
+        wg.arrive(refs.keys_free.at[lax.rem(turn, pipeline.key_slots)])
+        return carry
+
+    rounds = lax.div(place.count + (READERS - 1 - reader), READERS)
+    return lax.fori_loop(0, rounds, chunk, carry)
+
+
+def take(
+    place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace, turn: jax.Array, member: Any
+) -> Item:
+    """Waits for the queries of one head of the group in the chunk whose turn it is."""
+    reader, slots = reader_number(), pipeline.query_slots
+    item = place.items_before(lax.div(turn, READERS), member)
+    query, key = reader * slots + lax.rem(item, slots), lax.rem(turn, pipeline.key_slots)
+    wg.wait(refs.queries_full.at[query])
+    at = lambda ref, slot: None if ref is None else ref.at[slot]  # noqa: E731
+    return Item(
+        tiles.Weights(refs, key),
+        refs.zq_tiles.at[query],
+        at(refs.d_out_tiles, query),
+        refs.phi_tiles.at[reader],
+        refs.value_tiles.at[key],
+        refs.state_tiles.at[reader],
+        (refs.mass_tiles if refs.mass_numbers is None else refs.mass_numbers).at[reader],
+        at(refs.decay_tiles, reader),
+        refs.queries_free.at[query],
+    )
+
+
+def inverse_of(denominator: jax.Array) -> jax.Array:
+    """1 / z, and 0 for a query that sees no key."""
+    seen = denominator >= TINY
+    return jnp.where(seen, 1.0 / jnp.where(seen, denominator, 1.0), 0.0)

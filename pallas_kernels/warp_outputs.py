@@ -1,0 +1,75 @@
+"""Causal RACE attention, forward, by four warpgroups that pass tiles on: the outputs.
+
+In: z of queries and keys, values, and the state where each split starts. Out: outputs.
+Equation: [N | z] = ((φq φkᵀ)∘D)[v | 1] + in∘(φq [S | Z]), o = N / z.
+"""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import warp_forward as forward
+from pallas_kernels import warp_tiles as tiles
+from pallas_kernels import warpgroup as wg
+from pallas_kernels.blocks import Pipeline
+from pallas_kernels.tiles import Problem, Shared
+from pallas_kernels.warp_forward import READERS, Item, inverse_of
+
+MASS_COLUMNS = 8  # equal ones, that carry a row sum: the narrowest product
+
+
+def _attend(features: tiles.TileFeatures, at: Item, ones: jax.Array) -> jax.Array:
+    """o (64, V) of one chunk of one query head."""
+    phi = features.hash(at.zq)
+    wg.arrive(at.free)
+    attention = wg.product((phi.astype(jnp.bfloat16), at.keys.transpose((1, 0))))
+    attention = tiles.visible(attention, at.decay).astype(jnp.bfloat16)
+    entering = at.weights.times("enter", phi).astype(jnp.bfloat16)
+
+    def body(numerator, crowd):
+        wg.multiply(numerator, attention, at.values)
+        wg.multiply(numerator, entering, at.states)
+        # From the rounded operands that the numerator takes, so that v = 1 gives o = 1.
+        wg.multiply(crowd, attention, ones)
+        wg.multiply(crowd, entering, at.mass.transpose((1, 0)))
+
+    numerator, crowd = wg.together(body, at.values.shape[1], MASS_COLUMNS)
+    inverse = at.weights.keep_rows(inverse_of(jnp.max(crowd, axis=1)))
+    return numerator * wg.by_rows(inverse, numerator.shape[1])
+
+
+def _read(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
+    features, reader = tiles.TileFeatures(refs, place.head), forward.reader_number()
+    wg.wait(refs.constants_full)
+
+    def chunk(turn, carry):
+        def query_head(member, carry):
+            at = forward.take(place, pipeline, refs, turn, member)
+            out = _attend(features, at, refs.ones_columns.transpose((1, 0)))
+            wg.sent()
+            refs.out_tiles[reader] = out.astype(jnp.bfloat16)
+            where = place.batch, place.tokens(turn), place.query_head(member)
+            wg.send((refs.out_tiles.at[reader], refs.out.at[where]))
+            return carry
+
+        return place.for_group(query_head, carry)
+
+    forward.for_chunks(place, pipeline, refs, chunk, jnp.int32(0))
+    wg.sent(read_only=False)
+
+
+def outputs(problem: Problem, pipeline: Pipeline, shared: Shared, zq, zk, value, states):
+    """As causal_outputs.outputs, for problems of `blocks.fits_warpgroups`."""
+    shape = problem.batch, problem.length, zq.shape[2], problem.value_dim
+    return forward.launch(
+        problem,
+        pipeline,
+        shared,
+        {"zq": zq, "zk": zk, "value": value},
+        states,
+        name="causal_outputs",
+        read=_read,
+        outputs={"out": jax.ShapeDtypeStruct(shape, value.dtype)},
+        memory={"out_tiles": wg.operand(READERS, wg.CHUNK, problem.value_dim)},
+    ).out
