@@ -122,7 +122,6 @@ def read(problem: Problem, block: Block, shared: Shared, zq, totals: tuple) -> j
         outputs={"out": Output(shape, problem.dtype, problem.outputs())},
         block=block,
         interpret=problem.interpret,
-        poison=problem.poison,
     )
     return result.out
 
@@ -151,7 +150,6 @@ def query_gradients(problem: Problem, block: Block, shared: Shared, zq, totals: 
         },
         block=block,
         interpret=problem.interpret,
-        poison=problem.poison,
     )
     adjoint = result.numerator.sum(axis=2), total(result.mass).sum(axis=2)
     return total(result.d_zq), result.d_sharpness.sum(axis=(0, 1, 3)), adjoint
@@ -179,6 +177,5 @@ def key_value_gradients(problem: Problem, block: Block, shared: Shared, zk, valu
         },
         block=block,
         interpret=problem.interpret,
-        poison=problem.poison,
     )
     return total(result.d_zk), result.d_value, result.d_sharpness.sum(axis=(0, 1, 3))

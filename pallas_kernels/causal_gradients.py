@@ -239,7 +239,6 @@ def query_gradients(problem: Problem, block: Block, shared: Shared, zq, zk, valu
         },
         block=block,
         interpret=problem.interpret,
-        poison=problem.poison,
     )
     return SimpleNamespace(
         d_zq=total(result.d_zq),
@@ -278,7 +277,6 @@ def reverse_sums(problem: Problem, block: Block, shared: Shared, zq, d_out, inve
         },
         block=block,
         interpret=problem.interpret,
-        poison=problem.poison,
     )
     return result.numerator, total(result.mass)
 
@@ -326,7 +324,6 @@ def key_value_gradients(
         },
         block=block,
         interpret=problem.interpret,
-        poison=problem.poison,
     )
     return SimpleNamespace(
         d_zk=total(result.d_zk) if keys else None,

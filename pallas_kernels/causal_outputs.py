@@ -127,7 +127,6 @@ def split_sums(problem: Problem, block: Block, shared: Shared, zk, value):
         },
         block=block,
         interpret=problem.interpret,
-        poison=problem.poison,
     )
     return result.numerator, result.mass[0]
 
@@ -151,6 +150,5 @@ def outputs(problem: Problem, block: Block, shared: Shared, zq, zk, value, state
         outputs={"out": Output(shape, value.dtype, problem.outputs())},
         block=block,
         interpret=problem.interpret,
-        poison=problem.poison,
     )
     return result.out

@@ -52,7 +52,6 @@ def plan(
         value_block=value_dim,
         dtype=value.dtype,
         interpret=interpret,
-        poison=blocks.poison,
     )
     split = split_length(kv_length, batch * kv_heads, chunk=blocks.chunk)
     return queries, dataclasses.replace(queries, length=kv_length, split=split), blocks

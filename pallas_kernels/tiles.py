@@ -64,7 +64,6 @@ class Problem:
     value_block: int
     dtype: Any
     interpret: bool
-    poison: bool
     packed: bool = False
 
     @property

@@ -1,7 +1,7 @@
 """What the kernels of warpgroups that go forward in time share: the feeding and the state.
 
 In: zq, zk, values, numbers a token, the state where each split starts; do, where it is given.
-Out: for two readers in turn, in shared memory: tiles of the queries, φk, S, Z and D of a chunk.
+Out: for two readers in turn, in shared memory: tiles of the queries, and φk, S and Z of a chunk.
 Equation: [S | Z]' = a [S | Z] + (out∘φk)ᵀ [v | 1].
 """
 
@@ -115,7 +115,7 @@ def _fetch(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> Non
 
 
 def _keep_state(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
-    """Hashes keys and keeps the state: for each chunk passes on φk, S, Z and D, then absorbs it."""
+    """Hashes keys and keeps the state: for each chunk passes on φk, S and Z, then absorbs it."""
     where = place.batch, place.head, place.split
     features = tiles.TileFeatures(refs, place.head)
     mass = wg.load(refs.split_mass.at[where], wg.ROWS)
@@ -141,8 +141,8 @@ def _keep_state(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -
             refs.mass_numbers[reader] = jnp.max(mass, axis=1)
         leaving = refs.phi_tiles.at[reader]
         if refs.leaving_tiles is not None:
+            wg.commit()  # all warps are through with the last product of this tile
             refs.leaving_tiles[...] = weights.times("leave", phi).astype(jnp.bfloat16)
-            refs.decay_tiles[reader] = weights.decay().astype(jnp.bfloat16)
             leaving = refs.leaving_tiles
         wg.commit()
         wg.arrive(refs.state_full.at[reader])
@@ -191,15 +191,21 @@ def reader_number() -> jax.Array:
 def for_chunks(
     place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace, body: Callable, carry: Any
 ) -> Any:
-    """Folds `body(turn, carry)` over this reader's chunks, as the keeper passes them on."""
+    """Folds `body(turn, carry)` over this reader's chunks, each when passed on, with D ready."""
     reader = reader_number()
 
     def chunk(own_turn, carry):
         turn = own_turn * READERS + reader
-        wg.wait(refs.state_full.at[reader])  # and with it for what the keeper waited for
+        slot = lax.rem(turn, pipeline.key_slots)
+        # And with it for keys_full, which the keeper waited for: a reader, that sees every other
+        # chunk, would miss a phase of that barrier.
+        wg.wait(refs.state_full.at[reader])
+        if refs.decay_tiles is not None:  # the keeper has enough to do
+            refs.decay_tiles[reader] = tiles.Weights(refs, slot).decay().astype(jnp.bfloat16)
+            wg.commit()
         carry = body(turn, carry)
         wg.arrive(refs.state_free.at[reader])
-        wg.arrive(refs.keys_free.at[lax.rem(turn, pipeline.key_slots)])
+        wg.arrive(refs.keys_free.at[slot])
         return carry
 
     rounds = lax.div(place.count + (READERS - 1 - reader), READERS)

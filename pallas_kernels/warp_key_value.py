@@ -94,20 +94,20 @@ def _keep_adjoint(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace)
             refs.hashed_tiles[passed] = phi.astype(jnp.bfloat16)
             entering = refs.hashed_tiles.at[passed]
             if refs.entering_tiles is not None:
+                wg.commit()  # all warps are through with the last product of this tile
                 refs.entering_tiles[...] = weights.times("enter", phi).astype(jnp.bfloat16)
                 entering = refs.entering_tiles
             wg.commit()
             wg.arrive(refs.hashed_full.at[passed])
-            numerator, mass = state
             entering, halves = entering.transpose((1, 0)), refs.delta_columns.at[slot]
 
             def absorb(numerator, mass):
                 wg.multiply(numerator, entering, refs.d_out_tiles.at[slot])
                 wg.multiply(mass, entering, halves.transpose((1, 0)))
 
-            numerator, mass = wg.onto(absorb, numerator, mass)
+            state = wg.onto(absorb, *state)
             wg.arrive(refs.queries_free.at[slot])
-            return numerator, mass
+            return state
 
         state = place.for_group(query_head, weights.carry(*state))
         if refs.entering_tiles is not None:

@@ -50,7 +50,7 @@ THREE = {"tables": 3, "planes": 3}
 
 # A star: each sweep leaves the base point, Case(length), in one direction.
 SWEEPS = {
-    "lengths": [Case(t) for t in (K, 4 * K, 16 * K, 64 * K, 256 * K, M, 4 * M, 16 * M)],
+    "lengths": [Case(t) for t in (K, 2 * K, 4 * K, 16 * K, 64 * K, 256 * K, M, 4 * M, 16 * M)],
     "features": [Case(M, tables=2, planes=2), Case(M, **THREE)],
     "heads": [Case(t, heads=32) for t in (32 * K, 128 * K)],
     "widths": [Case(M, width=64)],

@@ -212,6 +212,10 @@ def run(
     """Outputs and gradients of `kernels`, by name."""
     function = functools.partial(kernels, interpret=interpret, config=config)
     options = QUICK_COMPILE if interpret else None
-    results, gradients = jax.jit(function, compiler_options=options)(given, cotangents)
-    named = gradients._asdict()
-    return _outputs(results), {n: np.asarray(x) for n, x in named.items() if given[n] is not None}
+    return named(given, *jax.jit(function, compiler_options=options)(given, cotangents))
+
+
+def named(given: dict[str, Any], results, gradients) -> tuple[dict, dict]:
+    """What the kernels return, as `oracle` gives it."""
+    found = gradients._asdict().items()
+    return _outputs(results), {n: np.asarray(x) for n, x in found if given[n] is not None}
