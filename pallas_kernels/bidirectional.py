@@ -44,6 +44,7 @@ def bidirectional_forward(
     initial_numerator: jax.Array,
     initial_mass: jax.Array,
     *,
+    hash_shape: tuple[int, int] | None = None,
     interpret: bool = False,
     config: Blocks | None = None,
 ) -> BidirectionalForward:
@@ -57,13 +58,17 @@ def bidirectional_forward(
       key_value_mask: (B, S) bool, False at padded tokens, whose zk and value must be finite.
       initial_numerator: (B, K, F, V) float32, added to the sums over the keys.
       initial_mass: (B, K, F) float32, likewise.
+      hash_shape: (L, P), where z is flat, (..., 1, X): plane p of table l in column l·P + p, zeros
+        after the last. With X = projection_columns(L, P) no copy is made.
       interpret: run the kernels in Pallas' interpreter, on any platform (tests).
       config: block sizes; None chooses them by shape.
 
     Returns:
       A BidirectionalForward. Sums are kept in float32.
     """
-    queries, keys, blocks = plan(zq, zk, value, interpret, config, is_causal=False)
+    queries, keys, blocks = plan(
+        zq, zk, value, interpret, config, hash_shape=hash_shape, is_causal=False
+    )
     shared = Shared(sharpness, mask=key_value_mask)
     flat_k, wide = flat_projections(keys, zk), pad_to(value, keys.value_dim)
     sums = split_sums(keys, blocks.sums, shared, flat_k, wide)
@@ -91,6 +96,7 @@ def bidirectional_backward(
     d_total_numerator: jax.Array,
     d_total_mass: jax.Array,
     *,
+    hash_shape: tuple[int, int] | None = None,
     interpret: bool = False,
     config: Blocks | None = None,
 ) -> BidirectionalGradients:
@@ -109,13 +115,16 @@ def bidirectional_backward(
       d_out: cotangent of the outputs, (B, T, N, V).
       d_total_numerator: cotangent of the total numerator, (B, K, F, V) float32.
       d_total_mass: cotangent of the total mass, (B, K, F) float32.
-      interpret: as for `bidirectional_forward`.
-      config: as for `bidirectional_forward`.
+      hash_shape: as for `bidirectional_forward`.
+      interpret: likewise.
+      config: likewise.
 
     Returns:
       A BidirectionalGradients, each leaf in the dtype of what it is the gradient of.
     """
-    queries, keys, blocks = plan(zq, zk, value, interpret, config, is_causal=False)
+    queries, keys, blocks = plan(
+        zq, zk, value, interpret, config, hash_shape=hash_shape, is_causal=False
+    )
     totals = padded_state(queries, total_numerator, total_mass)
     d_totals = padded_state(queries, d_total_numerator, d_total_mass)
     wide_d_out = pad_to(d_out.astype(value.dtype), queries.value_dim)

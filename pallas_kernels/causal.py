@@ -59,6 +59,7 @@ def causal_forward(
     initial_mass: jax.Array,
     initial_segment: jax.Array,
     *,
+    hash_shape: tuple[int, int] | None = None,
     interpret: bool = False,
     config: Blocks | None = None,
 ) -> CausalForward:
@@ -75,6 +76,8 @@ def causal_forward(
       initial_numerator: (B, K, F, V) float32.
       initial_mass: (B, K, F) float32.
       initial_segment: (B,) int32, the segment that the initial state belongs to.
+      hash_shape: (L, P), where z is flat, (..., 1, X): plane p of table l in column l·P + p, zeros
+        after the last. With X = projection_columns(L, P) no copy is made.
       interpret: run the kernels in Pallas' interpreter, on any platform (tests).
       config: block sizes; None chooses them by shape.
 
@@ -82,7 +85,10 @@ def causal_forward(
       A CausalForward. Sums are kept in float32.
     """
     call = _prepare(
-        plan(zq, zk, value, interpret, config, is_causal=True, gate=log_decay is not None),
+        plan(
+            zq, zk, value, interpret, config,
+            hash_shape=hash_shape, is_causal=True, gate=log_decay is not None,
+        ),
         zq, zk, value,
         sharpness, log_decay, key_value_mask, segment_ids, initial_segment,
     )  # fmt: skip
@@ -119,6 +125,7 @@ def causal_backward(
     d_final_numerator: jax.Array,
     d_final_mass: jax.Array,
     *,
+    hash_shape: tuple[int, int] | None = None,
     interpret: bool = False,
     config: Blocks | None = None,
 ) -> CausalGradients:
@@ -140,14 +147,18 @@ def causal_backward(
       d_out: cotangent of the outputs, (B, T, N, V).
       d_final_numerator: cotangent of the final numerator, (B, K, F, V) float32.
       d_final_mass: cotangent of the final mass, (B, K, F) float32.
-      interpret: as for `causal_forward`.
-      config: as for `causal_forward`.
+      hash_shape: as for `causal_forward`.
+      interpret: likewise.
+      config: likewise.
 
     Returns:
       A CausalGradients, each leaf in the dtype of what it is the gradient of.
     """
     call = _prepare(
-        plan(zq, zk, value, interpret, config, is_causal=True, gate=log_decay is not None),
+        plan(
+            zq, zk, value, interpret, config,
+            hash_shape=hash_shape, is_causal=True, gate=log_decay is not None,
+        ),
         zq, zk, value,
         sharpness, log_decay, key_value_mask, segment_ids, initial_segment,
     )  # fmt: skip

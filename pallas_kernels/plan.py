@@ -22,10 +22,12 @@ def plan(
     config: Blocks | None,
     *,
     is_causal: bool,
+    hash_shape: tuple[int, int] | None = None,
     gate: bool = False,
 ) -> tuple[Problem, Problem, Blocks]:
     """The problem as the queries see it and as the keys do (they differ in length), and blocks."""
-    batch, length, heads, tables, planes = zq.shape
+    batch, length, heads = zq.shape[:3]
+    tables, planes = hash_shape or zq.shape[3:]
     kv_length, kv_heads, value_dim = value.shape[1:]
     value_dim, features = padded(value_dim), padded_features(tables, planes)
     sizes = features, padded(tables * planes), value_dim, value.dtype.itemsize
@@ -57,8 +59,13 @@ def plan(
     return queries, dataclasses.replace(queries, length=kv_length, split=split), blocks
 
 
+def projection_columns(tables: int, planes: int) -> int:
+    """How many columns z has in the kernels: L·P and zeros up to a size that products take."""
+    return padded(tables * planes)
+
+
 def flat_projections(problem: Problem, z: jax.Array) -> jax.Array:
-    """z (..., L, P) as (..., LP), with columns of zeros up to a size that products take."""
+    """z (..., L, P) or (..., 1, X) as the kernels take it, by a copy where columns are missing."""
     return pad_to(z.reshape(*z.shape[:3], -1), problem.projections)
 
 

@@ -9,11 +9,12 @@ and, when asked for, the state after the last token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from race_jax import checks, dispatch, hashing, masking
+from race_jax import checks, dispatch, hashing, implementations, masking
 from race_jax.aggregate import bidirectional, causal, rescan
 from race_jax.aggregate.chunk import Sums
 from race_jax.state import RACEState, check_normalization
@@ -87,13 +88,15 @@ def race_attention(
     key = masking.select_tokens(key, key_value_mask)
     if is_causal and query.shape[1] == key.shape[1]:
         query = masking.select_tokens(query, key_value_mask)
-    with jax.named_scope("race_attention/hash"):
-        z_q = _hash_queries(query, planes)
-        z_k = hashing.hash_projections(key, planes)
-    return race_attention_from_projections(
-        z_q,
-        z_k,
-        value,
+
+    def project(columns):
+        wide = hashing.flat_planes(planes, columns)
+        with jax.named_scope("race_attention/hash"):
+            return _hash_queries(query, wide), hashing.hash_projections(key, wide)
+
+    dtype = jnp.promote_types(jnp.result_type(query, key, planes), jnp.float32)
+    shape = lambda x: jax.ShapeDtypeStruct((*x.shape[:3], *planes.shape[-3:-1]), dtype)  # noqa: E731
+    options = Options(
         sharpness=sharpness,
         is_causal=is_causal,
         log_decay=log_decay,
@@ -104,6 +107,7 @@ def race_attention(
         return_state=return_state,
         implementation=implementation,
     )
+    return attend(project, (shape(query), shape(key)), value, options)
 
 
 def race_attention_from_projections(
@@ -154,60 +158,124 @@ def race_attention_from_projections(
 
     Source: beyond the paper; the algebra is exact.
     """
-    z_q, z_k = query_projections, key_projections
-    checks.check_projections(z_q, z_k, value)
-    batch, length, kv_heads, value_dim = value.shape
-    checks.check_modes(
+    given = query_projections, key_projections
+    options = Options(
+        sharpness=sharpness,
         is_causal=is_causal,
-        lengths=(z_q.shape[1], length),
-        gated=log_decay is not None,
-        packed=segment_ids is not None,
-        stateful=return_state or initial_state is not None,
-    )
-    masking.check_key_value_mask(key_value_mask, (batch, length))
-    masking.check_segment_ids(segment_ids, (batch, z_q.shape[1]), key_value_mask)
-    masking.check_log_decay(log_decay, (batch, length, kv_heads), key_value_mask)
-    check_normalization(normalization)
-    checks.check_sharpness(jnp.asarray(sharpness), z_q.shape[2], kv_heads)
-    choice = dispatch.choose(
-        z_q,
-        z_k,
-        value,
-        is_causal=is_causal,
-        packed=segment_ids is not None,
+        log_decay=log_decay,
+        key_value_mask=key_value_mask,
+        segment_ids=segment_ids,
         normalization=normalization,
+        initial_state=initial_state,
+        return_state=return_state,
         implementation=implementation,
     )
+    return attend(lambda columns: given, given, value, options)
+
+
+class Options(NamedTuple):
+    """The arguments of ``race_attention`` beside queries, keys, values and planes."""
+
+    sharpness: jax.typing.ArrayLike = 1.0
+    is_causal: bool = False
+    log_decay: jax.Array | None = None
+    key_value_mask: jax.Array | None = None
+    segment_ids: jax.Array | None = None
+    normalization: str = "global"
+    initial_state: RACEState | None = None
+    return_state: bool = False
+    implementation: str | None = None
+
+
+def attend(
+    project: Callable[[int | None], tuple[jax.Array, jax.Array]],
+    shapes: tuple[jax.Array | jax.ShapeDtypeStruct, jax.Array | jax.ShapeDtypeStruct],
+    value: jax.Array,
+    options: Options,
+) -> jax.Array | tuple[jax.Array, RACEState]:
+    """RACE attention whose hash projections are made as the implementation wants them.
+
+    `project(columns)` gives z of the queries and of the keys, of these shapes (..., L, P). Where
+    columns is a number z may be flat instead, (..., 1, columns) with zeros at the end: that spares
+    the kernels a copy.
+    """
+    checks.check_projections(*shapes, value)
+    _check_options(shapes[0], value, options)
+    choice = dispatch.choose(
+        *shapes,
+        value,
+        is_causal=options.is_causal,
+        packed=options.segment_ids is not None,
+        normalization=options.normalization,
+        implementation=options.implementation,
+    )
+    plan = implementations.Plan(choice, shapes[0].shape[3:])
+    operands = _operands(*project(plan.columns), value, plan, options)
+    run = _causal if options.is_causal else _bidirectional
+    out, sums = run(operands, options.normalization, plan)
+    return (out, _state(operands, sums, options)) if options.return_state else out
+
+
+def _check_options(z_q: jax.Array | jax.ShapeDtypeStruct, value: jax.Array, given: Options) -> None:
+    batch, length, kv_heads = value.shape[:3]
+    checks.check_modes(
+        is_causal=given.is_causal,
+        lengths=(z_q.shape[1], length),
+        gated=given.log_decay is not None,
+        packed=given.segment_ids is not None,
+        stateful=given.return_state or given.initial_state is not None,
+    )
+    mask = given.key_value_mask
+    masking.check_key_value_mask(mask, (batch, length))
+    masking.check_segment_ids(given.segment_ids, (batch, z_q.shape[1]), mask)
+    masking.check_log_decay(given.log_decay, (batch, length, kv_heads), mask)
+    check_normalization(given.normalization)
+    checks.check_sharpness(jnp.asarray(given.sharpness), z_q.shape[2], kv_heads)
+
+
+def _operands(
+    z_q: jax.Array,
+    z_k: jax.Array,
+    value: jax.Array,
+    plan: implementations.Plan,
+    options: Options,
+) -> causal.Operands:
+    """The arrays as every implementation takes them: padded slots selected, sums to start from."""
     dtype = jnp.promote_types(jnp.result_type(z_q, z_k, value), jnp.float32)
-    features = z_q.shape[3] * 2 ** z_q.shape[4]
-    start = initial_state
+    batch, _, kv_heads, value_dim = value.shape
+    features = plan.hash_shape[0] * 2 ** plan.hash_shape[1]
+    mask, start = options.key_value_mask, options.initial_state
     if start is None:
         start = RACEState.init(batch, kv_heads, features, value_dim, dtype)
     checks.check_state(start, batch, kv_heads, features, value_dim)
-    segments = masking.fill_segments(segment_ids, key_value_mask, start.segment)
-    if is_causal:
-        z_q = masking.select_tokens(z_q, key_value_mask)
-    operands = causal.Operands(
+    if options.is_causal:
+        z_q = masking.select_tokens(z_q, mask)
+    return causal.Operands(
         z_q=_widen(z_q, dtype),
-        z_k=_widen(masking.select_tokens(z_k, key_value_mask), dtype),
-        value=masking.select_tokens(value, key_value_mask),
-        sharpness=jnp.broadcast_to(jnp.asarray(sharpness, dtype), (kv_heads,)),
-        log_decay=masking.bound_log_decay(log_decay, key_value_mask),
-        mask=key_value_mask,
-        segment=segments,
+        z_k=_widen(masking.select_tokens(z_k, mask), dtype),
+        value=masking.select_tokens(value, mask),
+        sharpness=jnp.broadcast_to(jnp.asarray(options.sharpness, dtype), (kv_heads,)),
+        log_decay=masking.bound_log_decay(options.log_decay, mask),
+        mask=mask,
+        segment=masking.fill_segments(options.segment_ids, mask, start.segment),
         sums=Sums(start.numerator.astype(dtype), start.mass.astype(dtype)),
         initial_segment=start.segment,
     )
-    run = _causal if is_causal else _bidirectional
-    out, sums = run(operands, normalization, choice)
-    if not return_state:
-        return out
-    decay = jnp.zeros_like(start.log_decay)
-    if is_causal:
-        gate = operands.log_decay
-        decay = start.log_decay if gate is None else start.log_decay + gate.sum(axis=1)
-    segment = masking.last_segment(segments, key_value_mask, start.segment, length)
-    return out, RACEState(sums.numerator, sums.mass, decay, segment)
+
+
+def _state(operands: causal.Operands, sums: Sums, options: Options) -> RACEState:
+    """The state after the last token."""
+    batch, length, kv_heads = operands.value.shape[:3]
+    start = options.initial_state
+    decay = jnp.zeros((batch, kv_heads), sums.mass.dtype) if start is None else start.log_decay
+    if not options.is_causal:
+        decay = jnp.zeros_like(decay)
+    elif operands.log_decay is not None:
+        decay = decay + operands.log_decay.sum(axis=1)
+    segment = masking.last_segment(
+        operands.segment, options.key_value_mask, operands.initial_segment, length
+    )
+    return RACEState(sums.numerator, sums.mass, decay, segment)
 
 
 def _hash_queries(query: jax.Array, planes: jax.Array) -> jax.Array:
@@ -227,17 +295,17 @@ def _widen(z: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _causal(
-    operands: causal.Operands, normalization: str, choice: dispatch.Choice
+    operands: causal.Operands, normalization: str, plan: implementations.Plan
 ) -> tuple[jax.Array, Sums]:
     if operands.value.shape[1] == 0:
         return _empty(operands), operands.sums
     if normalization == "bucket":
         return rescan.causal_bucket(operands)
-    return _reverse_mode(dispatch.run_causal, choice, operands)
+    return _reverse_mode(implementations.run_causal, plan, operands)
 
 
 def _bidirectional(
-    operands: causal.Operands, normalization: str, choice: dispatch.Choice
+    operands: causal.Operands, normalization: str, plan: implementations.Plan
 ) -> tuple[jax.Array, Sums]:
     z_q, z_k, value, sharpness, _, mask, segment, sums, _ = operands
     if segment is not None and value.shape[1]:
@@ -247,7 +315,7 @@ def _bidirectional(
     whole = bidirectional.Operands(z_q, z_k, value, sharpness, mask, sums)
     if normalization == "bucket":
         return rescan.bidirectional_bucket(whole)
-    return _reverse_mode(dispatch.run_bidirectional, choice, whole)
+    return _reverse_mode(implementations.run_bidirectional, plan, whole)
 
 
 def _empty(operands: causal.Operands) -> jax.Array:
@@ -255,10 +323,10 @@ def _empty(operands: causal.Operands) -> jax.Array:
 
 
 def _reverse_mode(
-    run: Callable, choice: dispatch.Choice, operands: tuple
+    run: Callable, plan: implementations.Plan, operands: tuple
 ) -> tuple[jax.Array, Sums]:
     try:
-        return run(choice, operands)
+        return run(plan, operands)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise

@@ -1,10 +1,7 @@
-"""Which implementation runs, and the differentiable functions that run it.
+"""Which implementation runs, and why.
 
-Comes in: checked operands and an implementation's name. Goes out: outputs and final sums, with the
-written-out gradient of aggregate/ or of the Pallas kernels.
-
-Between platforms it is decided when a computation is lowered (``lax.platform_dependent``), where it
-is known what it will run on, and never when a module is imported.
+Comes in: shapes and dtypes of a call, and an implementation's name. Goes out: a `Choice`. What it
+leaves to the platform is decided in implementations.py; nothing is when a module is imported.
 """
 
 from __future__ import annotations
@@ -12,24 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from race_jax.aggregate import bidirectional, causal
-from race_jax.aggregate.chunk import Sums
-from race_jax.aggregate.sweep import Tiling
-
 IMPLEMENTATIONS = (None, "xla", "pallas")
-
-# One core likes small chunks one after the other, a wide machine all blocks at once.
-CAUSAL_CPU = Tiling(chunk=32, parallel=False)
-CAUSAL_WIDE = Tiling(chunk=128, parallel=True)
-BIDIRECTIONAL_CPU = Tiling(chunk=128, parallel=False)
-BIDIRECTIONAL_WIDE = Tiling(chunk=128, parallel=True)
 
 # Below so many tokens XLA overtakes the kernels in float32: it takes TF32 products, they six
 # bfloat16 ones (docs/kernels.md). In bfloat16 the kernels were faster at every length measured.
@@ -105,7 +91,7 @@ def _limit(
         return "the RACE kernels take segment_ids with is_causal=True only"
     if not has_cuda():  # without one the kernels are not even imported
         return "the RACE kernels run on CUDA devices, and this host has none"
-    return _kernels().supports(z_q, z_k, value, is_causal=is_causal)
+    return kernels().supports(z_q, z_k, value, is_causal=is_causal)
 
 
 def explain(
@@ -178,149 +164,8 @@ def _say_once(sentence: str) -> None:
     _log.warning(sentence)
 
 
-def _kernels() -> ModuleType:
+def kernels() -> ModuleType:
     """The kernel package, loaded only when a call asks for it."""
     import pallas_kernels
 
     return pallas_kernels
-
-
-def _by_platform(choice: Choice, xla: Callable, tilings: tuple[Tiling, Tiling], pallas: Callable):
-    """The function that runs for a choice, of the arrays alone."""
-    cpu, wide = (functools.partial(xla, tiling=tiling) for tiling in tilings)
-    if choice is PALLAS_ASKED:
-        return pallas
-    branches = {"cuda": pallas} if choice is BY_PLATFORM else {}
-    return lambda *arrays: jax.lax.platform_dependent(*arrays, **branches, cpu=cpu, default=wide)
-
-
-# custom_vjp outside and platform_dependent inside its two rules: the other way round, the residuals
-# would be the union of all branches'. So every branch saves residuals of the same shapes.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def run_causal(choice: Choice, operands: causal.Operands) -> tuple[jax.Array, Sums]:
-    """Causal attention: the output ``(B, T, N, V)`` and the final sums."""
-    return _causal_forward(choice, operands)[0]
-
-
-def _causal_forward(choice: Choice, operands: causal.Operands):
-    batch, length, kv_heads = operands.value.shape[:3]
-    blocks = causal.block_count(length)
-    if choice.implementation != "xla":
-        blocks = _kernels().split_count(length, batch * kv_heads)
-    xla = functools.partial(causal.forward, blocks=blocks)
-    run = _by_platform(choice, xla, (CAUSAL_CPU, CAUSAL_WIDE), _pallas_causal_forward)
-    with jax.named_scope("race_attention/causal"):
-        out, final, starts = run(operands)
-    return (out, final), (operands, starts)
-
-
-def _causal_backward(choice: Choice, residuals: tuple, cotangents: tuple):
-    run = _by_platform(choice, causal.backward, (CAUSAL_CPU, CAUSAL_WIDE), _pallas_causal_backward)
-    with jax.named_scope("race_attention/causal_backward"):
-        return (run(*residuals, *cotangents),)
-
-
-run_causal.defvjp(_causal_forward, _causal_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def run_bidirectional(choice: Choice, operands: bidirectional.Operands) -> tuple[jax.Array, Sums]:
-    """Bidirectional attention: the output ``(B, T, N, V)`` and the total sums."""
-    return _bidirectional_forward(choice, operands)[0]
-
-
-def _bidirectional_forward(choice: Choice, operands: bidirectional.Operands):
-    run = _by_platform(
-        choice,
-        bidirectional.forward,
-        (BIDIRECTIONAL_CPU, BIDIRECTIONAL_WIDE),
-        _pallas_bidirectional_forward,
-    )
-    with jax.named_scope("race_attention/bidirectional"):
-        out, totals = run(operands)
-    return (out, totals), (operands, totals)
-
-
-def _bidirectional_backward(choice: Choice, residuals: tuple, cotangents: tuple):
-    run = _by_platform(
-        choice,
-        bidirectional.backward,
-        (BIDIRECTIONAL_CPU, BIDIRECTIONAL_WIDE),
-        _pallas_bidirectional_backward,
-    )
-    with jax.named_scope("race_attention/bidirectional_backward"):
-        return (run(*residuals, *cotangents),)
-
-
-run_bidirectional.defvjp(_bidirectional_forward, _bidirectional_backward)
-
-
-def _pallas_causal_forward(operands: causal.Operands) -> tuple[jax.Array, Sums, Sums]:
-    out, numerator, mass, *starts = _kernels().causal_forward(*_kernel_arguments(operands))
-    return out, Sums(numerator, mass), Sums(*starts)
-
-
-def _pallas_causal_backward(
-    operands: causal.Operands, starts: Sums, d_out: jax.Array, d_final: Sums
-) -> causal.Operands:
-    arguments = _kernel_arguments(operands)
-    d_z_q, d_z_k, d_value, d_sharpness, d_log_decay, d_numerator, d_mass = (
-        _kernels().causal_backward(*arguments, *starts, d_out, *d_final)
-    )
-    return causal.Operands(
-        z_q=d_z_q.astype(operands.z_q.dtype),
-        z_k=d_z_k.astype(operands.z_k.dtype),
-        value=d_value.astype(operands.value.dtype),
-        sharpness=d_sharpness,
-        log_decay=d_log_decay,
-        mask=None,
-        segment=None,
-        sums=Sums(d_numerator, d_mass),
-        initial_segment=None,
-    )
-
-
-def _kernel_arguments(operands: causal.Operands) -> tuple:
-    """The kernels' order of arguments; z in the values' dtype, which halves its traffic in bf16."""
-    dtype = operands.value.dtype
-    return (
-        operands.z_q.astype(dtype),
-        operands.z_k.astype(dtype),
-        operands.value,
-        operands.sharpness,
-        operands.log_decay,
-        operands.mask,
-        operands.segment,
-        *operands.sums,
-        operands.initial_segment,
-    )
-
-
-def _pallas_bidirectional_forward(operands: bidirectional.Operands) -> tuple[jax.Array, Sums]:
-    z_q, z_k, value, sharpness, mask, sums = operands
-    out, *totals = _kernels().bidirectional_forward(
-        z_q.astype(value.dtype), z_k.astype(value.dtype), value, sharpness, mask, *sums
-    )
-    return out, Sums(*totals)
-
-
-def _pallas_bidirectional_backward(
-    operands: bidirectional.Operands, totals: Sums, d_out: jax.Array, d_totals: Sums
-) -> bidirectional.Operands:
-    z_q, z_k, value, sharpness, mask, sums = operands
-    d_z_q, d_z_k, d_value, d_sharpness, *d_sums = _kernels().bidirectional_backward(
-        z_q.astype(value.dtype),
-        z_k.astype(value.dtype),
-        value,
-        sharpness,
-        mask,
-        *sums,
-        *totals,
-        d_out,
-        *d_totals,
-    )
-    return bidirectional.Operands(
-        d_z_q.astype(z_q.dtype), d_z_k.astype(z_k.dtype), d_value, d_sharpness, None, Sums(*d_sums)
-    )

@@ -141,6 +141,19 @@ def hash_projections(x: jax.Array, planes: jax.Array) -> jax.Array:
     return jnp.einsum(equation, x.astype(dtype), planes.astype(dtype))
 
 
+def flat_planes(planes: jax.Array, columns: int | None) -> jax.Array:
+    """Planes (..., L, P, H) as one table (..., 1, columns, H), with planes of zeros at its end.
+
+    Projections onto it are those of all tables side by side, then zeros. None changes nothing.
+    """
+    if columns is None:
+        return planes
+    *lead, tables, number, head_dim = planes.shape
+    flat = planes.reshape(*lead, 1, tables * number, head_dim)
+    padding = [(0, 0)] * (flat.ndim - 2) + [(0, columns - tables * number), (0, 0)]
+    return jnp.pad(flat, padding)
+
+
 def fold_planes(kernel: jax.Array, planes: jax.Array) -> jax.Array:
     """Folds the planes into a projection kernel, so that z comes straight from the hidden state.
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from race_jax import gates, hashing, masking
-from race_jax.attention import race_attention_from_projections
+from race_jax.attention import Options, attend
 from race_jax.attention_fn import key_padding
 from race_jax.layer_settings import LayerSettings
 from race_jax.short_conv import TAPS, short_convolution
@@ -117,10 +117,13 @@ def race_layer(
                 segment_ids=segment_ids,
             )
             x_k = x_v = x_q
-    heads = race_attention_from_projections(
-        _hash(x_q, "query", params, planes, settings),
-        _hash(x_k, "key", params, planes, settings),
-        _linear(x_v, params["value"], settings.precision),
+
+    def project(columns):
+        wide = hashing.flat_planes(planes, columns)
+        return tuple(_hash(x, name, params, wide, settings) for x, name in named)
+
+    named = (x_q, "query"), (x_k, "key")
+    options = Options(
         sharpness=_sharpness(params, settings),
         is_causal=is_causal,
         log_decay=_log_decay(x_k, params, settings),
@@ -131,6 +134,8 @@ def race_layer(
         return_state=state is not None,
         implementation=settings.implementation,
     )
+    value = _linear(x_v, params["value"], settings.precision)
+    heads = attend(project, _shapes(x_q, x_k, settings), value, options)
     if state is not None:
         heads, race = heads
     with jax.named_scope("race_layer/output"):
@@ -205,6 +210,17 @@ def _check_state(state: LayerState, settings: LayerSettings, batch: int) -> None
             f"state must have race.numerator of shape {sums} and taps of shape {taps}, got "
             f"{given[0]} and {given[1]}; make it with this layer's init_state, for batch {batch}"
         )
+
+
+def _shapes(x_q: jax.Array, x_k: jax.Array, settings: LayerSettings) -> tuple:
+    """Of the hash projections that `_hash` makes with all tables apart."""
+    dtype = jnp.promote_types(x_q.dtype, jnp.float32)
+    heads = settings.num_heads, settings.num_kv_heads
+    tables = settings.num_tables, settings.num_planes
+    return tuple(
+        jax.ShapeDtypeStruct((*x.shape[:2], number, *tables), dtype)
+        for x, number in zip((x_q, x_k), heads, strict=True)
+    )
 
 
 def _hash(

@@ -1,0 +1,230 @@
+"""The differentiable functions that run a choice of implementation.
+
+Comes in: checked operands and a `Plan`. Goes out: outputs and final sums, with the written-out
+gradient of aggregate/ or of the Pallas kernels.
+
+Between platforms it is decided when a computation is lowered (``lax.platform_dependent``), where it
+is known what it will run on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from race_jax.aggregate import bidirectional, causal
+from race_jax.aggregate.chunk import Sums
+from race_jax.aggregate.sweep import Tiling
+from race_jax.dispatch import BY_PLATFORM, PALLAS_ASKED, Choice, kernels
+
+# One core likes small chunks one after the other, a wide machine all blocks at once.
+CAUSAL_CPU = Tiling(chunk=32, parallel=False)
+CAUSAL_WIDE = Tiling(chunk=128, parallel=True)
+BIDIRECTIONAL_CPU = Tiling(chunk=128, parallel=False)
+BIDIRECTIONAL_WIDE = Tiling(chunk=128, parallel=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a differentiable function is made for: a choice, and (L, P) of flat z."""
+
+    choice: Choice
+    hash_shape: tuple[int, int]
+
+    @property
+    def columns(self) -> int | None:
+        """How many columns z should have, flat and with zeros at the end; None for (L, P)."""
+        if self.choice.implementation == "xla":
+            return None
+        columns = kernels().projection_columns(*self.hash_shape)
+        return None if columns == math.prod(self.hash_shape) else columns
+
+    def logical(self, operands: Any) -> Any:
+        """Operands with z (..., L, P), as XLA's code takes them."""
+        return operands._replace(z_q=self._logical(operands.z_q), z_k=self._logical(operands.z_k))
+
+    def flat(self, gradient: Any, operands: Any) -> Any:
+        """The gradient of operands from that of `logical(operands)`."""
+        z_q, z_k = (
+            self._flat(getattr(gradient, name), getattr(operands, name)) for name in ("z_q", "z_k")
+        )
+        return gradient._replace(z_q=z_q, z_k=z_k)
+
+    def _logical(self, z: jax.Array) -> jax.Array:
+        if z.shape[3:] == self.hash_shape:
+            return z
+        used = z[..., 0, : math.prod(self.hash_shape)]
+        return used.reshape(*z.shape[:3], *self.hash_shape)
+
+    def _flat(self, d_z: jax.Array, like: jax.Array) -> jax.Array:
+        if d_z.shape == like.shape:
+            return d_z
+        d_z = d_z.reshape(*like.shape[:3], 1, -1)
+        return jnp.pad(d_z, [(0, 0)] * 4 + [(0, like.shape[4] - d_z.shape[4])])
+
+
+def _by_platform(plan: Plan, xla: Callable, tilings: tuple[Tiling, Tiling], pallas: Callable):
+    """The function that runs for a plan, of the arrays alone."""
+    cpu, wide = (functools.partial(xla, tiling=tiling) for tiling in tilings)
+    pallas = functools.partial(pallas, plan)
+    if plan.choice is PALLAS_ASKED:
+        return pallas
+    branches = {"cuda": pallas} if plan.choice is BY_PLATFORM else {}
+    return lambda *arrays: jax.lax.platform_dependent(*arrays, **branches, cpu=cpu, default=wide)
+
+
+def _backward(plan: Plan, backward: Callable) -> Callable:
+    """XLA's gradients of the operands as they are given to the differentiable function."""
+
+    def run(operands, *rest, tiling):
+        return plan.flat(backward(plan.logical(operands), *rest, tiling=tiling), operands)
+
+    return run
+
+
+# custom_vjp outside and platform_dependent inside its two rules: the other way round, the residuals
+# would be the union of all branches'. So every branch saves residuals of the same shapes.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def run_causal(plan: Plan, operands: causal.Operands) -> tuple[jax.Array, Sums]:
+    """Causal attention: the output ``(B, T, N, V)`` and the final sums."""
+    return _causal_forward(plan, operands)[0]
+
+
+def _causal_forward(plan: Plan, operands: causal.Operands):
+    batch, length, kv_heads = operands.value.shape[:3]
+    blocks = causal.block_count(length)
+    if plan.choice.implementation != "xla":
+        blocks = kernels().split_count(length, batch * kv_heads)
+
+    def xla(operands, *, tiling):
+        return causal.forward(plan.logical(operands), blocks=blocks, tiling=tiling)
+
+    run = _by_platform(plan, xla, (CAUSAL_CPU, CAUSAL_WIDE), _pallas_causal_forward)
+    with jax.named_scope("race_attention/causal"):
+        out, final, starts = run(operands)
+    return (out, final), (operands, starts)
+
+
+def _causal_backward(plan: Plan, residuals: tuple, cotangents: tuple):
+    xla = _backward(plan, causal.backward)
+    run = _by_platform(plan, xla, (CAUSAL_CPU, CAUSAL_WIDE), _pallas_causal_backward)
+    with jax.named_scope("race_attention/causal_backward"):
+        return (run(*residuals, *cotangents),)
+
+
+run_causal.defvjp(_causal_forward, _causal_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def run_bidirectional(plan: Plan, operands: bidirectional.Operands) -> tuple[jax.Array, Sums]:
+    """Bidirectional attention: the output ``(B, T, N, V)`` and the total sums."""
+    return _bidirectional_forward(plan, operands)[0]
+
+
+def _bidirectional_forward(plan: Plan, operands: bidirectional.Operands):
+    def xla(operands, *, tiling):
+        return bidirectional.forward(plan.logical(operands), tiling=tiling)
+
+    tilings = BIDIRECTIONAL_CPU, BIDIRECTIONAL_WIDE
+    run = _by_platform(plan, xla, tilings, _pallas_bidirectional_forward)
+    with jax.named_scope("race_attention/bidirectional"):
+        out, totals = run(operands)
+    return (out, totals), (operands, totals)
+
+
+def _bidirectional_backward(plan: Plan, residuals: tuple, cotangents: tuple):
+    xla, tilings = _backward(plan, bidirectional.backward), (BIDIRECTIONAL_CPU, BIDIRECTIONAL_WIDE)
+    run = _by_platform(plan, xla, tilings, _pallas_bidirectional_backward)
+    with jax.named_scope("race_attention/bidirectional_backward"):
+        return (run(*residuals, *cotangents),)
+
+
+run_bidirectional.defvjp(_bidirectional_forward, _bidirectional_backward)
+
+
+def _pallas_causal_forward(plan: Plan, operands: causal.Operands) -> tuple[jax.Array, Sums, Sums]:
+    out, numerator, mass, *starts = kernels().causal_forward(
+        *_kernel_arguments(operands), hash_shape=plan.hash_shape
+    )
+    return out, Sums(numerator, mass), Sums(*starts)
+
+
+def _pallas_causal_backward(
+    plan: Plan, operands: causal.Operands, starts: Sums, d_out: jax.Array, d_final: Sums
+) -> causal.Operands:
+    arguments = _kernel_arguments(operands)
+    d_z_q, d_z_k, d_value, d_sharpness, d_log_decay, d_numerator, d_mass = (
+        kernels().causal_backward(*arguments, *starts, d_out, *d_final, hash_shape=plan.hash_shape)
+    )
+    return causal.Operands(
+        z_q=d_z_q.astype(operands.z_q.dtype),
+        z_k=d_z_k.astype(operands.z_k.dtype),
+        value=d_value.astype(operands.value.dtype),
+        sharpness=d_sharpness,
+        log_decay=d_log_decay,
+        mask=None,
+        segment=None,
+        sums=Sums(d_numerator, d_mass),
+        initial_segment=None,
+    )
+
+
+def _kernel_arguments(operands: causal.Operands) -> tuple:
+    """The kernels' order of arguments; z in the values' dtype, which halves its traffic in bf16."""
+    dtype = operands.value.dtype
+    return (
+        operands.z_q.astype(dtype),
+        operands.z_k.astype(dtype),
+        operands.value,
+        operands.sharpness,
+        operands.log_decay,
+        operands.mask,
+        operands.segment,
+        *operands.sums,
+        operands.initial_segment,
+    )
+
+
+def _pallas_bidirectional_forward(
+    plan: Plan, operands: bidirectional.Operands
+) -> tuple[jax.Array, Sums]:
+    z_q, z_k, value, sharpness, mask, sums = operands
+    out, *totals = kernels().bidirectional_forward(
+        z_q.astype(value.dtype),
+        z_k.astype(value.dtype),
+        value,
+        sharpness,
+        mask,
+        *sums,
+        hash_shape=plan.hash_shape,
+    )
+    return out, Sums(*totals)
+
+
+def _pallas_bidirectional_backward(
+    plan: Plan, operands: bidirectional.Operands, totals: Sums, d_out: jax.Array, d_totals: Sums
+) -> bidirectional.Operands:
+    z_q, z_k, value, sharpness, mask, sums = operands
+    d_z_q, d_z_k, d_value, d_sharpness, *d_sums = kernels().bidirectional_backward(
+        z_q.astype(value.dtype),
+        z_k.astype(value.dtype),
+        value,
+        sharpness,
+        mask,
+        *sums,
+        *totals,
+        d_out,
+        *d_totals,
+        hash_shape=plan.hash_shape,
+    )
+    return bidirectional.Operands(
+        d_z_q.astype(z_q.dtype), d_z_k.astype(z_k.dtype), d_value, d_sharpness, None, Sums(*d_sums)
+    )

@@ -1,0 +1,102 @@
+"""`race_attention` by the kernels, interpreted: its hash projections come as the kernels take them.
+
+Beside it what a host with a GPU does on its CPU: XLA's code, from the same flat projections.
+"""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import pallas_kernels
+import race_jax
+from race_jax import dispatch, implementations
+from tests.kernels.dense import QUICK_COMPILE
+
+PASSES = [
+    f"{form}_{way}" for form in ("causal", "bidirectional") for way in ("forward", "backward")
+]
+CHOICES = {"pallas": dispatch.PALLAS_ASKED, "by platform": dispatch.BY_PLATFORM}
+
+
+@pytest.fixture(params=CHOICES)
+def choose_kernels(request, monkeypatch):
+    """Makes every call choose the kernels, interpreted; gives the shapes of z that they got."""
+    shapes = []
+
+    def run(name, z_q, *rest, **options):
+        shapes.append(z_q.shape[3:])
+        return getattr(pallas_kernels, name)(z_q, *rest, interpret=True, **options)
+
+    passes = {name: functools.partial(run, name) for name in PASSES}
+    kept = {name: getattr(pallas_kernels, name) for name in ("projection_columns", "split_count")}
+    monkeypatch.setattr(implementations, "kernels", lambda: SimpleNamespace(**passes, **kept))
+
+    def start():
+        monkeypatch.setattr(dispatch, "choose", lambda *_, **__: CHOICES[request.param])
+        return shapes
+
+    return start
+
+
+def results(function, arguments):
+    """The output and every gradient, by name."""
+
+    def run(arguments):
+        out, pull_back = jax.vjp(function, arguments)
+        cotangent = jnp.cos(jnp.arange(out.size)).reshape(out.shape)
+        return {"out": out, "gradients": pull_back(cotangent)[0]}
+
+    return jax.jit(run, compiler_options=QUICK_COMPILE)(arguments)
+
+
+@pytest.mark.parametrize(
+    ("is_causal", "per_head"), [(True, False), (False, True)], ids=["causal", "planes per head"]
+)
+def test_flat_projections_change_nothing(is_causal, per_head, choose_kernels, assert_close):
+    keys = jax.random.split(jax.random.key(0), 4)
+    lead = (2,) if per_head else ()
+    shapes = (1, 70, 4, 8), (1, 70, 2, 8), (1, 70, 2, 16), (*lead, 3, 3, 8)
+    names = "query", "key", "value", "planes"
+    drawn = (jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True))
+    arguments = dict(zip(names, drawn, strict=True)) | {"sharpness": jnp.array([1.0, 2.0])}
+    mask = jnp.arange(70)[None] < 60
+
+    def attend(arguments):
+        return race_jax.race_attention(**arguments, is_causal=is_causal, key_value_mask=mask)
+
+    want = results(attend, arguments)
+    seen = choose_kernels()
+    got = results(attend, arguments)
+    assert set(seen) == {(1, 16)}  # nine columns, and zeros that the hash made
+    assert_close("out", got["out"], want["out"], kind="outputs")
+    assert_close("gradients", got["gradients"], want["gradients"], kind="gradients")
+
+
+@pytest.mark.parametrize("fold_planes", [False, True])
+def test_a_layer_makes_flat_projections(fold_planes, choose_kernels, assert_close):
+    layer = race_jax.RACEAttention(
+        4,
+        in_features=12,
+        qkv_features=32,
+        num_kv_heads=2,
+        num_tables=3,
+        num_planes=3,
+        fold_planes=fold_planes,
+        rngs=nnx.Rngs(0),
+    )
+    definition, state = nnx.split(layer)
+    inputs = jax.random.normal(jax.random.key(1), (2, 70, 12))
+
+    def apply(state):
+        return nnx.merge(definition, state)(inputs, is_causal=True)
+
+    want = results(apply, state)
+    seen = choose_kernels()
+    got = results(apply, state)
+    assert set(seen) == {(1, 16)}
+    assert_close("out", got["out"], want["out"], kind="outputs")
+    assert_close("gradients", got["gradients"], want["gradients"], kind="gradients")
