@@ -32,7 +32,7 @@ def plan(
     value_dim, features = padded(value_dim), padded_features(tables, planes)
     sizes = features, padded(tables * planes), value_dim, value.dtype.itemsize
     warpgroups = is_causal and not interpret and backend.has_warpgroups()
-    warpgroups = warpgroups and length % 8 == 0  # they are fetched in tiles of 8 tokens
+    warpgroups = warpgroups and whole_tiles(batch, length, kv_heads)
     blocks = config or choose_blocks(
         features,
         value_dim,
@@ -57,6 +57,15 @@ def plan(
     )
     split = split_length(kv_length, batch * kv_heads, chunk=blocks.chunk)
     return queries, dataclasses.replace(queries, length=kv_length, split=split), blocks
+
+
+def whole_tiles(batch: int, length: int, kv_heads: int) -> bool:
+    """Whether warpgroups may copy a sequence tile by tile.
+
+    They fetch 8 tokens at a time. And dz of a single head leaves as one flat piece of memory, which
+    is cut off at the end of the array but not of a sequence: the next would be written over.
+    """
+    return length % 8 == 0 and (length % 64 == 0 or batch == 1 or kv_heads > 1)
 
 
 def projection_columns(tables: int, planes: int) -> int:

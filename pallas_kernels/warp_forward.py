@@ -20,7 +20,9 @@ from pallas_kernels import warpgroup as wg
 from pallas_kernels.blocks import Pipeline
 from pallas_kernels.tiles import TINY, Problem, Shared
 
-READERS = 2  # warpgroups that take queries: chunk i goes to reader i % 2, with slots of its own
+# Warpgroups that take queries: chunk i goes to reader i % 2, with slots of its own. With one, the
+# keeper's fast warps could write φk over what its slow ones still multiply.
+READERS = 2
 
 
 def launch(

@@ -22,7 +22,7 @@ from pallas_kernels import warpgroup as wg
 from pallas_kernels.blocks import Pipeline
 from pallas_kernels.tiles import Problem, Shared
 
-PASSED_SLOTS = 2  # of what one warpgroup makes for another
+PASSED_SLOTS = 2  # of what one warpgroup makes for another, and multiplies itself meanwhile
 
 
 def _fetch(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:

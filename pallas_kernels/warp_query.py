@@ -104,7 +104,8 @@ def _send(place: tiles.Place, refs: SimpleNamespace, turn, member, results: tupl
     ]
     if refs.row is not None:
         targets.append((refs.row_rows, refs.row.at[group_rows]))
-    wg.sent()
+    # The row sums of a group go to one place again and again: each has to be there before the next.
+    wg.sent(read_only=refs.row is None or place.problem.group == 1)
     for (source, _), result in zip(targets, results, strict=True):
         source[reader] = result.astype(source.dtype)
     wg.send(*((source.at[reader], target) for source, target in targets))

@@ -29,6 +29,9 @@ CAUSAL = [
     Case(length=1000, tables=8, planes=3, value_dim=80, gate=True, sharpness=8.0),
     Case(length=4160, tables=3, planes=3, value_dim=64, packed=True),
     Case(length=136, tables=8, planes=3, value_dim=64, heads=8, gate=True),
+    # What leaves a sequence of one head must not run on into the next.
+    Case(batch=2, length=136, heads=1, kv_heads=1, tables=4, planes=4, value_dim=64, gate=True),
+    Case(batch=4, length=40, heads=4, kv_heads=1, tables=3, planes=3, value_dim=64),
     # The most shared memory that the kernels of warpgroups ask for.
     Case(batch=2, length=1000, tables=8, planes=3, value_dim=128, **FULL),
 ]

@@ -7,6 +7,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import backend
+from pallas_kernels.plan import whole_tiles
 
 
 def shapes(*, tables=4, planes=4, value_dim=64, dtype="bfloat16", length=8):
@@ -34,6 +35,20 @@ def test_what_the_installation_lacks_is_the_last_word():
     assert reason == backend.missing()
     if jax.__version_info__ < (0, 11):
         assert reason == f"the RACE kernels need jax >= 0.11; found {jax.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "kv_heads", "whole"),
+    [
+        (1, 136, 1, True),
+        (2, 136, 2, True),
+        (2, 128, 1, True),
+        (2, 136, 1, False),
+        (1, 12, 4, False),
+    ],
+)
+def test_warpgroups_take_sequences_of_whole_tiles(batch, length, kv_heads, whole):
+    assert whole_tiles(batch, length, kv_heads) == whole
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 4096, 1_000_001, 1 << 27])
