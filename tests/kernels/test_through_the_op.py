@@ -76,8 +76,7 @@ def test_flat_projections_change_nothing(is_causal, per_head, choose_kernels, as
     assert_close("gradients", got["gradients"], want["gradients"], kind="gradients")
 
 
-@pytest.mark.parametrize("fold_planes", [False, True])
-def test_a_layer_makes_flat_projections(fold_planes, choose_kernels, assert_close):
+def test_a_layer_makes_flat_projections(choose_kernels, assert_close):
     layer = race_jax.RACEAttention(
         4,
         in_features=12,
@@ -85,7 +84,7 @@ def test_a_layer_makes_flat_projections(fold_planes, choose_kernels, assert_clos
         num_kv_heads=2,
         num_tables=3,
         num_planes=3,
-        fold_planes=fold_planes,
+        fold_planes=True,
         rngs=nnx.Rngs(0),
     )
     definition, state = nnx.split(layer)
