@@ -12,6 +12,7 @@ import jax
 from pallas_kernels import bidirectional_kernels as kernels
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.causal_outputs import split_sums
+from pallas_kernels.centre import centred, mean_value
 from pallas_kernels.plan import flat_projections, pad_to, padded_state, plan, unflat
 from pallas_kernels.tiles import Shared
 
@@ -129,10 +130,14 @@ def bidirectional_backward(
     d_totals = padded_state(queries, d_total_numerator, d_total_mass)
     wide_d_out = pad_to(d_out.astype(value.dtype), queries.value_dim)
     flat_q, flat_k = flat_projections(queries, zq), flat_projections(keys, zk)
-    d_zq, d_sharpness_q, adjoint = kernels.query_gradients(
+    mean = mean_value(*totals)
+    totals = centred(*totals, mean), totals[1]
+    d_zq, d_sharpness_q, (numerator, mass) = kernels.query_gradients(
         queries, blocks.query, Shared(sharpness), flat_q, totals, wide_d_out
     )
-    adjoint = tuple(x + y for x, y in zip(d_totals, adjoint, strict=True))
+    # δ of the kernel is do·(o - m), and Λ m = Σ q̂ μ what its -Σ q̂ δ has too much.
+    mass -= (numerator * mean[..., None, :]).sum(axis=-1)
+    adjoint = d_totals[0] + numerator, d_totals[1] + mass
     shared = Shared(sharpness, mask=key_value_mask)
     wide = pad_to(value, keys.value_dim)
     d_zk, d_value, d_sharpness_k = kernels.key_value_gradients(

@@ -128,7 +128,7 @@ def heuristic_blocks(problem: ProblemClass) -> Blocks:
     return dataclasses.replace(
         blocks,
         outputs=Pipeline(key_slots=5, query_slots=2, registers=(24, 144, 168)),
-        query=Pipeline(key_slots=3, query_slots=2, registers=(24, 144, 168)),
+        query=Pipeline(key_slots=4, query_slots=1, registers=(24, 136, 176)),
         key=Pipeline(key_slots=2, query_slots=3, registers=(24, 168, 160, 152)),
     )
 
@@ -138,13 +138,13 @@ TRITON_SPACE = tuple(
     Block(value, 4, stages, packed)
     for value, stages, packed in itertools.product((128, 64, 32), (1, 2, 3), (False, True))
 )
-_FORWARD_REGISTERS = (24, 144, 168), (24, 160, 160), (24, 176, 152)
+_FORWARD_REGISTERS = (24, 136, 176), (24, 144, 168), (24, 160, 160)
 _KEY_REGISTERS = (24, 168, 160, 152), (24, 160, 160, 160), (24, 168, 168, 144)
 PIPELINES = {
     kernel: tuple(Pipeline(*depth, shares) for depth in slots for shares in registers)
     for kernel, slots, registers in (
         ("outputs", ((4, 2), (5, 2)), _FORWARD_REGISTERS),
-        ("query", ((2, 2), (3, 2)), _FORWARD_REGISTERS),
+        ("query", ((3, 2), (4, 1)), _FORWARD_REGISTERS),
         ("key", ((2, 3), (3, 2)), _KEY_REGISTERS),
     )
 }

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import causal_gradients, causal_outputs
 from pallas_kernels.blocks import Blocks, Pipeline
+from pallas_kernels.centre import mean_value
 from pallas_kernels.plan import flat_projections, pad_to, padded_state, plan, unflat
 from pallas_kernels.prefix import (
     later_flow,
@@ -119,6 +120,8 @@ def causal_backward(
     initial_numerator: jax.Array,
     initial_mass: jax.Array,
     initial_segment: jax.Array,
+    final_numerator: jax.Array,
+    final_mass: jax.Array,
     split_numerator: jax.Array,
     split_mass: jax.Array,
     d_out: jax.Array,
@@ -129,7 +132,7 @@ def causal_backward(
     interpret: bool = False,
     config: Blocks | None = None,
 ) -> CausalGradients:
-    """Gradients of `causal_forward`, from its inputs, the states of its splits and cotangents.
+    """Gradients of `causal_forward`, from its inputs, its states and cotangents.
 
     Args:
       zq: as given to `causal_forward`, like all up to initial_segment.
@@ -142,7 +145,9 @@ def causal_backward(
       initial_numerator: likewise.
       initial_mass: likewise.
       initial_segment: likewise.
-      split_numerator: (B, K, splits, F, V), as `causal_forward` returned it.
+      final_numerator: (B, K, F, V), as `causal_forward` returned it.
+      final_mass: (B, K, F), likewise.
+      split_numerator: (B, K, splits, F, V), likewise.
       split_mass: (B, K, splits, F), likewise.
       d_out: cotangent of the outputs, (B, T, N, V).
       d_final_numerator: cotangent of the final numerator, (B, K, F, V) float32.
@@ -164,8 +169,9 @@ def causal_backward(
     )  # fmt: skip
     wide = pad_to(d_out.astype(value.dtype), call.problem.value_dim)
     states = padded_state(call.problem, split_numerator, split_mass)
+    final = padded_state(call.problem, final_numerator, final_mass)
     d_final = padded_state(call.problem, d_final_numerator, d_final_mass)
-    found = _gradients(call, states, wide, d_final)
+    found = _gradients(call, _States(states, _ends(states, final)), wide, d_final)
     features, value_dim = initial_numerator.shape[-2:]
     return CausalGradients(
         unflat(found.zq, zq),
@@ -184,6 +190,13 @@ class _Arrays(NamedTuple):
     zq: jax.Array  # (B, T, N, LP)
     zk: jax.Array  # (B, T, K, LP)
     value: jax.Array  # (B, T, K, V)
+
+
+class _States(NamedTuple):
+    """Numerators and masses (B, K, splits, ...) where each split starts and where it ends."""
+
+    starts: tuple[jax.Array, jax.Array]
+    ends: tuple[jax.Array, jax.Array]
 
 
 class _Call(NamedTuple):
@@ -223,12 +236,14 @@ def _outputs(call: _Call, states: tuple) -> jax.Array:
     return form.outputs(call.problem, block, call.shared, *call.arrays, states)
 
 
-def _gradients(call: _Call, states: tuple, d_out: jax.Array, d_final: tuple) -> CausalGradients:
+def _gradients(call: _Call, states: _States, d_out: jax.Array, d_final: tuple) -> CausalGradients:
     """Queries forward in time, the adjoint of the states back over the splits, then the keys."""
     problem, blocks, arrays, shared, weights = call
     form = _by_warpgroups if isinstance(blocks.query, Pipeline) else _by_programs
     query_gradients, key_value_gradients = form(call, d_out)
-    query = query_gradients(states)
+    # Of both ends of a split: the first starts with nothing, and a segment may just have begun.
+    both = (start + end for start, end in zip(*states, strict=True))
+    query = query_gradients(states.starts, mean_value(*both))
     adjoints = causal_gradients.reverse_sums(
         problem, blocks.reverse, shared, arrays.zq, d_out, query.inverse, query.delta
     )
@@ -239,8 +254,7 @@ def _gradients(call: _Call, states: tuple, d_out: jax.Array, d_final: tuple) -> 
     found = key_value_gradients(query, leaving)
     d_log_decay = None
     if shared.gamma is not None:
-        later = _crossing(leaving[0], states[0], query.final_numerator)
-        later += _crossing(leaving[1], states[1], query.final_mass)
+        later = sum(_crossing(*pair) for pair in zip(leaving, states.ends, strict=True))
         d_log_decay = later_flow(query.row + found.flow, later, problem.chunk, problem.split)
         d_log_decay = d_log_decay[..., : problem.length].swapaxes(1, 2)
     return CausalGradients(
@@ -257,9 +271,9 @@ def _by_programs(call: _Call, d_out: jax.Array) -> tuple[Callable, Callable]:
     """The two steps of the gradients as kernels of one program each."""
     problem, blocks, arrays, shared, _ = call
 
-    def query_gradients(states):
+    def query_gradients(states, mean):
         return causal_gradients.query_gradients(
-            problem, blocks.query, shared, *arrays, states, d_out
+            problem, blocks.query, shared, *arrays, states, mean, d_out
         )
 
     def key_value_gradients(rows, adjoints):
@@ -288,7 +302,12 @@ def _by_warpgroups(call: _Call, d_out: jax.Array) -> tuple[Callable, Callable]:
     )
 
 
-def _crossing(adjoint: jax.Array, states: jax.Array, final: jax.Array) -> jax.Array:
+def _ends(starts: tuple, final: tuple) -> tuple:
+    """The state where each split ends, from that where each starts, and the last."""
+    pairs = zip(starts, final, strict=True)
+    return tuple(jnp.concatenate([x[:, :, 1:], last[:, :, None]], axis=2) for x, last in pairs)
+
+
+def _crossing(adjoint: jax.Array, leaving: jax.Array) -> jax.Array:
     """⟨Λ_e, X_e⟩ (B, K, splits) at the end e of each split: what later tokens add to dg there."""
-    leaving = jnp.concatenate([states[:, :, 1:], final], axis=2)
     return (adjoint * leaving).reshape(*leaving.shape[:3], -1).sum(axis=3)

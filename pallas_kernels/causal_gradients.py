@@ -1,10 +1,12 @@
 """Causal RACE attention, backward: queries forward in time, then keys and values back in time.
 
-In: the forward's inputs, the state where each split starts, and the cotangents. Out: dz of queries
-and keys, dv, dβ, dg and the cotangent of the initial state; features are computed again.
+In: the forward's inputs, the state where each split starts, the reference m of its values, and the
+cotangents. Out: dz of queries and keys, dv, dβ, dg and the cotangent of the initial state; features
+are computed again.
 Equation: with ρ = 1/z, δ = do·o, q̂ = ρ φq and T = (do vᵀ - δ)∘D,
     dφq = ρ (T φk + in∘(do Sᵀ - δ Z)),   dφk = Tᵀ q̂ + out∘(v Λᵀ + Λ_Z),
-    dv = ((q̂ φkᵀ)∘D)ᵀ do + out∘(φk Λ),   [Λ | Λ_Z]' = a [Λ | Λ_Z] + (in∘q̂)ᵀ [do | -δ].
+    dv = ((q̂ φkᵀ)∘D)ᵀ do + out∘(φk Λ),   [Λ | Λ_Z]' = a [Λ | Λ_Z] + (in∘q̂)ᵀ [do | -δ];
+dφq is computed with v, S and δ measured from m (centre.py).
 """
 
 from types import SimpleNamespace
@@ -12,7 +14,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
 from pallas_kernels.backend import Output, launch, load, store
 from pallas_kernels.blocks import Block
@@ -25,6 +26,7 @@ from pallas_kernels.causal_outputs import (
     load_state,
     reciprocals,
 )
+from pallas_kernels.centre import centred
 from pallas_kernels.features import FeatureMap
 from pallas_kernels.tiles import MASS, Chunk, Problem, Shared
 
@@ -39,7 +41,8 @@ def _query_kernel(problem: Problem, refs: SimpleNamespace) -> None:
         phi_k = hashed_keys(chunk, feature_map, refs.zk)
         keys = math.cast(phi_k)
         value = load(refs.value, rows, chunk.rows)
-        numerator, mass = (math.cast(x) for x in state)
+        mean, mass = refs.mean[...], math.cast(state[1])
+        numerator = math.cast(centred(state[0], jnp.max(state[1], axis=1), mean))
         mass_row = jnp.max(mass.astype(jnp.float32), axis=1)[None, :]
 
         def query_head(head, carry):
@@ -52,7 +55,8 @@ def _query_kernel(problem: Problem, refs: SimpleNamespace) -> None:
             inverse = reciprocals(
                 problem, chunk, denominators(problem, chunk, attention, queries, mass)
             )
-            by_key = math.dot(d_out, value, "nt")
+            offset = jnp.sum(d_out.astype(jnp.float32) * mean[None, :], axis=1)
+            by_key = math.dot(d_out, value, "nt") - offset[:, None]
             by_state = chunk.enter(math.dot(d_out, numerator, "nt"))
             delta = inverse * (
                 jnp.sum(attention.astype(jnp.float32) * by_key, axis=1)
@@ -65,7 +69,7 @@ def _query_kernel(problem: Problem, refs: SimpleNamespace) -> None:
             d_z, d_beta = feature_map.gradient(squashed, queries, d_phi)
             store(refs.d_zq, rows, d_z, chunk.rows)
             refs.inverse[head, chunk.span] = inverse
-            refs.delta[head, chunk.span] = delta
+            refs.delta[head, chunk.span] = delta + offset
             if refs.row is not None:
                 row = row + jnp.sum(queries.astype(jnp.float32) * d_phi, axis=1)
             return d_sharpness + d_beta, row
@@ -77,14 +81,8 @@ def _query_kernel(problem: Problem, refs: SimpleNamespace) -> None:
         return absorb(problem, chunk, phi_k, value, state), d_sharpness
 
     zeros = jnp.zeros((problem.chunk, problem.projections), jnp.float32)
-    state, d_sharpness = problem.for_chunks(body, (load_state(problem, refs), zeros))
+    _, d_sharpness = problem.for_chunks(body, (load_state(problem, refs), zeros))
     refs.d_sharpness[...] = jnp.sum(d_sharpness)
-    if refs.final_numerator is not None:
-
-        @pl.when(pl.program_id(1) == problem.splits - 1)
-        def _():
-            refs.final_numerator[...] = state[0]
-            refs.final_mass[...] = jnp.max(state[1], axis=1)
 
 
 def _scaled_queries(chunk: Chunk, feature_map: FeatureMap, refs: SimpleNamespace, head):
@@ -204,13 +202,13 @@ def _earlier_state(
     return state
 
 
-def query_gradients(problem: Problem, block: Block, shared: Shared, zq, zk, value, states, d_out):
-    """dz of the queries, ρ, δ, dβ, and with a gate the row sums and the final state."""
+def query_gradients(
+    problem: Problem, block: Block, shared: Shared, zq, zk, value, states, mean, d_out
+):
+    """dz of the queries, ρ, δ, dβ, and with a gate the row sums."""
     problem = problem.cut(block)
     gate = shared.gamma is not None
     heads, d_zq_dtype = zq.shape[2], partial_dtype(problem, zq.dtype)
-    final = (problem.batch, problem.kv_heads, 1, problem.features, problem.value_dim)
-    numerators, masses = problem.numerators(), problem.masses()
     result = launch(
         lambda refs: _query_kernel(problem, refs),
         name="causal_query_gradients",
@@ -221,8 +219,9 @@ def query_gradients(problem: Problem, block: Block, shared: Shared, zq, zk, valu
             "zk": (zk, problem.key_projections()),
             "value": (value, problem.values()),
             "d_out": (d_out, problem.outputs()),
-            "split_numerator": (states[0], numerators),
-            "split_mass": (states[1], masses),
+            "split_numerator": (states[0], problem.numerators()),
+            "split_mass": (states[1], problem.masses()),
+            "mean": (mean, problem.means()),
         },
         outputs={
             "d_zq": problem.partial(zq.shape, d_zq_dtype, problem.query_projections()),
@@ -230,12 +229,6 @@ def query_gradients(problem: Problem, block: Block, shared: Shared, zq, zk, valu
             "delta": problem.row_statistic(heads),
             "d_sharpness": problem.program_scalar(),
             "row": problem.row_statistic(problem.kv_heads) if gate else None,
-            "final_numerator": Output(final, jnp.float32, problem.single(numerators))
-            if gate
-            else None,
-            "final_mass": problem.partial(final[:-1], jnp.float32, problem.single(masses))
-            if gate
-            else None,
         },
         block=block,
         interpret=problem.interpret,
@@ -246,8 +239,6 @@ def query_gradients(problem: Problem, block: Block, shared: Shared, zq, zk, valu
         delta=total(result.delta),
         d_sharpness=result.d_sharpness.sum(axis=(0, 1, 3)),
         row=total(result.row) if gate else None,
-        final_numerator=result.final_numerator,
-        final_mass=result.final_mass[0] if gate else None,
     )
 
 

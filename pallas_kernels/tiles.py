@@ -143,6 +143,11 @@ class Problem:
         n, shape = self.value_blocks, (None, None, None, self.features)
         return pl.BlockSpec(shape, lambda h, s, b: (b, h // n, s, 0))
 
+    def means(self) -> pl.BlockSpec:
+        """(B, K, splits, V)"""
+        n, shape = self.value_blocks, (None, None, None, self.value_block)
+        return pl.BlockSpec(shape, lambda h, s, b: (b, h // n, s, h % n))
+
     def single(self, spec: pl.BlockSpec) -> pl.BlockSpec:
         """The specification of a state that all splits share."""
         index = spec.index_map

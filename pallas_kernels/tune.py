@@ -131,7 +131,7 @@ def draw(problem: ProblemClass, length: int, heads: int) -> tuple[tuple, tuple]:
     if problem.is_causal:
         decay = -0.05 * abs(tokens(dtype="float32")) if problem.gate else None
         given += [decay, None, None, *initial, jnp.zeros((1,), jnp.int32)]
-        kept = jax.jit(pallas_kernels.causal_forward)(*given)[3:]
+        kept = jax.jit(pallas_kernels.causal_forward)(*given)[1:]
     else:
         given += [None, *initial]
         kept = jax.jit(pallas_kernels.bidirectional_forward)(*given)[1:]

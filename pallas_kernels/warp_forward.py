@@ -2,7 +2,7 @@
 
 In: zq, zk, values, numbers a token, the state where each split starts; do, where it is given.
 Out: for two readers in turn, in shared memory: tiles of the queries, and φk, S and Z of a chunk.
-Equation: [S | Z]' = a [S | Z] + (out∘φk)ᵀ [v | 1].
+Equation: [S | Z]' = a [S | Z] + (out∘φk)ᵀ [v | 1]; for the gradient S - Z mᵀ is passed on.
 """
 
 import functools
@@ -37,14 +37,15 @@ def launch(
     outputs: Mapping[str, jax.ShapeDtypeStruct | None],
     memory: Mapping[str, Any],
 ) -> SimpleNamespace:
-    """Runs a kernel whose readers do `read`, with zq, zk, value and perhaps d_out as `arrays`.
+    """Runs a kernel whose readers do `read`.
 
+    `arrays` are zq, zk, value, and for the gradient d_out and m: as numbers and as rows.
     `memory` is shared memory of the readers' own, by name.
     """
     numbers, place = tiles.token_numbers(problem, shared), tiles.Place(problem)
     given = "d_out" in arrays
     room = lambda pipeline: _memory(problem, pipeline, numbers, d_out=given) | memory  # noqa: E731
-    pipeline = tiles.fitting(pipeline, room)
+    pipeline = tiles.fitting(pipeline, room, key_slots=READERS)
     fetcher, keeper, reader = pipeline.registers
     return wg.launch(
         lambda refs: wg.roles(
@@ -58,9 +59,10 @@ def launch(
         warpgroups=2 + READERS,
         inputs=tiles.constants(problem, shared.sharpness)
         | numbers
-        | {"split_numerator": states[0], "split_mass": states[1], "d_out": None}
+        | {"split_numerator": states[0], "split_mass": states[1]}
+        | dict.fromkeys(("d_out", "mean", "mean_rows"))
         | arrays,
-        outputs={"final_numerator": None, "final_mass": None} | outputs,
+        outputs=outputs,
         shared=room(pipeline),
     )
 
@@ -71,15 +73,17 @@ def _memory(
     """Shared memory of what is fetched, and of what the keeper passes on to the readers."""
     slots, leaves = READERS * pipeline.query_slots, numbers["leave"] is not None
     wide = wg.operand(slots, wg.CHUNK, problem.value_dim) if d_out else None
-    return tiles.key_memory(problem, pipeline, numbers) | {
+    return tiles.key_memory(problem, pipeline, numbers, more_constants=3 * d_out) | {
         "zq_tiles": wg.plain(slots, wg.CHUNK, problem.projections, dtype=jnp.bfloat16),
         "d_out_tiles": wide,
+        "mean_numbers": wg.plain(problem.value_dim) if d_out else None,
         "queries_full": wg.barrier(num_arrivals=1 + d_out, num_barriers=slots),
         "queries_free": wg.barrier(num_arrivals=1, num_barriers=slots),
         "phi_tiles": wg.operand(READERS, wg.CHUNK, tiles.FEATURES),
         "leaving_tiles": wg.operand(wg.CHUNK, tiles.FEATURES) if leaves else None,
         "decay_tiles": wg.operand(READERS, wg.CHUNK, wg.CHUNK) if leaves else None,
-        "state_tiles": wg.operand(READERS, tiles.FEATURES, problem.value_dim),
+        # m, where it is given, lies below S: one product with both.
+        "state_tiles": wg.operand(READERS, tiles.FEATURES + 8 * d_out, problem.value_dim),
         "mass_numbers": wg.plain(READERS, tiles.FEATURES) if d_out else None,
         "mass_tiles": None if d_out else wg.operand(READERS, 8, tiles.FEATURES),
         "state_full": wg.barrier(num_arrivals=1, num_barriers=READERS),
@@ -90,30 +94,46 @@ def _memory(
 def _fetch(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
     """Starts the copies of keys a chunk and of queries a query head, as slots become free."""
     tiles.fetch_constants(refs)
-    query_slots = pipeline.query_slots
+    if refs.mean is not None:
+        where, below = (place.batch, place.head, place.split), pl.ds(tiles.FEATURES, 8)
+        wg.fetch(refs.mean.at[where], refs.mean_numbers, refs.constants_full)
+        for reader in range(READERS):
+            rows = refs.state_tiles.at[reader, below]
+            wg.fetch(refs.mean_rows.at[where], rows, refs.constants_full)
 
-    def chunk(turn, carry):
-        tiles.fetch_keys(place, pipeline, refs, turn)
-        reader, own_turn = lax.rem(turn, READERS), lax.div(turn, READERS)
+    def fetch_queries(turn, reader, item, member):
+        slot = reader * pipeline.query_slots + lax.rem(item, pipeline.query_slots)
 
+        @pl.when(item >= pipeline.query_slots)
+        def _():
+            wg.wait(refs.queries_free.at[slot])
+
+        where = place.batch, place.tokens(turn), place.query_head(member)
+        full = refs.queries_full.at[slot]
+        wg.fetch(refs.zq.at[where], refs.zq_tiles.at[slot], full)
+        if refs.d_out is not None:
+            wg.fetch(refs.d_out.at[where], refs.d_out_tiles.at[slot], full)
+
+    def chunks(own_turn, carry):
+        # Head by head for all readers: one that waits for a slot would keep the others waiting.
         def query_head(member, carry):
-            item = place.items_before(own_turn, member)
-            slot = reader * query_slots + lax.rem(item, query_slots)
+            for reader in range(READERS):
+                turn = own_turn * READERS + reader
 
-            @pl.when(item >= query_slots)
-            def _():
-                wg.wait(refs.queries_free.at[slot])
+                @pl.when(turn < place.count)
+                def _(turn=turn, reader=reader):
+                    @pl.when(member == 0)
+                    def _():
+                        tiles.fetch_keys(place, pipeline, refs, turn)
 
-            where = place.batch, place.tokens(turn), place.query_head(member)
-            full = refs.queries_full.at[slot]
-            wg.fetch(refs.zq.at[where], refs.zq_tiles.at[slot], full)
-            if refs.d_out is not None:
-                wg.fetch(refs.d_out.at[where], refs.d_out_tiles.at[slot], full)
+                    fetch_queries(turn, reader, place.items_before(own_turn, member), member)
+
             return carry
 
         return place.for_group(query_head, carry)
 
-    lax.fori_loop(0, place.count, chunk, jnp.int32(0))
+    rounds = lax.div(place.count + (READERS - 1), READERS)
+    lax.fori_loop(0, rounds, chunks, jnp.int32(0))
 
 
 def _keep_state(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
@@ -134,13 +154,8 @@ def _keep_state(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -
         def _():
             wg.wait(refs.state_free.at[reader])
 
-        numerator, mass = state
         refs.phi_tiles[reader] = phi.astype(jnp.bfloat16)
-        refs.state_tiles[reader] = numerator.astype(jnp.bfloat16)
-        if refs.mass_numbers is None:
-            refs.mass_tiles.at[reader].transpose((1, 0))[...] = mass.astype(jnp.bfloat16)
-        else:
-            refs.mass_numbers[reader] = jnp.max(mass, axis=1)
+        _pass_state(refs, reader, *state)
         leaving = refs.phi_tiles.at[reader]
         if refs.leaving_tiles is not None:
             wg.commit()  # all warps are through with the last product of this tile
@@ -154,17 +169,26 @@ def _keep_state(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -
             wg.multiply(numerator, leaving, refs.value_tiles.at[slot])
             wg.multiply(mass, leaving, refs.ones_columns.transpose((1, 0)))
 
-        state = wg.onto(absorb, *weights.carry(numerator, mass))
+        state = wg.onto(absorb, *weights.carry(*state))
         wg.arrive(refs.keys_free.at[slot])
         return state
 
-    numerator, mass = lax.fori_loop(0, place.count, chunk, state)
-    if refs.final_numerator is not None:
+    lax.fori_loop(0, place.count, chunk, state)
 
-        @pl.when(place.split == place.problem.splits - 1)
-        def _():
-            refs.final_numerator[place.batch, place.head, 0] = numerator
-            refs.final_mass[place.batch, place.head, 0] = jnp.max(mass, axis=1)
+
+def _pass_state(refs: SimpleNamespace, reader: jax.Array, numerator, mass) -> None:
+    """Stores S and Z for a reader; where m is given, S' = S - Z mᵀ in place of S."""
+    if refs.mean is None:
+        refs.state_tiles[reader] = numerator.astype(jnp.bfloat16)
+        refs.mass_tiles.at[reader].transpose((1, 0))[...] = mass.astype(jnp.bfloat16)
+        return
+    masses, features = jnp.max(mass, axis=1), pl.ds(0, tiles.FEATURES)
+    refs.mass_numbers[reader] = masses
+    for start in range(0, numerator.shape[1], 64):  # in parts, for the sake of registers
+        columns = pl.ds(start, 64)
+        mean = wg.by_columns(wg.load(refs.mean_numbers.at[columns], wg.COLUMNS))
+        centred = numerator[:, start : start + 64] - wg.by_rows(masses) * mean
+        refs.state_tiles[reader, features, columns] = centred.astype(jnp.bfloat16)
 
 
 class Item(NamedTuple):
@@ -175,7 +199,7 @@ class Item(NamedTuple):
     d_out: Any
     keys: Any  # φk
     values: Any
-    states: Any  # S
+    states: Any  # S; with do, S' of centre.py
     mass: Any  # Z: with do as numbers, else as 8 equal columns
     decay: Any  # D, or None
     free: Any  # to arrive at after the last use of zq and d_out

@@ -1,15 +1,17 @@
 """Causal RACE attention, backward of the queries, by four warpgroups that pass tiles on.
 
-In: the forward's inputs, the state where each split starts, and do. Out: dz of the queries, ρ, δ,
-the terms of dβ, and with a gate the row sums and the final state.
+In: the forward's inputs, the state where each split starts, m, and do. Out: dz of the queries, ρ,
+δ, the terms of dβ, and with a gate the row sums.
 Equation: with Y = ((do vᵀ)∘D) φk + in∘(do Sᵀ) and G = D φk + in∘Z, every row gives
-    1/ρ = φq·G,   δ = do·o = ρ φq·Y,   dφq = ρ (Y - δ G).
+    1/ρ = φq·G,   δ = do·o = ρ φq·Y,   dφq = ρ (Y - δ G),
+with v, S and so δ measured from m (centre.py). What is written is δ + do·m.
 """
 
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels import warp_forward as forward
 from pallas_kernels import warp_tiles as tiles
@@ -21,9 +23,10 @@ from pallas_kernels.warp_forward import READERS, Item, inverse_of
 
 def _differentiate(features: tiles.TileFeatures, at: Item) -> tuple[jax.Array, ...]:
     """u, φq, dφq, ρ and δ, by the equations above; products one by one hold fewer registers."""
-    by_key = wg.product((at.d_out, at.values.transpose((1, 0))))
+    by_state, offset = _from_state_apart(at)
+    by_state = at.weights.times("enter", by_state)
+    by_key = wg.product((at.d_out, at.values.transpose((1, 0))), start=-wg.by_rows(offset))
     scores = tiles.visible(by_key, at.decay).astype(jnp.bfloat16)
-    by_state = at.weights.times("enter", wg.product((at.d_out, at.states.transpose((1, 0)))))
     flow = wg.product((scores, at.keys), start=by_state)
     # Ones in registers: from shared memory this product was slower.
     seen = tiles.visible(wg.filled(1.0, wg.CHUNK), at.decay).astype(jnp.bfloat16)
@@ -33,7 +36,25 @@ def _differentiate(features: tiles.TileFeatures, at: Item) -> tuple[jax.Array, .
     inverse = at.weights.keep_rows(inverse_of(jnp.sum(phi * crowd, axis=1)))
     delta = inverse * jnp.sum(phi * flow, axis=1)
     d_phi = wg.by_rows(inverse) * (flow - wg.by_rows(delta) * crowd)
-    return squashed, phi, d_phi, inverse, delta
+    return squashed, phi, d_phi, inverse, delta + offset
+
+
+def _from_state(at: Item) -> tuple[jax.Array, jax.Array]:
+    """do S'ᵀ (64, F) and μ = do·m (64,), from one product: m lies below S'."""
+    both = wg.product((at.d_out, at.states.transpose((1, 0))), columns=tiles.FEATURES + 8)
+    return both[:, : tiles.FEATURES], jnp.max(both[:, tiles.FEATURES :], axis=1)
+
+
+def _from_state_apart(at: Item) -> tuple[jax.Array, jax.Array]:
+    """The same from two. In the form without row sums one made ptxas serialise all products."""
+    state, mean = pl.ds(0, tiles.FEATURES), pl.ds(tiles.FEATURES, 8)
+
+    def begin(by_state, offset):
+        wg.multiply(by_state, at.d_out, at.states.at[state].transpose((1, 0)))
+        wg.multiply(offset, at.d_out, at.states.at[mean].transpose((1, 0)))
+
+    by_state, offset = wg.together(begin, tiles.FEATURES, 8)
+    return by_state, jnp.max(offset, axis=1)
 
 
 def _differentiate_with_row(features: tiles.TileFeatures, at: Item) -> tuple[jax.Array, ...]:
@@ -54,16 +75,18 @@ def _differentiate_with_row(features: tiles.TileFeatures, at: Item) -> tuple[jax
     attention = wg.product((phi.astype(jnp.bfloat16), at.keys.transpose((1, 0))))
     attention = tiles.visible(attention, at.decay)
     from_state = at.weights.enter(jnp.sum(phi * at.masses(), axis=1))
-    inverse = at.weights.keep_rows(inverse_of(from_state + jnp.sum(attention, axis=1)))
+    within = jnp.sum(attention, axis=1)
+    inverse = at.weights.keep_rows(inverse_of(from_state + within))
     delta = jnp.sum(attention * by_key, axis=1)
-    by_state = wg.product((at.d_out, at.states.transpose((1, 0))))
-    delta = inverse * (delta + at.weights.enter(jnp.sum(phi * by_state, axis=1)))
-    scores = tiles.visible(by_key - wg.by_rows(delta), at.decay).astype(jnp.bfloat16)
+    by_state, offset = _from_state(at)
+    delta = inverse * (delta - offset * within + at.weights.enter(jnp.sum(phi * by_state, axis=1)))
+    whole = delta + offset
+    scores = tiles.visible(by_key - wg.by_rows(whole), at.decay).astype(jnp.bfloat16)
     start = at.weights.times("enter", by_state - wg.by_rows(delta) * at.masses())
     d_phi = wg.product((scores, at.keys), start=start)
     scaled = (phi * wg.by_rows(inverse)).astype(jnp.bfloat16).astype(jnp.float32)
     row = jnp.sum(scaled * d_phi, axis=1)
-    return squashed, phi, d_phi * wg.by_rows(inverse), inverse, delta, row
+    return squashed, phi, d_phi * wg.by_rows(inverse), inverse, whole, row
 
 
 def _read(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
@@ -112,19 +135,19 @@ def _send(place: tiles.Place, refs: SimpleNamespace, turn, member, results: tupl
 
 
 def query_gradients(
-    problem: Problem, pipeline: Pipeline, shared: Shared, zq, zk, value, d_out, states
+    problem: Problem, pipeline: Pipeline, shared: Shared, zq, zk, value, d_out, states, mean
 ):
     """As causal_gradients.query_gradients, for problems of `blocks.fits_warpgroups`."""
     batch, heads, kv_heads = problem.batch, zq.shape[2], problem.kv_heads
     padded, gate = problem.chunks * wg.CHUNK, shared.gamma is not None
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
-    final = batch, kv_heads, 1, tiles.FEATURES
     terms = batch, kv_heads, problem.splits, READERS, wg.CHUNK, problem.projections
     result = forward.launch(
         problem,
         pipeline,
         shared,
-        {"zq": zq, "zk": zk, "value": value, "d_out": d_out},
+        {"zq": zq, "zk": zk, "value": value, "d_out": d_out}
+        | {"mean": mean, "mean_rows": wg.eight_rows(mean)},
         states,
         name="causal_query_gradients",
         read=_read,
@@ -134,8 +157,6 @@ def query_gradients(
             "delta": array(batch, heads, padded),
             "d_sharpness": array(*terms),
             "row": array(batch, kv_heads, padded) if gate else None,
-            "final_numerator": array(*final, problem.value_dim) if gate else None,
-            "final_mass": array(*final) if gate else None,
         },
         memory={
             "d_zq_tiles": wg.plain(READERS, wg.CHUNK, problem.projections, dtype=jnp.bfloat16),

@@ -64,11 +64,17 @@ def constants(problem: Problem, sharpness: jax.Array) -> dict[str, jax.Array]:
 
 
 def key_memory(
-    problem: Problem, pipeline: Pipeline, numbers: Mapping[str, jax.Array | None], readers: int = 2
+    problem: Problem,
+    pipeline: Pipeline,
+    numbers: Mapping[str, jax.Array | None],
+    *,
+    readers: int = 2,
+    more_constants: int = 0,
 ) -> dict[str, Any]:
     """Shared memory of the constants and of fetched keys, which `readers` warpgroups free.
 
-    The signs lie there once as rows and once as columns of an operand.
+    The signs lie there once as rows and once as columns of an operand. A kernel's own constants may
+    arrive at the same barrier.
     """
     slots, counted = pipeline.key_slots, sum(x is not None for x in numbers.values())
     return {
@@ -77,7 +83,7 @@ def key_memory(
         "positive_columns": wg.operand(problem.projections, FEATURES),
         "negative_columns": wg.operand(problem.projections, FEATURES),
         "ones_columns": wg.operand(8, wg.CHUNK),
-        "constants_full": wg.barrier(num_arrivals=5),
+        "constants_full": wg.barrier(num_arrivals=5 + more_constants),
         "zk_tiles": wg.plain(slots, wg.CHUNK, problem.projections, dtype=jnp.bfloat16),
         "value_tiles": wg.operand(slots, wg.CHUNK, problem.value_dim),
         "keys_full": wg.barrier(num_arrivals=2 + counted, num_barriers=slots),
@@ -88,14 +94,20 @@ def key_memory(
     }
 
 
-def fitting(pipeline: Pipeline, memory: Callable[[Pipeline], Mapping[str, Any]]) -> Pipeline:
-    """The pipeline, with one slot less at a time until `memory(pipeline)` fits into a program."""
+def fitting(
+    pipeline: Pipeline, memory: Callable[[Pipeline], Mapping[str, Any]], *, key_slots: int = 1
+) -> Pipeline:
+    """The pipeline, with one slot less at a time until `memory(pipeline)` fits into a program.
+
+    At least `key_slots` are left, those that the kernel has in use at once.
+    """
+    least = {"key_slots": key_slots, "query_slots": 1}
     while not wg.fits(memory(pipeline)):
-        most = max(("query_slots", "key_slots"), key=lambda name: getattr(pipeline, name))
-        left = getattr(pipeline, most) - 1
-        if left == 0:
+        spare = {name: getattr(pipeline, name) - few for name, few in least.items()}
+        most = max(spare, key=spare.get)
+        if spare[most] == 0:
             raise ValueError(f"{pipeline} does not fit into shared memory: use another block")
-        pipeline = dataclasses.replace(pipeline, **{most: left})
+        pipeline = dataclasses.replace(pipeline, **{most: getattr(pipeline, most) - 1})
     return pipeline
 
 

@@ -156,6 +156,11 @@ def product(*pairs: tuple[Any, Any], start: jax.Array | None = None, columns: in
     return result
 
 
+def eight_rows(x: jax.Array) -> jax.Array:
+    """(..., n) as (..., 8, n) in bfloat16: the fewest rows of an operand."""
+    return jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], 8, x.shape[-1])).astype(jnp.bfloat16)
+
+
 def by_rows(x: jax.Array, columns: int = 64) -> jax.Array:
     """(64,) as (64, columns), the same along a row."""
     return lax.broadcast_in_dim(x, (CHUNK, columns), [0])

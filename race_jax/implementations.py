@@ -110,11 +110,15 @@ def _causal_forward(plan: Plan, operands: causal.Operands):
     run = _by_platform(plan, xla, (CAUSAL_CPU, CAUSAL_WIDE), _pallas_causal_forward)
     with jax.named_scope("race_attention/causal"):
         out, final, starts = run(operands)
-    return (out, final), (operands, starts)
+    return (out, final), (operands, final, starts)
 
 
 def _causal_backward(plan: Plan, residuals: tuple, cotangents: tuple):
-    xla = _backward(plan, causal.backward)
+    def xla(operands, final, starts, *cotangents, tiling):
+        del final
+        return causal.backward(operands, starts, *cotangents, tiling=tiling)
+
+    xla = _backward(plan, xla)
     run = _by_platform(plan, xla, (CAUSAL_CPU, CAUSAL_WIDE), _pallas_causal_backward)
     with jax.named_scope("race_attention/causal_backward"):
         return (run(*residuals, *cotangents),)
@@ -158,11 +162,16 @@ def _pallas_causal_forward(plan: Plan, operands: causal.Operands) -> tuple[jax.A
 
 
 def _pallas_causal_backward(
-    plan: Plan, operands: causal.Operands, starts: Sums, d_out: jax.Array, d_final: Sums
+    plan: Plan,
+    operands: causal.Operands,
+    final: Sums,
+    starts: Sums,
+    d_out: jax.Array,
+    d_final: Sums,
 ) -> causal.Operands:
-    arguments = _kernel_arguments(operands)
+    arguments = *_kernel_arguments(operands), *final, *starts, d_out, *d_final
     d_z_q, d_z_k, d_value, d_sharpness, d_log_decay, d_numerator, d_mass = (
-        kernels().causal_backward(*arguments, *starts, d_out, *d_final, hash_shape=plan.hash_shape)
+        kernels().causal_backward(*arguments, hash_shape=plan.hash_shape)
     )
     return causal.Operands(
         z_q=d_z_q.astype(operands.z_q.dtype),

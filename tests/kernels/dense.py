@@ -51,6 +51,7 @@ class Case(NamedTuple):
     dtype: str = "float32"
     sharpness: float = 2.0
     queries: int | None = None  # bidirectional: T, where it differs from S
+    past: int = 0  # tokens in the initial state; then values have a mean, and buckets hardly differ
 
 
 def draw(case: Case) -> tuple[dict[str, Any], list[Any]]:
@@ -76,14 +77,21 @@ def draw(case: Case) -> tuple[dict[str, Any], list[Any]]:
         "initial_mass": np.abs(normal(b, k, features, dtype="float32")),
         "initial_segment": np.zeros((b,), np.int32),
     }
+    d_numerator, d_mass = (given[f"initial_{x}"][::-1].copy() for x in ("numerator", "mass"))
+    if case.past:
+        mean = normal(k, 1, case.value_dim)
+        deviation = np.float32(case.past**0.5)
+        given["initial_mass"] = case.past + deviation * normal(b, k, features, dtype="float32")
+        common = given["initial_mass"][..., None] * mean.astype(np.float32)
+        given["initial_numerator"] = common + deviation * given["initial_numerator"]
+        given["value"] = given["value"] + mean[:, 0]
     if mask is not None:
         for name in ("zq", "zk", "value", "log_decay"):
             if given[name] is not None and given[name].shape[1] == t:
                 keep = mask.reshape(b, t, *[1] * (given[name].ndim - 2))
                 given[name] = np.where(keep, given[name], 0).astype(given[name].dtype)
     out = normal(b, case.queries or t, n, case.value_dim)
-    d_numerator, d_mass = given["initial_numerator"][::-1], given["initial_mass"][::-1]
-    return given, [out, d_numerator.copy(), d_mass.copy()]
+    return given, [out, d_numerator, d_mass]
 
 
 def programs(case: Case) -> Blocks:
@@ -183,8 +191,7 @@ def causal_kernels(
     arguments = [given[name] for name in CAUSAL_ARGUMENTS]
     options = {"interpret": interpret, "config": config}
     result = causal_forward(*arguments, **options)
-    states = result.split_numerator, result.split_mass
-    return result[:3], causal_backward(*arguments, *states, *cotangents, **options)
+    return result[:3], causal_backward(*arguments, *result[1:], *cotangents, **options)
 
 
 def bidirectional_kernels(

@@ -19,6 +19,7 @@ CAUSAL = {
     ),
     "plain, bfloat16": (Case(length=128, tables=4, planes=4, dtype="bfloat16"), None),
     "one token, gate": (Case(length=1, gate=True), FUSED),
+    "long past, gate": (Case(length=130, gate=True, past=10_000, dtype="bfloat16"), BLOCKED),
 }
 BIDIRECTIONAL = {
     "everything": (
@@ -26,6 +27,7 @@ BIDIRECTIONAL = {
         BLOCKED,
     ),
     "plain, bfloat16": (Case(length=64, dtype="bfloat16"), None),
+    "long past": (Case(length=64, value_dim=24, past=10_000, dtype="bfloat16"), BLOCKED),
 }
 
 
