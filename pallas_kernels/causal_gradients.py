@@ -44,6 +44,7 @@ def _query_kernel(problem: Problem, refs: SimpleNamespace) -> None:
         mean, mass = refs.mean[...], math.cast(state[1])
         numerator = math.cast(centred(state[0], jnp.max(state[1], axis=1), mean))
         mass_row = jnp.max(mass.astype(jnp.float32), axis=1)[None, :]
+        mean_rows = math.cast(jnp.broadcast_to(mean[None, :], (MASS, problem.value_block)))
 
         def query_head(head, carry):
             d_sharpness, row = carry
@@ -55,7 +56,7 @@ def _query_kernel(problem: Problem, refs: SimpleNamespace) -> None:
             inverse = reciprocals(
                 problem, chunk, denominators(problem, chunk, attention, queries, mass)
             )
-            offset = jnp.sum(d_out.astype(jnp.float32) * mean[None, :], axis=1)
+            offset = jnp.max(math.dot(d_out, mean_rows, "nt"), axis=1)
             by_key = math.dot(d_out, value, "nt") - offset[:, None]
             by_state = chunk.enter(math.dot(d_out, numerator, "nt"))
             delta = inverse * (

@@ -25,6 +25,7 @@ from peak_table import Limits, Row
 SMALL = Sizes(heads=2, head_dim=4, value_dim=4, tables=1, planes=1)
 
 
+@pytest.mark.once
 def test_one_command_prints_the_table_and_writes_its_files(run_python, tmp_path):
     words = "--lengths 256 --heads 2 --head_dim 8 --value_dim 8 --repeats 2 --decay".split()
     words += ["--table", "peak", "--rows", "race causal,softmax causal"]

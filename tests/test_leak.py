@@ -9,8 +9,11 @@ import math
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 import race_jax
+
+pytestmark = pytest.mark.once
 
 SYMBOLS, WIDTH, HEADS, LENGTH, BATCH, STEPS = 16, 32, 2, 80, 32, 150
 OPTIMIZER = optax.adam(1e-2)

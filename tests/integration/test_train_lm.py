@@ -20,6 +20,8 @@ from race_jax.train.flags import parse_config
 from race_jax.train.loop import train
 from race_jax.train.metrics import read_records
 
+pytestmark = pytest.mark.once
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS, EVERY = 240, 40
 CONFIG = f"""

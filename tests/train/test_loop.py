@@ -90,6 +90,7 @@ def test_a_run_says_what_it_is_and_leaves_its_traces(config, capsys):
         train(config)
 
 
+@pytest.mark.once
 def test_every_option_together_and_a_time_limit(config, capsys):
     config.data.packing = "packed"
     config.data.document_separator = "\n"
