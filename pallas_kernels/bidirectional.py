@@ -12,8 +12,8 @@ import jax
 from pallas_kernels import bidirectional_kernels as kernels
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.causal_outputs import split_sums
-from pallas_kernels.centre import centred, mean_value
-from pallas_kernels.plan import flat_projections, pad_to, padded_state, plan, unflat
+from pallas_kernels.centre import centred, common_adjoint, mean_value
+from pallas_kernels.plan import flat_projections, in_32_bits, pad_to, padded_state, plan, unflat
 from pallas_kernels.tiles import Shared
 
 
@@ -36,6 +36,7 @@ class BidirectionalGradients(NamedTuple):
     initial_mass: jax.Array
 
 
+@in_32_bits
 def bidirectional_forward(
     zq: jax.Array,
     zk: jax.Array,
@@ -83,6 +84,7 @@ def bidirectional_forward(
     )
 
 
+@in_32_bits
 def bidirectional_backward(
     zq: jax.Array,
     zk: jax.Array,
@@ -141,7 +143,7 @@ def bidirectional_backward(
     shared = Shared(sharpness, mask=key_value_mask)
     wide = pad_to(value, keys.value_dim)
     d_zk, d_value, d_sharpness_k = kernels.key_value_gradients(
-        keys, blocks.key, shared, flat_k, wide, adjoint
+        keys, blocks.key, shared, flat_k, wide, adjoint, common_adjoint(*adjoint, keys.buckets)
     )
     features, value_dim = initial_numerator.shape[-2:]
     return BidirectionalGradients(

@@ -2,7 +2,8 @@
 
 In: z, values or cotangents of a chunk, and the total or its adjoint. Out: outputs, or gradients.
 Equation: o = φq X / φq·Z; with ρ = 1/z and δ = do·o, dφq = ρ (do Xᵀ - δ Z), Λ = Σ (ρ φq)ᵀ do,
-Λ_Z = -Σ ρ δ φq, and for the keys dφk = v Λᵀ + Λ_Z, dv = φk Λ.
+Λ_Z = -Σ ρ δ φq, and for the keys dφk = v Λᵀ + Λ_Z, dv = φk Λ; there Λ and Λ_Z are measured from
+λ and λ_Z, which leaves dz as it is, and dv has L λ more (centre.py).
 """
 
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from pallas_kernels.backend import Output, launch, load, store
 from pallas_kernels.blocks import Block
 from pallas_kernels.causal_gradients import gather, mass_total, partial_dtype, total
 from pallas_kernels.causal_outputs import empty_state, hashed_queries, reciprocals
+from pallas_kernels.centre import Common, less_common
 from pallas_kernels.tiles import MASS, Chunk, Problem, Shared
 
 
@@ -85,6 +87,7 @@ def _key_value_kernel(problem: Problem, refs: SimpleNamespace) -> None:
     feature_map, math, once = problem.feature_map(refs), problem.arithmetic, problem.once()
     numerator = math.cast(refs.total_numerator[...])
     mass_row = once(refs.total_mass[...])[None, :]
+    common = problem.tables * refs.common[...][None, :]
 
     def body(start, d_sharpness):
         chunk = Chunk(problem, refs, start)
@@ -94,7 +97,8 @@ def _key_value_kernel(problem: Problem, refs: SimpleNamespace) -> None:
         d_phi = math.dot(load(refs.value, rows, chunk.rows), numerator, "nt") + mass_row
         d_z, d_beta = feature_map.gradient(squashed, keys, chunk.masked(d_phi))
         store(refs.d_zk, rows, d_z, chunk.rows)
-        store(refs.d_value, rows, math.dot(keys, numerator), chunk.rows)
+        d_value = chunk.masked(math.dot(keys, numerator) + common)
+        store(refs.d_value, rows, d_value, chunk.rows)
         return d_sharpness + d_beta
 
     zeros = jnp.zeros((problem.chunk, problem.projections), jnp.float32)
@@ -155,7 +159,9 @@ def query_gradients(problem: Problem, block: Block, shared: Shared, zq, totals: 
     return total(result.d_zq), result.d_sharpness.sum(axis=(0, 1, 3)), adjoint
 
 
-def key_value_gradients(problem: Problem, block: Block, shared: Shared, zk, value, adjoint: tuple):
+def key_value_gradients(
+    problem: Problem, block: Block, shared: Shared, zk, value, adjoint: tuple, common: Common
+):
     """dz of the keys, dv, and dβ (K,), from the adjoint of the total state."""
     problem = problem.cut(block)
     result = launch(
@@ -166,8 +172,9 @@ def key_value_gradients(problem: Problem, block: Block, shared: Shared, zk, valu
         | {
             "zk": (zk, problem.key_projections()),
             "value": (value, problem.values()),
+            "common": (common.numerator[:, :, None], problem.single(problem.means())),
         }
-        | _total_inputs(problem, *adjoint),
+        | _total_inputs(problem, *less_common(*adjoint, common)),
         outputs={
             "d_zk": problem.partial(
                 zk.shape, partial_dtype(problem, zk.dtype), problem.key_projections()

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import causal_gradients, causal_outputs
 from pallas_kernels.blocks import Blocks, Pipeline
-from pallas_kernels.centre import mean_value
-from pallas_kernels.plan import flat_projections, pad_to, padded_state, plan, unflat
+from pallas_kernels.centre import Common, common_adjoint, less_common, mean_value
+from pallas_kernels.plan import flat_projections, in_32_bits, pad_to, padded_state, plan, unflat
 from pallas_kernels.prefix import (
     later_flow,
     leaving_adjoints,
@@ -48,6 +48,7 @@ class CausalGradients(NamedTuple):
     initial_mass: jax.Array
 
 
+@in_32_bits
 def causal_forward(
     zq: jax.Array,
     zk: jax.Array,
@@ -109,6 +110,7 @@ def causal_forward(
     )
 
 
+@in_32_bits
 def causal_backward(
     zq: jax.Array,
     zk: jax.Array,
@@ -251,7 +253,8 @@ def _gradients(call: _Call, states: _States, d_out: jax.Array, d_final: tuple) -
         *(leaving_adjoints(weights, *pair) for pair in zip(adjoints, d_final, strict=True)),
         strict=True,
     )
-    found = key_value_gradients(query, leaving)
+    common = _common(problem, leaving)
+    found = key_value_gradients(query, less_common(*leaving, common), common)
     d_log_decay = None
     if shared.gamma is not None:
         later = sum(_crossing(*pair) for pair in zip(leaving, states.ends, strict=True))
@@ -276,10 +279,10 @@ def _by_programs(call: _Call, d_out: jax.Array) -> tuple[Callable, Callable]:
             problem, blocks.query, shared, *arrays, states, mean, d_out
         )
 
-    def key_value_gradients(rows, adjoints):
+    def key_value_gradients(rows, adjoints, common):
         run = functools.partial(
             causal_gradients.key_value_gradients, problem,
-            shared=shared, arrays=arrays, d_out=d_out, rows=rows, adjoints=adjoints,
+            shared=shared, arrays=arrays, d_out=d_out, rows=rows, adjoints=adjoints, common=common,
         )  # fmt: skip
         if blocks.value is None:
             return run(blocks.key)
@@ -306,6 +309,17 @@ def _ends(starts: tuple, final: tuple) -> tuple:
     """The state where each split ends, from that where each starts, and the last."""
     pairs = zip(starts, final, strict=True)
     return tuple(jnp.concatenate([x[:, :, 1:], last[:, :, None]], axis=2) for x, last in pairs)
+
+
+def _common(problem: Problem, leaving: tuple) -> Common:
+    """What the buckets' adjoints have in common over each split: the mean of both its ends.
+
+    Of the first split its end alone: before the first tokens, whose ρ is large, adjoints are of
+    another size.
+    """
+    entering = (jnp.concatenate([x[:, :, :1], x[:, :, :-1]], axis=2) for x in leaving)
+    both = (0.5 * (start + end) for start, end in zip(entering, leaving, strict=True))
+    return common_adjoint(*both, problem.buckets)
 
 
 def _crossing(adjoint: jax.Array, leaving: jax.Array) -> jax.Array:

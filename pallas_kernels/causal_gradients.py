@@ -1,12 +1,12 @@
 """Causal RACE attention, backward: queries forward in time, then keys and values back in time.
 
-In: the forward's inputs, the state where each split starts, the reference m of its values, and the
-cotangents. Out: dz of queries and keys, dv, dβ, dg and the cotangent of the initial state; features
-are computed again.
+In: the forward's inputs, the state where each split starts, the reference m of its values, the
+cotangents, and what the buckets' adjoints have in common. Out: dz of queries and keys, dv, dβ, dg
+and the cotangent of the initial state; features are computed again.
 Equation: with ρ = 1/z, δ = do·o, q̂ = ρ φq and T = (do vᵀ - δ)∘D,
     dφq = ρ (T φk + in∘(do Sᵀ - δ Z)),   dφk = Tᵀ q̂ + out∘(v Λᵀ + Λ_Z),
     dv = ((q̂ φkᵀ)∘D)ᵀ do + out∘(φk Λ),   [Λ | Λ_Z]' = a [Λ | Λ_Z] + (in∘q̂)ᵀ [do | -δ];
-dφq is computed with v, S and δ measured from m (centre.py).
+dφq is computed with v, S and δ measured from m, dφk with Λ and Λ_Z from λ and λ_Z (centre.py).
 """
 
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from pallas_kernels.causal_outputs import (
     load_state,
     reciprocals,
 )
-from pallas_kernels.centre import centred
+from pallas_kernels.centre import Common, centred
 from pallas_kernels.features import FeatureMap
 from pallas_kernels.tiles import MASS, Chunk, Problem, Shared
 
@@ -131,9 +131,11 @@ def _reverse_kernel(problem: Problem, refs: SimpleNamespace) -> None:
 def _key_value_kernel(problem: Problem, refs: SimpleNamespace) -> None:
     """Gradients of keys, of values, or of both: those whose outputs are there."""
     feature_map, math, once = problem.feature_map(refs), problem.arithmetic, problem.once()
+    # [λ | λ_Z]: the adjoints come less this, as it decays towards the start of the split.
+    common_mass = None if refs.common_mass is None else once(refs.common_mass[...])
 
     def body(start, carry):
-        state, d_sharpness = carry
+        state, decayed, d_sharpness = carry
         chunk = Chunk(problem, refs, start)
 
         def query_tiles(head):
@@ -146,28 +148,31 @@ def _key_value_kernel(problem: Problem, refs: SimpleNamespace) -> None:
         squashed = feature_map.squash(z)
         phi_k = chunk.masked(feature_map.expand(squashed))
         if refs.d_zk is not None:
-            d_phi = _d_phi_k(problem, chunk, refs, heads, state)
+            value = load(refs.value, (chunk.span, slice(None)), chunk.rows)
+            d_phi = _d_phi_k(problem, chunk, value, heads, state)
             d_z, d_beta = feature_map.gradient(squashed, math.cast(phi_k), d_phi)
             d_sharpness = d_sharpness + d_beta
             store(refs.d_zk, (chunk.span, slice(None)), d_z, chunk.rows)
         if refs.column is not None:
             keys = math.cast(phi_k).astype(jnp.float32)
+            in_common = _in_common(problem, value, (refs.common_numerator[...], common_mass))
+            d_phi += chunk.leave(decayed * in_common)
             refs.column[0, chunk.span] = jnp.sum(keys * d_phi, axis=1)
-        return _earlier_state(problem, chunk, refs, phi_k, heads, state), d_sharpness
+        state = _earlier_state(problem, chunk, refs, phi_k, heads, state, decayed)
+        return state, chunk.carry(decayed), d_sharpness
 
     zeros = jnp.zeros((problem.chunk, problem.projections), jnp.float32)
     mass = once(refs.split_mass[...]) * 0.5
     mass = jnp.broadcast_to(mass[:, None], (problem.features, MASS))
-    carry = (refs.split_numerator[...], mass), zeros
-    _, d_sharpness = problem.for_chunks(body, carry, reverse=True)
+    carry = (refs.split_numerator[...], mass), jnp.float32(1.0), zeros
+    *_, d_sharpness = problem.for_chunks(body, carry, reverse=True)
     if refs.d_sharpness is not None:
         refs.d_sharpness[...] = jnp.sum(d_sharpness)
 
 
-def _d_phi_k(problem: Problem, chunk: Chunk, refs: SimpleNamespace, heads, state: tuple):
-    """dφk (C, F) = Σ over query heads of Tᵀ q̂, plus out∘(v Λᵀ + Λ_Z)."""
+def _d_phi_k(problem: Problem, chunk: Chunk, value, heads, state: tuple):
+    """dφk (C, F) = Σ over query heads of Tᵀ q̂, plus out∘(v Λ'ᵀ + Λ_Z')."""
     math = problem.arithmetic
-    value = load(refs.value, (chunk.span, slice(None)), chunk.rows)
 
     def add_head(head, d_phi):
         scaled_q, d_out, delta = heads(head)
@@ -178,13 +183,21 @@ def _d_phi_k(problem: Problem, chunk: Chunk, refs: SimpleNamespace, heads, state
     return chunk.masked(problem.for_group(add_head, chunk.leave(d_phi)))
 
 
+def _in_common(problem: Problem, value: jax.Array, common: tuple) -> jax.Array:
+    """v·λ + λ_Z (C, 1): what dφk has in common, which the decay's gradient takes back."""
+    rows = jnp.broadcast_to(common[0][None, :], (MASS, problem.value_block))
+    by_value = problem.arithmetic.dot(value, rows, "nt")
+    return (jnp.max(by_value, axis=1) + common[1])[:, None]
+
+
 def _earlier_state(
-    problem: Problem, chunk: Chunk, refs: SimpleNamespace, phi_k, heads, state: tuple
+    problem: Problem, chunk: Chunk, refs: SimpleNamespace, phi_k, heads, state: tuple, decayed
 ):
-    """The adjoint that leaves the chunk backwards; on the way dv = Σ Aᵀ do + out∘(φk Λ)."""
+    """The adjoint that leaves the chunk backwards; on the way dv = Σ Aᵀ do + out∘(φk Λ' + L λ)."""
     math, d_value = problem.arithmetic, None
     if refs.d_value is not None:
-        d_value = chunk.leave(math.dot(phi_k, state[0]))
+        common = problem.tables * decayed * refs.common_numerator[...][None, :]
+        d_value = chunk.leave(math.dot(phi_k, state[0]) + common)
 
     def add_head(head, carry):
         d_value, state = carry
@@ -281,6 +294,7 @@ def key_value_gradients(
     d_out: jax.Array,
     rows: SimpleNamespace,
     adjoints: tuple,
+    common: Common,
     *,
     keys: bool = True,
     values: bool = True,
@@ -303,6 +317,8 @@ def key_value_gradients(
             "delta": (rows.delta, problem.row_spec()),
             "split_numerator": (adjoints[0], problem.numerators()),
             "split_mass": (adjoints[1], problem.masses()),
+            "common_numerator": (common.numerator if gate or values else None, problem.means()),
+            "common_mass": (common.mass if gate else None, problem.scalar_spec()),
         },
         outputs={
             "d_zk": problem.partial(

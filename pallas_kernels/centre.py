@@ -1,18 +1,32 @@
-"""The reference from which values are measured in the queries' gradient.
+"""What the buckets of a state have in common, taken off where dz depends on what they differ by.
 
-In: numerators and masses of states. Out: m, one vector of the values' space a state, and numerators
-of the values v - m.
-Equation: o is affine in v, so with S' = S - Z mᵀ and μ = do·m the row δ' = do·(o - m) is δ - μ, and
-    dφq = ρ (do Sᵀ - δ Z) = ρ (do S'ᵀ - δ' Z)    for every m.
+In: numerators and masses of states, or of their adjoints. Out: one reference a state, and states
+measured from it.
+Equations, exact for every m and λ: o is affine in v, so with S' = S - Z mᵀ and μ = do·m the row
+δ' = do·(o - m) is δ - μ, and
+    dφq = ρ (do Sᵀ - δ Z) = ρ (do S'ᵀ - δ' Z);
+the features of a table sum to 1, so dz of the keys is the same from dφk and from dφk less what it
+has in common: with [Λ' | Λ_Z'] = [Λ | Λ_Z] - 1 [λ | λ_Z]
+    dφk = v Λᵀ + Λ_Z = v Λ'ᵀ + Λ_Z' + (v·λ + λ_Z),   dv = φk Λ = φk Λ' + L λ.
+Back in time Λ' follows the recurrence of Λ from where its split ends, if λ decays along with it.
 
-Why: after many tokens the buckets' means S_f / Z_f differ little from each other, and dz depends on
-what they differ by alone. Rounded to bfloat16, S and Z lose it behind what they have in common.
+Why: after many tokens the buckets' means S_f / Z_f differ little from each other, and so do their
+adjoints before many. Rounded to bfloat16, S, Z and Λ lose it behind what they have in common.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tiles import TINY
+
+
+class Common(NamedTuple):
+    """[λ | λ_Z] of states' adjoints: what all buckets have in common."""
+
+    numerator: jax.Array  # (..., V)
+    mass: jax.Array  # (...,)
 
 
 def mean_value(numerator: jax.Array, mass: jax.Array) -> jax.Array:
@@ -22,9 +36,26 @@ def mean_value(numerator: jax.Array, mass: jax.Array) -> jax.Array:
     """
     total, weight = numerator.sum(axis=-2), mass.sum(axis=-1)[..., None]
     mean = jnp.where(weight >= TINY, total / jnp.maximum(weight, TINY), 0.0)
-    return mean.astype(jnp.bfloat16).astype(jnp.float32)
+    return _operand(mean)
 
 
 def centred(numerator: jax.Array, mass: jax.Array, mean: jax.Array) -> jax.Array:
     """S' = S - Z mᵀ."""
     return numerator - mass[..., :, None] * mean[..., None, :]
+
+
+def less_common(numerator: jax.Array, mass: jax.Array, common: Common) -> tuple:
+    """Λ' and Λ_Z'."""
+    return numerator - common.numerator[..., None, :], mass - common.mass[..., None]
+
+
+def common_adjoint(numerator: jax.Array, mass: jax.Array, buckets: int) -> Common:
+    """The mean over buckets of adjoints (..., F, V) and (..., F), zero in those past `buckets`.
+
+    λ is rounded to bfloat16, as m is.
+    """
+    return Common(_operand(numerator.sum(axis=-2) / buckets), mass.sum(axis=-1) / buckets)
+
+
+def _operand(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.bfloat16).astype(jnp.float32)

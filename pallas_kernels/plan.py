@@ -5,6 +5,8 @@ columns of zeros that no output reads. No equation.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,17 @@ import jax.numpy as jnp
 from pallas_kernels import backend
 from pallas_kernels.blocks import Blocks, choose_blocks, fits_warpgroups, split_length
 from pallas_kernels.tiles import Problem, padded, padded_features
+
+
+def in_32_bits(function: Callable) -> Callable:
+    """The function, traced in 32 bits whatever jax_enable_x64 says: kernels count in no others."""
+
+    @functools.wraps(function)
+    def run(*arguments, **options):
+        with jax.enable_x64(False):
+            return function(*arguments, **options)
+
+    return run
 
 
 def plan(

@@ -75,6 +75,11 @@ class Problem:
         return padded_features(self.tables, self.planes)
 
     @property
+    def buckets(self) -> int:
+        """F without padding."""
+        return self.tables * 2**self.planes
+
+    @property
     def value_blocks(self) -> int:
         return self.value_dim // self.value_block
 

@@ -1,9 +1,11 @@
 """Causal RACE attention, backward of keys and values, back in time, by four warpgroups.
 
-In: the forward's z and values, do, ρ, δ, and the adjoint of the state that leaves each split.
+In: the forward's z and values, do, ρ, δ, the adjoint of the state that leaves each split less what
+its buckets have in common, λ and λ_Z (centre.py).
 Out: dz of the keys, dv, the terms of dβ, and with a gate the column sums.
 Equation: with q̂ = ρ φq and T = (do vᵀ - δ)∘D, dφk = Tᵀ q̂ + out∘(v Λᵀ + Λ_Z),
-dv = ((q̂ φkᵀ)∘D)ᵀ do + out∘(φk Λ), and [Λ | Λ_Z]' = a [Λ | Λ_Z] + (in∘q̂)ᵀ [do | -δ].
+dv = ((q̂ φkᵀ)∘D)ᵀ do + out∘(φk Λ), and [Λ | Λ_Z]' = a [Λ | Λ_Z] + (in∘q̂)ᵀ [do | -δ], but
+Λ is Λ' + λ and Λ_Z is Λ_Z' + λ_Z, and λ decays with Λ'.
 
 One warpgroup fetches, one hashes queries and keeps the adjoint, one makes dz, and one dv.
 """
@@ -20,13 +22,21 @@ from jax.experimental import pallas as pl
 from pallas_kernels import warp_tiles as tiles
 from pallas_kernels import warpgroup as wg
 from pallas_kernels.blocks import Pipeline
+from pallas_kernels.centre import Common
 from pallas_kernels.tiles import Problem, Shared
 
+COMMON_ROWS = 16  # equal ones, λ: the fewest that a product sums over
 PASSED_SLOTS = 2  # of what one warpgroup makes for another, and multiplies itself meanwhile
 
 
 def _fetch(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
     tiles.fetch_constants(refs)
+    where = place.batch, place.head, place.split
+    wg.fetch(refs.common.at[where], refs.common_tiles, refs.constants_full)
+    if refs.column is not None:
+        for passed in range(PASSED_SLOTS):
+            below = refs.state_tiles.at[passed, pl.ds(tiles.FEATURES, 8)]
+            wg.fetch(refs.common.at[(*where, pl.ds(0, 8))], below, refs.constants_full)
 
     def chunk(turn, carry):
         tiles.fetch_keys(place, pipeline, refs, turn)
@@ -72,7 +82,7 @@ def _keep_adjoint(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace)
             wg.wait(refs.state_free.at[passed])
 
         numerator, mass = state
-        refs.state_tiles[passed] = numerator.astype(jnp.bfloat16)
+        refs.state_tiles[passed, pl.ds(0, tiles.FEATURES)] = numerator.astype(jnp.bfloat16)
         refs.mass_numbers[passed] = -jnp.sum(jnp.where(wg.index(1, 8) < 2, mass, 0.0), axis=1)
         if refs.entering_tiles is not None:
             wg.wait(refs.keys_full.at[lax.rem(turn, pipeline.key_slots)])
@@ -119,9 +129,11 @@ def _keep_adjoint(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace)
 
 def _differentiate_keys(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
     features, gate = tiles.TileFeatures(refs, place.head), refs.column is not None
+    common_mass = refs.common_mass[place.batch, place.head, place.split]
     wg.wait(refs.constants_full)
 
-    def chunk(turn, d_sharpness):
+    def chunk(turn, carry):
+        d_sharpness, decayed = carry
         slot, passed = lax.rem(turn, pipeline.key_slots), lax.rem(turn, PASSED_SLOTS)
         weights, values = tiles.Weights(refs, slot), refs.value_tiles.at[slot]
         decay = None if refs.decay_tiles is None else refs.decay_tiles.at[passed]
@@ -129,7 +141,12 @@ def _differentiate_keys(place: tiles.Place, pipeline: Pipeline, refs: SimpleName
         wg.wait(refs.state_full.at[passed])
         states = refs.state_tiles.at[passed].transpose((1, 0))
         mass = wg.by_columns(wg.load(refs.mass_numbers.at[passed], wg.COLUMNS))
-        d_phi = weights.times("leave", wg.product((values, states)) + mass)
+        by_state = wg.product((values, states), columns=tiles.FEATURES + 8 * gate)
+        if gate:  # v·λ + λ_Z, which the decay's gradient takes back: λ lies below Λ'
+            in_common = jnp.max(by_state[:, tiles.FEATURES :], axis=1) + common_mass
+            in_common = weights.times_rows("leave", decayed * in_common)
+            by_state = by_state[:, : tiles.FEATURES]
+        d_phi = weights.times("leave", by_state + mass)
 
         def query_head(member, d_phi):
             item = place.items_before(turn, member)
@@ -147,6 +164,7 @@ def _differentiate_keys(place: tiles.Place, pipeline: Pipeline, refs: SimpleName
             return d_phi
 
         d_phi = weights.keep(place.for_group(query_head, d_phi))
+        (decayed,) = weights.carry(decayed)
         squashed = features.squash(refs.zk_tiles.at[slot])
         wg.arrive(refs.state_free.at[passed])
         wg.arrive(refs.keys_free.at[slot])
@@ -159,23 +177,23 @@ def _differentiate_keys(place: tiles.Place, pipeline: Pipeline, refs: SimpleName
         refs.d_zk_tiles[...] = d_z.astype(jnp.bfloat16)
         copies = [(refs.d_zk_tiles, refs.d_zk.at[place.batch, tokens, place.head])]
         if gate:
-            refs.column_numbers[...] = jnp.sum(phi * d_phi, axis=1)
+            refs.column_numbers[...] = jnp.sum(phi * (d_phi + wg.by_rows(in_common)), axis=1)
             copies.append((refs.column_numbers, refs.column.at[place.batch, place.head, tokens]))
         wg.send(*copies)
-        return d_sharpness + d_beta
+        return d_sharpness + d_beta, decayed
 
     zeros = wg.filled(0.0, place.problem.projections)
-    d_sharpness = lax.fori_loop(0, place.count, chunk, zeros)
+    d_sharpness, _ = lax.fori_loop(0, place.count, chunk, (zeros, jnp.float32(1.0)))
     refs.d_sharpness[place.batch, place.head, place.split] = d_sharpness
     wg.sent(read_only=False)
 
 
 def _differentiate_values(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
-    value_dim = place.problem.value_dim
     features = tiles.TileFeatures(refs, place.head)
+    tables, value_dim = place.problem.tables, place.problem.value_dim
     wg.wait(refs.constants_full)
 
-    def chunk(turn, carry):
+    def chunk(turn, decayed):
         slot, passed = lax.rem(turn, pipeline.key_slots), lax.rem(turn, PASSED_SLOTS)
         weights = tiles.Weights(refs, slot)
         wg.wait(refs.keys_full.at[slot])
@@ -189,9 +207,13 @@ def _differentiate_values(place: tiles.Place, pipeline: Pipeline, refs: SimpleNa
 
         refs.phi_tiles[passed] = keys
         wg.arrive(refs.phi_full.at[passed])
+        # λ lies there COMMON_ROWS times; added as a tile it would cost a seventh of the kernel.
+        share = wg.filled(1.0, COMMON_ROWS) * (tables / COMMON_ROWS * decayed)
+        share = weights.keep(weights.times("leave", share)).astype(jnp.bfloat16)
+        (decayed,) = weights.carry(decayed)
         wg.wait(refs.state_full.at[passed])
-        states = refs.state_tiles.at[passed]
-        d_value = wg.product((leaving, states), columns=value_dim)
+        states = refs.state_tiles.at[passed, pl.ds(0, tiles.FEATURES)]
+        d_value = wg.product((leaving, states), (share, refs.common_tiles), columns=value_dim)
 
         def query_head(member, d_value):
             item = place.items_before(turn, member)
@@ -213,9 +235,9 @@ def _differentiate_values(place: tiles.Place, pipeline: Pipeline, refs: SimpleNa
         refs.d_value_tiles[...] = d_value.astype(jnp.bfloat16)
         where = place.batch, place.tokens(turn), place.head
         wg.send((refs.d_value_tiles, refs.d_value.at[where]))
-        return carry
+        return decayed
 
-    lax.fori_loop(0, place.count, chunk, jnp.int32(0))
+    lax.fori_loop(0, place.count, chunk, jnp.float32(1.0))
     wg.sent(read_only=False)
 
 
@@ -237,7 +259,10 @@ def _memory(problem: Problem, numbers: dict, pipeline: Pipeline) -> dict[str, An
     gate, enters = numbers["gamma"] is not None, numbers["enter"] is not None
     slots, z = pipeline.query_slots, (wg.CHUNK, problem.projections)
     passed = lambda readers: wg.barrier(num_arrivals=readers, num_barriers=PASSED_SLOTS)  # noqa: E731
-    return tiles.key_memory(problem, pipeline, numbers, readers=2 + enters) | {
+    common, readers = 1 + PASSED_SLOTS * gate, 2 + enters
+    keys = tiles.key_memory(problem, pipeline, numbers, readers=readers, more_constants=common)
+    return keys | {
+        "common_tiles": wg.narrow_operand(COMMON_ROWS, problem.value_dim),
         "zq_tiles": wg.plain(slots, *z, dtype=jnp.bfloat16),
         "d_out_tiles": wg.operand(slots, wg.CHUNK, problem.value_dim),
         "inverse_numbers": wg.plain(slots, wg.CHUNK),
@@ -245,7 +270,8 @@ def _memory(problem: Problem, numbers: dict, pipeline: Pipeline) -> dict[str, An
         "delta_columns": wg.operand(slots, 8, wg.CHUNK),
         "queries_full": wg.barrier(num_arrivals=5, num_barriers=slots),
         "queries_free": wg.barrier(num_arrivals=3, num_barriers=slots),
-        "state_tiles": wg.operand(PASSED_SLOTS, tiles.FEATURES, problem.value_dim),
+        # With a gate λ lies below Λ': one product with both.
+        "state_tiles": wg.operand(PASSED_SLOTS, tiles.FEATURES + 8 * gate, problem.value_dim),
         "mass_numbers": wg.plain(PASSED_SLOTS, tiles.FEATURES),
         "decay_tiles": wg.operand(PASSED_SLOTS, wg.CHUNK, wg.CHUNK) if enters else None,
         "state_full": passed(1),
@@ -264,7 +290,16 @@ def _memory(problem: Problem, numbers: dict, pipeline: Pipeline) -> dict[str, An
 
 
 def key_value_gradients(
-    problem: Problem, pipeline: Pipeline, shared: Shared, zq, zk, value, d_out, rows, adjoints
+    problem: Problem,
+    pipeline: Pipeline,
+    shared: Shared,
+    zq,
+    zk,
+    value,
+    d_out,
+    rows,
+    adjoints: tuple,
+    common: Common,
 ):
     """As causal_gradients.key_value_gradients, for problems of `blocks.fits_warpgroups`."""
     place, gate = tiles.Place(problem, reverse=True), shared.gamma is not None
@@ -291,7 +326,8 @@ def key_value_gradients(
         | {"zq": zq, "zk": zk, "value": value, "d_out": d_out}
         | {"inverse": rows.inverse, "delta": rows.delta}
         | {"delta_halves": _halves(problem, rows.delta)}
-        | {"leaving_numerator": adjoints[0], "leaving_mass": adjoints[1]},
+        | {"leaving_numerator": adjoints[0], "leaving_mass": adjoints[1]}
+        | {"common": wg.equal_rows(COMMON_ROWS, common.numerator), "common_mass": common.mass},
         outputs={
             "d_zk": jax.ShapeDtypeStruct(zk.shape, zk.dtype),
             "d_value": jax.ShapeDtypeStruct(value.shape, value.dtype),

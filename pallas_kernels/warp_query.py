@@ -74,12 +74,13 @@ def _differentiate_with_row(features: tiles.TileFeatures, at: Item) -> tuple[jax
     phi = jnp.exp2(exponent)
     attention = wg.product((phi.astype(jnp.bfloat16), at.keys.transpose((1, 0))))
     attention = tiles.visible(attention, at.decay)
-    from_state = at.weights.enter(jnp.sum(phi * at.masses(), axis=1))
+    from_state = at.weights.times_rows("enter", jnp.sum(phi * at.masses(), axis=1))
     within = jnp.sum(attention, axis=1)
     inverse = at.weights.keep_rows(inverse_of(from_state + within))
     delta = jnp.sum(attention * by_key, axis=1)
     by_state, offset = _from_state(at)
-    delta = inverse * (delta - offset * within + at.weights.enter(jnp.sum(phi * by_state, axis=1)))
+    read = at.weights.times_rows("enter", jnp.sum(phi * by_state, axis=1))
+    delta = inverse * (delta - offset * within + read)
     whole = delta + offset
     scores = tiles.visible(by_key - wg.by_rows(whole), at.decay).astype(jnp.bfloat16)
     start = at.weights.times("enter", by_state - wg.by_rows(delta) * at.masses())
@@ -147,7 +148,7 @@ def query_gradients(
         pipeline,
         shared,
         {"zq": zq, "zk": zk, "value": value, "d_out": d_out}
-        | {"mean": mean, "mean_rows": wg.eight_rows(mean)},
+        | {"mean": mean, "mean_rows": wg.equal_rows(8, mean)},
         states,
         name="causal_query_gradients",
         read=_read,

@@ -205,9 +205,9 @@ class Weights:
     def has(self, name: str) -> bool:
         return self._numbers[name] is not None
 
-    def enter(self, rows: jax.Array) -> jax.Array:
-        """Numbers of rows times in."""
-        factor = self._rows("enter")
+    def times_rows(self, name: str, rows: jax.Array) -> jax.Array:
+        """Numbers of rows (64,) times the numbers `name`."""
+        factor = self._rows(name)
         return rows if factor is None else rows * factor
 
     def keep(self, tile: jax.Array) -> jax.Array:

@@ -156,9 +156,10 @@ def product(*pairs: tuple[Any, Any], start: jax.Array | None = None, columns: in
     return result
 
 
-def eight_rows(x: jax.Array) -> jax.Array:
-    """(..., n) as (..., 8, n) in bfloat16: the fewest rows of an operand."""
-    return jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], 8, x.shape[-1])).astype(jnp.bfloat16)
+def equal_rows(rows: int, x: jax.Array) -> jax.Array:
+    """(..., n) as (..., rows, n) in bfloat16: an operand has 8 rows at least, 16 to sum over."""
+    rows = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], rows, x.shape[-1]))
+    return rows.astype(jnp.bfloat16)
 
 
 def by_rows(x: jax.Array, columns: int = 64) -> jax.Array:

@@ -51,7 +51,9 @@ class Case(NamedTuple):
     dtype: str = "float32"
     sharpness: float = 2.0
     queries: int | None = None  # bidirectional: T, where it differs from S
-    past: int = 0  # tokens in the initial state; then values have a mean, and buckets hardly differ
+    # Tokens a bucket before the call and after it. Then values and cotangents have a mean, and
+    # buckets hardly differ, in the state as in its adjoint.
+    around: int = 0
 
 
 def draw(case: Case) -> tuple[dict[str, Any], list[Any]]:
@@ -78,20 +80,24 @@ def draw(case: Case) -> tuple[dict[str, Any], list[Any]]:
         "initial_segment": np.zeros((b,), np.int32),
     }
     d_numerator, d_mass = (given[f"initial_{x}"][::-1].copy() for x in ("numerator", "mass"))
-    if case.past:
-        mean = normal(k, 1, case.value_dim)
-        deviation = np.float32(case.past**0.5)
-        given["initial_mass"] = case.past + deviation * normal(b, k, features, dtype="float32")
+    d_out = normal(b, case.queries or t, n, case.value_dim)
+    if case.around:
+        mean, d_mean = normal(k, 1, case.value_dim), normal(1, case.value_dim)
+        deviation = np.float32(case.around**0.5)
+        given["initial_mass"] = case.around + deviation * normal(b, k, features, dtype="float32")
         common = given["initial_mass"][..., None] * mean.astype(np.float32)
         given["initial_numerator"] = common + deviation * given["initial_numerator"]
         given["value"] = given["value"] + mean[:, 0]
+        # A query's denominator is about as large as a bucket's mass.
+        d_numerator = d_mean.astype(np.float32) + d_numerator / deviation
+        d_mass = (d_mass / deviation - 1).astype(np.float32)
+        d_out = d_out + d_mean
     if mask is not None:
         for name in ("zq", "zk", "value", "log_decay"):
             if given[name] is not None and given[name].shape[1] == t:
                 keep = mask.reshape(b, t, *[1] * (given[name].ndim - 2))
                 given[name] = np.where(keep, given[name], 0).astype(given[name].dtype)
-    out = normal(b, case.queries or t, n, case.value_dim)
-    return given, [out, d_numerator, d_mass]
+    return given, [d_out, d_numerator, d_mass]
 
 
 def programs(case: Case) -> Blocks:
@@ -164,14 +170,18 @@ def bidirectional(given: dict[str, Any]) -> tuple:
 
 
 def oracle(function, given: dict[str, Any], cotangents: list) -> tuple[dict, dict]:
-    """Outputs and gradients by name, in float64."""
-    with jax.enable_x64(True):
+    """Outputs and gradients by name, in float64; on the CPU, which compiles it fastest."""
+
+    @jax.jit
+    def run(moving, fixed, cotangents):
+        out, pull = jax.vjp(lambda x: function(fixed | x), moving)
+        return out, pull(cotangents)[0]
+
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         exact = {name: _as_float64(x) for name, x in given.items()}
-        names = [x for x in CAUSAL_GRADIENTS if exact.get(x) is not None]
-        run = lambda *arrays: function(exact | dict(zip(names, arrays, strict=True)))  # noqa: E731
-        out, pull = jax.vjp(run, *(exact[name] for name in names))
-        gradients = pull(tuple(_as_float64(x) for x in cotangents))
-        return _outputs(out), {n: np.asarray(x) for n, x in zip(names, gradients, strict=True)}
+        moving = {x: exact.pop(x) for x in CAUSAL_GRADIENTS if exact.get(x) is not None}
+        out, gradients = run(moving, exact, tuple(_as_float64(x) for x in cotangents))
+        return _outputs(out), {name: np.asarray(x) for name, x in gradients.items()}
 
 
 def _as_float64(x):
@@ -208,18 +218,19 @@ def bidirectional_kernels(
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def run(
-    kernels,
-    given: dict[str, Any],
-    cotangents: list,
-    *,
-    interpret: bool,
-    config: Blocks | None = None,
-) -> tuple[dict, dict]:
-    """Outputs and gradients of `kernels`, by name."""
+def runner(kernels, *, interpret: bool, config: Blocks | None = None):
+    """A function of arguments and cotangents to outputs and gradients of `kernels`, by name.
+
+    It compiles once, however often it is called.
+    """
     function = functools.partial(kernels, interpret=interpret, config=config)
-    options = QUICK_COMPILE if interpret else None
-    return named(given, *jax.jit(function, compiler_options=options)(given, cotangents))
+    compiled = jax.jit(function, compiler_options=QUICK_COMPILE if interpret else None)
+    return lambda given, cotangents: named(given, *compiled(given, cotangents))
+
+
+def run(kernels, given: dict[str, Any], cotangents: list, **options) -> tuple[dict, dict]:
+    """What `runner` gives, where it is wanted once."""
+    return runner(kernels, **options)(given, cotangents)
 
 
 def named(given: dict[str, Any], results, gradients) -> tuple[dict, dict]:

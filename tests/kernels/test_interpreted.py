@@ -17,8 +17,8 @@ CAUSAL = {
         ),
         BLOCKED,
     ),
-    "long past, bfloat16": (
-        Case(length=128, tables=4, planes=4, past=10_000, dtype="bfloat16"),
+    "among many, bfloat16": (
+        Case(length=128, tables=4, planes=4, around=10_000, dtype="bfloat16"),
         None,
     ),
     "one token, gate": (Case(length=1, gate=True), FUSED),
@@ -28,7 +28,7 @@ BIDIRECTIONAL = {
         Case(batch=2, length=300, queries=70, heads=4, tables=3, value_dim=24, mask=True),
         BLOCKED,
     ),
-    "long past, bfloat16": (Case(length=64, past=10_000, dtype="bfloat16"), None),
+    "among many, bfloat16": (Case(length=64, around=10_000, dtype="bfloat16"), None),
 }
 
 

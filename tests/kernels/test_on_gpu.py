@@ -34,8 +34,8 @@ CAUSAL = [
     # dβ of one head is one number: a draw in which the terms of its sum do not cancel.
     Case(batch=4, length=40, heads=2, kv_heads=1, tables=3, planes=3, value_dim=64),
     # What buckets differ by is a hundredth of what they have in common.
-    Case(length=264, tables=4, planes=4, value_dim=128, past=10_000),
-    Case(length=136, heads=4, tables=3, planes=3, value_dim=64, gate=True, past=10_000),
+    Case(length=264, tables=4, planes=4, value_dim=128, around=10_000),
+    Case(length=136, heads=4, tables=3, planes=3, value_dim=64, gate=True, around=10_000),
     # The most shared memory that the kernels of warpgroups ask for.
     Case(batch=2, length=1000, tables=8, planes=3, value_dim=128, **FULL),
 ]
@@ -43,7 +43,7 @@ BIDIRECTIONAL = [
     Case(length=1, tables=4, planes=4, value_dim=128),
     Case(length=1000, queries=65, tables=3, planes=3, value_dim=80, heads=4, mask=True),
     Case(batch=2, length=4160, tables=4, planes=4, value_dim=128, sharpness=8.0),
-    Case(length=136, tables=3, planes=3, value_dim=128, past=10_000),
+    Case(length=136, tables=3, planes=3, value_dim=128, around=10_000),
 ]
 BOTH = [dense.causal_kernels, dense.bidirectional_kernels]
 DTYPES = ["float32", "bfloat16"]
@@ -54,11 +54,11 @@ def check(kernels, case, assert_close, config=None):
     given, cotangents = dense.draw(case)
     exact = dense.causal if kernels is dense.causal_kernels else dense.bidirectional
     want = dense.oracle(exact, given, cotangents)
-    got = dense.run(kernels, given, cotangents, interpret=False, config=config)
+    run = dense.runner(kernels, interpret=False, config=config)
+    got = run(given, cotangents)
     assert_close("outputs", got[0], want[0], kind="outputs", dtype=case.dtype)
     assert_close("gradients", got[1], want[1], kind="gradients", dtype=case.dtype)
-    again = dense.run(kernels, given, cotangents, interpret=False, config=config)
-    assert_close("rerun", again, got, kind="rerun")
+    assert_close("rerun", run(given, cotangents), got, kind="rerun")
 
 
 def chosen(case: Case) -> Blocks:
