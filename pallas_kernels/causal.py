@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import causal_gradients, causal_outputs
 from pallas_kernels.blocks import Blocks, Pipeline
-from pallas_kernels.centre import Common, common_adjoint, less_common, mean_value
+from pallas_kernels.centre import common_adjoint, less_common, mean_value
 from pallas_kernels.plan import flat_projections, in_32_bits, pad_to, padded_state, plan, unflat
 from pallas_kernels.prefix import (
     later_flow,
@@ -253,7 +253,8 @@ def _gradients(call: _Call, states: _States, d_out: jax.Array, d_final: tuple) -
         *(leaving_adjoints(weights, *pair) for pair in zip(adjoints, d_final, strict=True)),
         strict=True,
     )
-    common = _common(problem, leaving)
+    # Of the end of a split, where adjoints are smallest: λ may be small against them, not large.
+    common = common_adjoint(*leaving, problem.buckets)
     found = key_value_gradients(query, less_common(*leaving, common), common)
     d_log_decay = None
     if shared.gamma is not None:
@@ -309,17 +310,6 @@ def _ends(starts: tuple, final: tuple) -> tuple:
     """The state where each split ends, from that where each starts, and the last."""
     pairs = zip(starts, final, strict=True)
     return tuple(jnp.concatenate([x[:, :, 1:], last[:, :, None]], axis=2) for x, last in pairs)
-
-
-def _common(problem: Problem, leaving: tuple) -> Common:
-    """What the buckets' adjoints have in common over each split: the mean of both its ends.
-
-    Of the first split its end alone: before the first tokens, whose ρ is large, adjoints are of
-    another size.
-    """
-    entering = (jnp.concatenate([x[:, :, :1], x[:, :, :-1]], axis=2) for x in leaving)
-    both = (0.5 * (start + end) for start, end in zip(entering, leaving, strict=True))
-    return common_adjoint(*both, problem.buckets)
 
 
 def _crossing(adjoint: jax.Array, leaving: jax.Array) -> jax.Array:

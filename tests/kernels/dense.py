@@ -102,8 +102,8 @@ def draw(case: Case) -> tuple[dict[str, Any], list[Any]]:
 
 def programs(case: Case) -> Blocks:
     """Blocks with which every kernel is one program at a time, none of several warpgroups."""
-    features = padded_features(case.tables, case.planes)
-    return choose_blocks(features, padded(case.value_dim), jnp.dtype(case.dtype).itemsize)
+    features, itemsize = padded_features(case.tables, case.planes), jnp.dtype(case.dtype).itemsize
+    return choose_blocks(features, padded(case.value_dim), itemsize, gate=case.gate)
 
 
 def features(z, sharpness):

@@ -76,3 +76,13 @@ def test_every_kernel_of_warpgroups_lowers_for_cuda(case, lower):
         assert name in call
     for name in SHARED:
         assert program.count(f'name = "{name}"') == 1, name
+
+
+@pytest.mark.skipif(not backend.has_warpgroups(), reason="the kernels need jax >= 0.11")
+@pytest.mark.parametrize("length", [65, 136], ids=["programs", "warpgroups"])
+def test_kernels_lower_where_jax_has_64_bits(length, lower):
+    case = PROGRAMS["everything"]._replace(length=length, value_dim=64)
+    given, cotangents = dense.draw(case)
+    with jax.enable_x64(True):
+        program = lower(functools.partial(dense.causal_kernels, interpret=False), given, cotangents)
+    assert program.count("@mosaic_gpu") == (len(BY_WARPGROUPS) if length % 8 == 0 else 0)

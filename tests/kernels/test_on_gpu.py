@@ -21,7 +21,8 @@ pytestmark = pytest.mark.gpu
 
 FULL = {"heads": 4, "gate": True, "mask": True, "packed": True}
 CAUSAL = [
-    Case(length=1, tables=4, planes=4, value_dim=128, gate=True),
+    # dβ is one number a head, whose terms may cancel: where tokens are few, heads are many.
+    Case(length=1, heads=8, kv_heads=8, tables=4, planes=4, value_dim=128, gate=True),
     Case(length=63, tables=2, planes=2, value_dim=64, **FULL),
     Case(length=64, tables=3, planes=3, value_dim=16, heads=8, sharpness=8.0),
     Case(length=65, tables=4, planes=4, value_dim=256, mask=True),
@@ -31,7 +32,7 @@ CAUSAL = [
     Case(length=136, tables=8, planes=3, value_dim=64, heads=8, gate=True),
     # What leaves a sequence of one head must not run on into the next.
     Case(batch=2, length=136, heads=1, kv_heads=1, tables=4, planes=4, value_dim=64, gate=True),
-    # dβ of one head is one number: a draw in which the terms of its sum do not cancel.
+    # One head: a draw in which the terms of dβ do not cancel.
     Case(batch=4, length=40, heads=2, kv_heads=1, tables=3, planes=3, value_dim=64),
     # What buckets differ by is a hundredth of what they have in common.
     Case(length=264, tables=4, planes=4, value_dim=128, around=10_000),
@@ -148,7 +149,8 @@ def test_an_output_left_unwritten_shows_as_nan():
 @pytest.mark.parametrize("kernels", BOTH)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_output_is_written(kernels, dtype, assert_close):
-    case = Case(batch=2, length=304, heads=4, tables=4, planes=4, value_dim=64, dtype=dtype)
+    sizes = {"heads": 8, "kv_heads": 4, "tables": 4, "planes": 4, "value_dim": 64}
+    case = Case(batch=2, length=304, **sizes, dtype=dtype)
     given, cotangents = dense.draw(case)
     run = functools.partial(kernels, interpret=False)
     got = dense.named(given, *run_on_nan(run, given, cotangents))

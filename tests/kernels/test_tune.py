@@ -147,7 +147,8 @@ def test_the_table_comes_before_the_heuristic(use_table):
     use_table(entry(WIDE, kind, sums=SMALLER))
     plain = blocks.heuristic_blocks(WIDE)
     assert blocks.choose_blocks(64, 128, 2) == dataclasses.replace(plain, sums=SMALLER)
-    assert blocks.choose_blocks(64, 128, 2, gate=True) == plain
+    gated = blocks.heuristic_blocks(dataclasses.replace(WIDE, gate=True))
+    assert blocks.choose_blocks(64, 128, 2, gate=True) == gated
     assert blocks.choose_blocks(64, 128, 2, is_causal=False) == plain
     assert blocks.choose_blocks(64, 128, 2, warpgroups=True) == blocks.heuristic_blocks(FED)
 
