@@ -207,7 +207,7 @@ def _differentiate_values(place: tiles.Place, pipeline: Pipeline, refs: SimpleNa
 
         refs.phi_tiles[passed] = keys
         wg.arrive(refs.phi_full.at[passed])
-        # λ lies there COMMON_ROWS times; added as a tile it would cost a seventh of the kernel.
+        # λ lies there COMMON_ROWS times; added as a tile it would cost a tenth of the kernel.
         share = wg.filled(1.0, COMMON_ROWS) * (tables / COMMON_ROWS * decayed)
         share = weights.keep(weights.times("leave", share)).astype(jnp.bfloat16)
         (decayed,) = weights.carry(decayed)
