@@ -9,26 +9,28 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from race_jax.attention import race_attention, race_attention_from_projections
-from race_jax.attention_fn import attention_fn
-from race_jax.hashing import hash_projections, init_planes, soft_hash
-from race_jax.state import RACEState, merge
+from race_jax.core.attention import race_attention, race_attention_from_projections
+from race_jax.core.dispatch import explain
+from race_jax.core.hashing import hash_projections, init_planes, soft_hash
+from race_jax.core.state import RACEState, merge
+from race_jax.layers.attention_fn import attention_fn
 
 if TYPE_CHECKING:
-    from race_jax import linen, nnx
-    from race_jax.nnx import RACEAttention
+    from race_jax import linen
+    from race_jax.layers.race import HashPlanes, RACEAttention
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "HashPlanes",
     "RACEAttention",
     "RACEState",
     "attention_fn",
+    "explain",
     "hash_projections",
     "init_planes",
     "linen",
     "merge",
-    "nnx",
     "race_attention",
     "race_attention_from_projections",
     "soft_hash",
@@ -37,8 +39,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Loads what needs Flax on first use (PEP 562)."""
-    if name in ("nnx", "linen"):
-        return importlib.import_module(f"race_jax.{name}")
-    if name == "RACEAttention":
-        return importlib.import_module("race_jax.nnx").RACEAttention
+    if name == "linen":
+        return importlib.import_module("race_jax.linen")
+    if name in ("HashPlanes", "RACEAttention"):
+        return getattr(importlib.import_module("race_jax.layers.race"), name)
     raise AttributeError(f"module 'race_jax' has no attribute {name!r}")

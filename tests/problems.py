@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import race_jax
-from race_jax import reference
+from race_jax.core import reference
 
 Arrays = dict[str, Any]
 STATE_FIELDS = ("numerator", "mass", "log_decay")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import race_jax
-from race_jax import reference
+from race_jax.core import reference
 from tests.problems import evaluate, make_problem, oracle, outputs
 
 EVERYTHING = {

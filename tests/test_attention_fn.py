@@ -10,7 +10,8 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from race_jax import attention_fn, init_planes, reference
+from race_jax import attention_fn, init_planes
+from race_jax.core import reference
 
 BATCH, LENGTH, WIDTH, HEADS, HEAD_DIM = 2, 6, 16, 4, 4
 PLANES = init_planes(jax.random.key(0), num_tables=2, num_planes=2, head_dim=HEAD_DIM)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from race_jax.baselines import softmax_attention
+from race_jax.layers.softmax import softmax_attention
 
 MASK = np.array([[0, 0, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 0, 0], [0] * 7], bool)
 SEGMENTS = np.array([[0, 0, 4, 4, 4, 7, 7], [2] * 7, [0, 0, 0, 0, 1, 1, 1]], np.int32)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import race_jax
-from race_jax import dispatch
+from race_jax.core import dispatch
 
 ON_CPU_ONLY = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="says what happens on a machine without an accelerator"

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from race_jax import gates
+from race_jax.layers import gates
 
 
 def test_half_lives_spread_geometrically_and_one_head_gets_the_longest():

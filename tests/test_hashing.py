@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import race_jax
-from race_jax import reference
+from race_jax.core import reference
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

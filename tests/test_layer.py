@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from race_jax.layer import LayerState, init_state, race_layer
-from race_jax.layer_settings import LayerSettings
+from race_jax.layers.functional import LayerState, init_state, race_layer
+from race_jax.layers.settings import LayerSettings
 
 BATCH, LENGTH, WIDTH = 2, 9, 8
 ALL = {  # every option that may stand beside the others, in a causal layer

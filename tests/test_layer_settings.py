@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from race_jax.layer_settings import LayerSettings
+from race_jax.layers.settings import LayerSettings
 
 WIDTH = 8
 

@@ -10,7 +10,7 @@ from flax import errors, nnx
 from flax import linen as nn
 
 from race_jax import linen
-from race_jax.nnx import RACEAttention
+from race_jax.layers.race import RACEAttention
 
 BATCH, LENGTH, WIDTH = 2, 6, 8
 X = jax.random.normal(jax.random.key(0), (BATCH, LENGTH, WIDTH))

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 import race_jax
-from race_jax import reference
-from race_jax.nnx import HashPlanes, RACEAttention
+from race_jax.core import reference
+from race_jax.layers.race import HashPlanes, RACEAttention
 
 BATCH, LENGTH, WIDTH = 2, 8, 16
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from race_jax import reference
+from race_jax.core import reference
 from tests.problems import make_problem, oracle
 
 SHAPE = {"batch": 5, "queries": 9, "heads": 4, "kv_heads": 2, "head_dim": 5, "value_dim": 3}

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from race_jax import short_conv
+from race_jax.layers import short_conv
 
 BATCH, LENGTH, FEATURES = 4, 12, 3
 # One row a kind of padding: none, left, right, interior.

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from race_jax.layers.race import RACEAttention
 from race_jax.models.config import ModelConfig
 from race_jax.models.layers import INIT_STD, MLP, SoftmaxAttention, kernel_init
-from race_jax.nnx import RACEAttention
 
 
 class Block(nnx.Module):

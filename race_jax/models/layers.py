@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from race_jax import masking
-from race_jax.baselines import softmax_attention
+from race_jax.core import masking
+from race_jax.layers.softmax import softmax_attention
 
 INIT_STD = 0.02  # of every table and kernel, as in GPT-2's code
 ROPE_BASE = 10_000.0
@@ -195,7 +195,7 @@ class SoftmaxAttention(nnx.Module):
         positions: "rope" turns queries and keys, "alibi" biases the logits; else neither.
         dtype: dtype of the computation; parameters are float32.
         out_kernel_init: of the kernel of ``out``.
-        implementation: as `race_jax.baselines.softmax_attention` takes it.
+        implementation: as `race_jax.layers.softmax_attention` takes it.
         rngs: streams "params".
     """
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from race_jax.core.state import EMPTY
 from race_jax.models.block import Block, rematerialised
 from race_jax.models.config import ModelConfig
 from race_jax.models.layers import TokenEmbedding, token_positions
-from race_jax.state import EMPTY
 
 _NO_STATE = (
     "only causal RACE models carry a state; a softmax model reads the whole sequence again for "

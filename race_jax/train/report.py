@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from race_jax import dispatch
+from race_jax.core import dispatch
 from race_jax.models import TransformerLM, decode
 from race_jax.train.config import Config
 from race_jax.train.data import Data

@@ -13,7 +13,7 @@ from flax import nnx
 
 import pallas_kernels
 import race_jax
-from race_jax import dispatch, implementations
+from race_jax.core import dispatch, implementations
 from tests.kernels.dense import QUICK_COMPILE
 
 PASSES = [

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from race_jax.layers.race import HashPlanes
 from race_jax.models import ModelConfig, Transformer, TransformerLM, parameter_count
 from race_jax.models.block import Block
-from race_jax.nnx import HashPlanes
 from tests.models.small import CONFIGS, SIZES, VOCAB, build, compiled, draw
 
 DTYPES = {name: changes.get("dtype", "float32") for name, changes in CONFIGS.items()}

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from race_jax import gates, hashing, masking
-from race_jax.attention import Options, attend
-from race_jax.attention_fn import key_padding
-from race_jax.layer_settings import LayerSettings
-from race_jax.short_conv import TAPS, short_convolution
-from race_jax.state import RACEState
+from race_jax.core import hashing, masking
+from race_jax.core.attention import Options, attend
+from race_jax.core.state import RACEState
+from race_jax.layers import gates
+from race_jax.layers.attention_fn import key_padding
+from race_jax.layers.settings import LayerSettings
+from race_jax.layers.short_conv import TAPS, short_convolution
 
 EPSILON = 1e-6  # of the query and key norms, as in Flax's LayerNorm
 

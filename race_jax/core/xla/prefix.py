@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from race_jax.aggregate.chunk import Sums
+from race_jax.core.xla.chunk import Sums
 
 
 def combine(earlier: tuple[jax.Array, Sums], later: tuple[jax.Array, Sums]):

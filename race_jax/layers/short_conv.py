@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from race_jax import masking
+from race_jax.core import masking
 
 WIDTH = 4  # tokens that an output sees, its own included
 TAPS = WIDTH - 1  # tokens that a later call needs to know

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from race_jax import checks, dispatch, hashing, implementations, masking
-from race_jax.aggregate import bidirectional, causal, rescan
-from race_jax.aggregate.chunk import Sums
-from race_jax.state import RACEState, check_normalization
+from race_jax.core import checks, dispatch, hashing, implementations, masking
+from race_jax.core.state import RACEState, check_normalization
+from race_jax.core.xla import bidirectional, causal, rescan
+from race_jax.core.xla.chunk import Sums
 
 
 def race_attention(

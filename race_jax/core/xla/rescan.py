@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from race_jax import state
-from race_jax.aggregate import bidirectional, causal
-from race_jax.aggregate import chunk as chunks
-from race_jax.aggregate.chunk import Decay, Sums, Tokens
-from race_jax.aggregate.sweep import layout, pad_time
+from race_jax.core import state
+from race_jax.core.xla import bidirectional, causal
+from race_jax.core.xla import chunk as chunks
+from race_jax.core.xla.chunk import Decay, Sums, Tokens
+from race_jax.core.xla.sweep import layout, pad_time
 
 CHUNK = 64
 

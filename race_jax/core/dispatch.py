@@ -129,7 +129,7 @@ def explain(
     Example:
       >>> import jax.numpy as jnp, race_jax
       >>> x, planes = jnp.zeros((1, 8, 2, 16)), jnp.zeros((4, 3, 16))
-      >>> race_jax.dispatch.explain(x, x, x, planes, implementation="xla").reason
+      >>> race_jax.explain(x, x, x, planes, implementation="xla").reason
       "implementation='xla' was asked for"
 
     Source: beyond the paper.

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from race_jax.attention import race_attention
+from race_jax.core.attention import race_attention
 
 
 def attention_fn(

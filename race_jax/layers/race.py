@@ -1,4 +1,4 @@
-"""RACEAttention for Flax NNX: holds the layer's parameters and planes, and calls `race_jax.layer`.
+"""RACEAttention for Flax NNX: holds parameters and planes, and calls `layers.functional`.
 
 Comes in: hidden states (B, T, D). Goes out: hidden states (B, T, D), and a state where one came in.
 For every head, with planes W and projections A,
@@ -15,17 +15,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from race_jax.layer import LayerState, init_state, race_layer
-from race_jax.layer_settings import PAPER, LayerSettings
+from race_jax.layers.functional import LayerState, init_state, race_layer
+from race_jax.layers.settings import PAPER, LayerSettings
 
 default_kernel_init = nnx.initializers.lecun_normal()
 default_bias_init = nnx.initializers.zeros_init()
 
 
 class HashPlanes(nnx.Variable):
-    """Fixed hash planes: saved and restored with a model, but no parameter of it.
+    """Fixed hash planes: saved and restored with a model, but not trained.
 
     ``nnx.state(model, HashPlanes)`` selects them; ``nnx.state(model, nnx.Param)`` leaves them out.
+
+    Example:
+      >>> import race_jax
+      >>> from flax import nnx
+      >>> layer = race_jax.RACEAttention(2, 16, rngs=nnx.Rngs(0))
+      >>> list(nnx.state(layer, race_jax.HashPlanes))
+      ['planes']
     """
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from race_jax import hashing, masking
-from race_jax.hashing import check_floating
-from race_jax.state import RACEState
+from race_jax.core import hashing, masking
+from race_jax.core.hashing import check_floating
+from race_jax.core.state import RACEState
 
 
 def check_inputs(query: jax.Array, key: jax.Array, value: jax.Array, planes: jax.Array) -> None:

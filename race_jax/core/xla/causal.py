@@ -15,11 +15,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from race_jax import state
-from race_jax.aggregate import chunk as chunks
-from race_jax.aggregate import prefix
-from race_jax.aggregate.chunk import Sums, Tokens
-from race_jax.aggregate.sweep import (
+from race_jax.core import state
+from race_jax.core.xla import chunk as chunks
+from race_jax.core.xla import prefix
+from race_jax.core.xla.chunk import Sums, Tokens
+from race_jax.core.xla.sweep import (
     Layout,
     Tiling,
     join_blocks,

@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from race_jax.aggregate import bidirectional, causal
-from race_jax.aggregate.chunk import Sums
-from race_jax.aggregate.sweep import Tiling
-from race_jax.dispatch import BY_PLATFORM, PALLAS_ASKED, Choice, kernels
+from race_jax.core.dispatch import BY_PLATFORM, PALLAS_ASKED, Choice, kernels
+from race_jax.core.xla import bidirectional, causal
+from race_jax.core.xla.chunk import Sums
+from race_jax.core.xla.sweep import Tiling
 
 # One core likes small chunks one after the other, a wide machine all blocks at once.
 CAUSAL_CPU = Tiling(chunk=32, parallel=False)

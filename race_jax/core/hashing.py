@@ -172,7 +172,7 @@ def fold_planes(kernel: jax.Array, planes: jax.Array) -> jax.Array:
     Example:
       >>> import jax, jax.numpy as jnp, race_jax
       >>> planes = race_jax.init_planes(jax.random.key(0), num_tables=4, num_planes=3, head_dim=8)
-      >>> race_jax.hashing.fold_planes(jnp.ones((16, 2, 8)), planes).shape
+      >>> race_jax.core.hashing.fold_planes(jnp.ones((16, 2, 8)), planes).shape
       (16, 2, 4, 3)
 
     Source: beyond the paper; exact because queries and keys enter RACE only through z.

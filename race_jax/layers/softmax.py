@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from race_jax import masking
+from race_jax.core import masking
 
 IMPLEMENTATIONS = (None, "xla", "cudnn")
 
@@ -64,7 +64,7 @@ def softmax_attention(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from race_jax.baselines import softmax_attention
+        >>> from race_jax.layers.softmax import softmax_attention
         >>> x = jnp.ones((1, 3, 2, 4))
         >>> value = jnp.arange(24.0).reshape(1, 3, 2, 4)
         >>> softmax_attention(x, x, value, is_causal=True)[0, :, 0, 0].tolist()

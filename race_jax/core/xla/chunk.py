@@ -15,8 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from race_jax import hashing, state
-from race_jax.shapes import (
+from race_jax.core import hashing, state
+from race_jax.core.shapes import (
     HeadMass,
     HeadOutputs,
     HeadValues,

@@ -14,7 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from race_jax import masking
+from race_jax.core import masking
 
 EMPTY = -1  # the segment of a state that has seen no token
 MIN_MASS = 1e-30  # a smaller denominator is float32 underflow: the row counts as seeing no key

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from race_jax import dispatch, gates, hashing, short_conv, state
+from race_jax.core import dispatch, hashing, state
+from race_jax.layers import gates, short_conv
 
 # Exactly the paper's Algorithms 1 and 2, with its one trained sharpness.
 PAPER = {

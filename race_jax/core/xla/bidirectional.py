@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from race_jax import state
-from race_jax.aggregate import chunk as chunks
-from race_jax.aggregate.chunk import Sums
-from race_jax.aggregate.sweep import Layout, Tiling, layout, pad_time, sweep
+from race_jax.core import state
+from race_jax.core.xla import chunk as chunks
+from race_jax.core.xla.chunk import Sums
+from race_jax.core.xla.sweep import Layout, Tiling, layout, pad_time, sweep
 
 PARALLEL_BLOCK = 4096  # tokens that one lane of a wide machine sums by itself
 

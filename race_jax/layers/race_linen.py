@@ -1,0 +1,273 @@
+"""RACEAttention for Flax Linen: the thin twin of `layers.race`, with the same parameter tree.
+
+Comes in: hidden states (B, T, D). Goes out: hidden states (B, T, D), and a state where one came in.
+For every head, with planes W and projections A,
+
+    out = race(W x A_q, W x A_k, x A_v) A_out
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from race_jax.layers.functional import LayerState, init_state, race_layer
+from race_jax.layers.settings import PAPER, LayerSettings
+
+Initializer = Callable[..., Any]
+
+
+class RACEAttention(nn.Module):
+    """Multi-head RACE attention, in the place of ``nn.MultiHeadDotProductAttention``.
+
+        out_t = sum_s w_ts (x_s A_v) / sum_s w_ts
+        w_ts = visible(t, s) exp(G_t - G_s) phi(W x_t A_q) . phi(W x_s A_k)
+
+    The same layer as the NNX `race_jax.RACEAttention`, whose documentation tells what each option
+    means. The ``params`` collection is the tree of its parameters; fixed planes are ``planes`` in
+    the collection ``hash_planes``, which `apply` needs beside ``params``. Widths of inputs are
+    taken from the inputs. Sums are kept in float32 at least.
+
+    Attributes:
+      num_heads: N, query heads.
+      qkv_features: N * H; the inputs' width if neither it nor `head_dim` is given.
+      out_features: the width of the output; the inputs' if None.
+      num_kv_heads: K, dividing N; N if None.
+      head_dim: H; ``qkv_features / num_heads`` if None.
+      value_dim: V; `head_dim` if None.
+      dtype: dtype of the computation; promoted from inputs and parameters if None.
+      param_dtype: dtype of parameters and planes.
+      dropout_rate: share of the output's entries that are dropped, in [0, 1).
+      deterministic: turns dropout off; a call may say it instead, but not both.
+      decode: only for Flax's signature: RACE decodes with ``state=``.
+      precision: of the projections.
+      kernel_init: of the projections' kernels.
+      out_kernel_init: of the kernel of ``out``; `kernel_init` if None.
+      bias_init: of the projections' biases.
+      out_bias_init: of the bias of ``out``; `bias_init` if None.
+      use_bias: whether the projections have biases.
+      normalize_qk: LayerNorm on queries and keys.
+      num_tables: L, hash tables.
+      num_planes: P, 1..10, planes of a table.
+      planes_scale: standard deviation of the planes' entries; ``head_dim**-0.5`` if None.
+      learn_planes: makes the planes a parameter.
+      sharpness: beta at the start, > 0.
+      learn_sharpness: trains beta, through its logarithm.
+      shared_sharpness: one beta for the layer instead of one a key/value head.
+      forget_gate: None, ``"fixed"``, ``"learned"`` or ``"data"``.
+      half_life: the longest half-life of the gate at the start, in tokens.
+      short_conv: mixes each token with the three before it.
+      output_gate: normalises and gates the heads before ``out``.
+      fold_planes: computes ``x (A W)`` instead of ``(x A) W``.
+      normalization: ``"global"`` or ``"bucket"``.
+      implementation: None, ``"xla"`` or ``"pallas"``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from race_jax.linen import RACEAttention
+      >>> layer = RACEAttention(num_heads=4, forget_gate="data")
+      >>> x = jax.random.normal(jax.random.key(1), (2, 10, 32))
+      >>> streams = {"params": jax.random.key(0), "planes": jax.random.key(1)}
+      >>> variables = layer.init(streams, x, is_causal=True)
+      >>> variables["params"]["query"]["kernel"].shape, variables["hash_planes"]["planes"].shape
+      ((32, 4, 8), (4, 4, 8))
+      >>> layer.apply(variables, x, is_causal=True).shape
+      (2, 10, 32)
+
+    Source: arXiv 2510.04008, Algorithms 1 and 2 (`RACEAttention.paper`); the rest goes beyond it.
+    """
+
+    num_heads: int
+    qkv_features: int | None = None
+    out_features: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    value_dim: int | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    dropout_rate: float = 0.0
+    deterministic: bool | None = None
+    decode: bool | None = None
+    precision: Any = None
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    out_kernel_init: Initializer | None = None
+    bias_init: Initializer = nn.initializers.zeros_init()
+    out_bias_init: Initializer | None = None
+    use_bias: bool = True
+    normalize_qk: bool = False
+    num_tables: int = 4
+    num_planes: int = 4
+    planes_scale: float | None = None
+    learn_planes: bool = False
+    sharpness: float = 2.0
+    learn_sharpness: bool = True
+    shared_sharpness: bool = False
+    forget_gate: str | None = None
+    half_life: float | None = None
+    short_conv: bool = False
+    output_gate: bool = False
+    fold_planes: bool = False
+    normalization: str = "global"
+    implementation: str | None = None
+
+    @classmethod
+    def paper(cls, num_heads: int, **options: Any) -> RACEAttention:
+        """The paper's layer, exactly, as the NNX `race_jax.RACEAttention.paper`.
+
+        Args:
+          num_heads: N.
+          **options: what the paper leaves open, and Linen's `name` and `parent`.
+
+        Returns:
+          The layer.
+
+        Raises:
+          TypeError: an option that the paper fixes.
+        """
+        return cls(num_heads, **PAPER, **options)
+
+    def init_state(self, batch: int, in_features: int) -> LayerState:
+        """The state before any token, to be passed as ``state=``.
+
+        Args:
+          batch: B.
+          in_features: D, the width of the inputs.
+
+        Returns:
+          A pytree of one size, whatever the length to come.
+        """
+        return init_state(self._settings(in_features, in_features), batch)
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs_q: jax.Array,
+        inputs_k: jax.Array | None = None,
+        inputs_v: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        is_causal: bool = False,
+        state: LayerState | None = None,
+        deterministic: bool | None = None,
+        dropout_rng: jax.Array | None = None,
+    ) -> jax.Array | tuple[jax.Array, LayerState]:
+        """Attends: arguments and results are those of the NNX `race_jax.RACEAttention`.
+
+        Args:
+          inputs_q: ``(B, T, D)``.
+          inputs_k: ``(B, S, D)``; None for self-attention.
+          inputs_v: ``(B, S, D)``; None for `inputs_k`.
+          mask: key padding, ``(B, S)`` or ``(B, 1, 1, S)``, nonzero where there is a token.
+          segment_ids: ``(B, T)`` int >= 0, one contiguous run a document.
+          is_causal: whether a token sees only itself and what stands before it; needs T == S.
+          state: from `init_state` or an earlier call. Needs `is_causal`.
+          deterministic: turns dropout off.
+          dropout_rng: a key for dropout; the stream ``dropout`` if None.
+
+        Returns:
+          ``(B, T, D)`` in `dtype`; with a `state` also the state after the call.
+
+        Raises:
+          ValueError: shapes that do not fit, or arguments that exclude each other.
+          TypeError: a state of another kind.
+        """
+        keys_from = inputs_q if inputs_k is None else inputs_k
+        settings = self._settings(inputs_q.shape[-1], keys_from.shape[-1])
+        return race_layer(
+            self._parameters(settings),
+            self._planes(settings),
+            inputs_q,
+            inputs_k,
+            inputs_v,
+            settings=settings,
+            mask=mask,
+            segment_ids=segment_ids,
+            is_causal=is_causal,
+            state=state,
+            dropout_key=self._dropout_key(deterministic, dropout_rng),
+        )
+
+    def _settings(self, in_features: int, in_kv_features: int) -> LayerSettings:
+        return LayerSettings.of(self, in_features=in_features, in_kv_features=in_kv_features)
+
+    def _parameters(self, settings: LayerSettings) -> dict[str, Any]:
+        heads, kv_heads = settings.num_heads, settings.num_kv_heads
+        head_dim, value_dim = settings.head_dim, settings.value_dim
+        shapes = {
+            "query": ((settings.in_features,), (heads, head_dim)),
+            "key": ((settings.in_kv_features,), (kv_heads, head_dim)),
+            "value": ((settings.in_kv_features,), (kv_heads, value_dim)),
+            "out": ((heads, value_dim), (settings.out_features,)),
+        }
+        groups = {}
+        for name, (inputs, outputs) in shapes.items():
+            is_out = name == "out"
+            kernel_init = (is_out and self.out_kernel_init) or self.kernel_init
+            bias_init = (is_out and self.out_bias_init) or self.bias_init
+            groups[name] = {"kernel": _flat(kernel_init, inputs, outputs)}
+            if self.use_bias:
+                groups[name]["bias"] = _flat(bias_init, (), outputs)
+        if self.normalize_qk:
+            ones = _flat(nn.initializers.ones_init(), (), (head_dim,))
+            groups |= {"query_ln": {"scale": ones}, "key_ln": {"scale": ones}}
+        parameters = {
+            name: ParameterGroup(inits, self.param_dtype, name=name)()
+            for name, inits in groups.items()
+        }
+        for name, init in settings.own_parameters().items():
+            parameters[name] = self.param(name, init)
+        return parameters
+
+    def _planes(self, settings: LayerSettings) -> jax.Array:
+        if not self.learn_planes:
+            variable = self.variable(
+                "hash_planes", "planes", lambda: settings.draw_planes(self.make_rng("planes"))
+            )
+            return variable.value
+        # Flax also runs the initialiser of a parameter that exists, to compare shapes; then there
+        # is no stream to draw from.
+        own = self.make_rng("planes") if self.is_initializing() else None
+        return self.param("planes", lambda key: settings.draw_planes(key if own is None else own))
+
+    def _dropout_key(
+        self, deterministic: bool | None, dropout_rng: jax.Array | None
+    ) -> jax.Array | None:
+        if self.dropout_rate == 0:
+            return None
+        if nn.merge_param("deterministic", self.deterministic, deterministic):
+            return None
+        return self.make_rng("dropout") if dropout_rng is None else dropout_rng
+
+
+class ParameterGroup(nn.Module):
+    """Parameters under one name, without a computation: `race_jax.layers.functional` computes.
+
+    Attributes:
+      inits: for every parameter, ``init(key, dtype)``.
+      param_dtype: their dtype.
+    """
+
+    inits: Mapping[str, Initializer]
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self) -> dict[str, jax.Array]:
+        """The parameters by name."""
+        return {name: self.param(name, init, self.param_dtype) for name, init in self.inits.items()}
+
+
+def _flat(init: Initializer, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Initializer:
+    """Initialises a kernel as a matrix and a bias as a vector, as Flax does: fans depend on it."""
+    flat = (math.prod(inputs), math.prod(outputs)) if inputs else (math.prod(outputs),)
+
+    def shaped(key: jax.Array, dtype: Any) -> Any:
+        # A tree map, because an initialiser with partitioning gives a box around the array.
+        return jax.tree.map(lambda array: array.reshape(*inputs, *outputs), init(key, flat, dtype))
+
+    return shaped
