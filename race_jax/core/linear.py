@@ -1,0 +1,186 @@
+"""Linear attention over ready features: what RACE does after its hash, for any feature map.
+
+The other linear attentions of this library build on it, so they share RACE's masks and its state.
+It is one rematerialised scan over chunks, clear rather than fast.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from race_jax.core import masking
+from race_jax.core.state import RACEState, normalize
+
+CHUNK = 64  # tokens that are handled at once
+
+
+def linear_attention(
+    phi_q: jax.Array,
+    phi_k: jax.Array,
+    value: jax.Array,
+    *,
+    is_causal: bool = False,
+    log_decay: jax.Array | None = None,
+    key_value_mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    initial_state: RACEState | None = None,
+    return_state: bool = False,
+) -> jax.Array | tuple[jax.Array, RACEState]:
+    """Attention whose weights are products of features, at a cost linear in the length.
+
+        out_t = sum_s w_ts v_s / sum_s w_ts
+        w_ts  = visible(t, s) exp(G_t - G_s) phi_q(t) . phi_k(s)
+
+    G is the running sum of ``log_decay``. Sums are kept in float32 at least.
+
+    Args:
+      phi_q: ``(B, T, N, F)``, features of the queries, not negative.
+      phi_k: ``(B, S, K, F)``; query head n reads key/value head ``n // (N // K)``.
+      value: ``(B, S, K, V)``; its dtype is the output's.
+      is_causal: whether a token sees only itself and what came before; needs T == S.
+      log_decay: ``(B, S, K)``, <= 0, the forgetting gate, causal only.
+      key_value_mask: ``(B, S)`` bool, True where there is a token.
+      segment_ids: ``(B, T)`` int >= 0, contiguous runs: tokens see their own segment only.
+      initial_state: the state that the tokens continue.
+      return_state: whether to return the state after the last token as well.
+
+    Returns:
+      ``(B, T, N, V)``, or that and a ``RACEState``.
+
+    Raises:
+      ValueError: shapes that do not fit, or arguments that exclude each other.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from race_jax.core.linear import linear_attention
+      >>> phi, value = jnp.ones((1, 3, 1, 4)), jnp.arange(3.0).reshape(1, 3, 1, 1)
+      >>> linear_attention(phi, phi, value, is_causal=True).ravel().tolist()
+      [0.0, 0.5, 1.0]
+
+    Source: Katharopoulos et al. 2020, section 3; gate, packing and state as in RACE attention here.
+    """
+    batch, length, kv_heads, value_dim = value.shape
+    _check(phi_q, phi_k, value, is_causal, log_decay, segment_ids, initial_state, return_state)
+    masking.check_key_value_mask(key_value_mask, (batch, length))
+    masking.check_segment_ids(segment_ids, (batch, phi_q.shape[1]), key_value_mask)
+    masking.check_log_decay(log_decay, (batch, length, kv_heads), key_value_mask)
+    dtype = jnp.promote_types(jnp.result_type(phi_q, phi_k, value), jnp.float32)
+    state = initial_state
+    if state is None:
+        state = RACEState.init(batch, kv_heads, phi_k.shape[3], value_dim, dtype)
+    arrays = {
+        "phi_q": phi_q.astype(dtype),
+        "phi_k": masking.select_tokens(phi_k.astype(dtype), key_value_mask),
+        "value": masking.select_tokens(value.astype(dtype), key_value_mask),
+        "log_decay": masking.bound_log_decay(log_decay, key_value_mask),
+        "mask": key_value_mask,
+        "segment": masking.fill_segments(segment_ids, key_value_mask, state.segment),
+    }
+    if is_causal:
+        rows, state = _scan(arrays, state, inclusive=True)
+        if key_value_mask is not None:
+            rows = masking.select_tokens(rows, key_value_mask)
+    elif segment_ids is not None:
+        rows, _ = _scan(arrays, state, inclusive=True)
+        flip = lambda tree: jax.tree.map(lambda x: jnp.flip(x, axis=1), tree)  # noqa: E731
+        after, _ = _scan(flip(arrays), state, inclusive=False)
+        rows += flip(after)
+    else:
+        state = state.update(arrays["phi_k"], arrays["value"], key_value_mask=key_value_mask)
+        rows = _read(_grouped(arrays["phi_q"], kv_heads), state)
+    out = normalize(rows[..., :-1], rows[..., -1]).astype(value.dtype)
+    out = out.reshape(*phi_q.shape[:3], value_dim)
+    return (out, state) if return_state else out
+
+
+def _scan(
+    arrays: dict[str, jax.Array | None], state: RACEState, *, inclusive: bool
+) -> tuple[jax.Array, RACEState]:
+    """Rows ``(B, T, K, G, V + 1)`` of numerators and masses, and the state after the last token."""
+    batch, length, kv_heads = arrays["value"].shape[:3]
+    grouped = _grouped(arrays["phi_q"], kv_heads)
+    if not length:
+        shape = (*grouped.shape[:4], arrays["value"].shape[3] + 1)
+        return jnp.zeros(shape, grouped.dtype), state
+    mask = jnp.ones((batch, length), bool) if arrays["mask"] is None else arrays["mask"]
+    arrays = arrays | {"phi_q": grouped, "mask": mask}
+    missing = -length % CHUNK
+
+    def chunked(x: jax.Array) -> jax.Array:
+        mode = "edge" if x is arrays["segment"] else "constant"
+        x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+        return jnp.moveaxis(x.reshape(batch, x.shape[1] // CHUNK, CHUNK, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def step(state: RACEState, chunk: dict) -> tuple[RACEState, jax.Array]:
+        rows = _chunk_rows(chunk, state, inclusive=inclusive)
+        after = state.update(
+            chunk["phi_k"],
+            chunk["value"],
+            log_decay=chunk["log_decay"],
+            key_value_mask=chunk["mask"],
+            segment_ids=chunk["segment"],
+        )
+        return after, rows
+
+    state, rows = jax.lax.scan(step, state, jax.tree.map(chunked, arrays))
+    rows = jnp.moveaxis(rows, 0, 1)
+    return rows.reshape(batch, length + missing, *rows.shape[3:])[:, :length], state
+
+
+def _chunk_rows(chunk: dict, state: RACEState, *, inclusive: bool) -> jax.Array:
+    """Numerators and masses of one chunk's queries, from the chunk itself and from the state."""
+    visible = jnp.tril(jnp.ones((CHUNK, CHUNK), bool), 0 if inclusive else -1)[None, None]
+    phi_q, segment = chunk["phi_q"], chunk["segment"]
+    from_state = phi_q
+    if segment is not None:
+        visible = visible & (segment[:, None, :, None] == segment[:, None, None, :])
+        seen = (segment == state.segment[:, None])[..., None, None, None]
+        from_state = jnp.where(seen, from_state, 0.0)
+    decay = visible.astype(phi_q.dtype)
+    if chunk["log_decay"] is not None:
+        total = jnp.moveaxis(jnp.cumsum(chunk["log_decay"], axis=1), 1, 2)  # (B, K, C)
+        difference = total[..., :, None] - total[..., None, :]
+        # The exponent is masked, not only its exponential: above the diagonal it is positive.
+        decay = jnp.exp(jnp.where(visible, difference, -jnp.inf))
+        from_state = from_state * jnp.exp(jnp.moveaxis(total, 2, 1))[..., None, None]
+    weights = jnp.einsum("btkgf,bskf->bkgts", phi_q, chunk["phi_k"]) * decay[:, :, None]
+    numerator = jnp.einsum("bkgts,bskv->btkgv", weights, chunk["value"])
+    mass = jnp.moveaxis(weights.sum(axis=-1), 3, 1)
+    return jnp.concatenate([numerator, mass[..., None]], axis=-1) + _read(from_state, state)
+
+
+def _grouped(phi_q: jax.Array, kv_heads: int) -> jax.Array:
+    """``(B, T, N, F)`` as ``(B, T, K, G, F)``: query heads under the head that they read."""
+    batch, length, heads, features = phi_q.shape
+    return phi_q.reshape(batch, length, kv_heads, heads // kv_heads, features)
+
+
+def _read(phi_q: jax.Array, state: RACEState) -> jax.Array:
+    """Numerators and masses ``(B, T, K, G, V + 1)`` that queries read from a state."""
+    numerator = jnp.einsum("btkgf,bkfv->btkgv", phi_q, state.numerator)
+    mass = jnp.einsum("btkgf,bkf->btkg", phi_q, state.mass)
+    return jnp.concatenate([numerator, mass[..., None]], axis=-1)
+
+
+def _check(phi_q, phi_k, value, is_causal, log_decay, segment_ids, initial_state, return_state):
+    shapes = f"got phi_q {phi_q.shape}, phi_k {phi_k.shape}, value {value.shape}"
+    if phi_q.ndim != 4 or phi_k.ndim != 4 or value.ndim != 4:
+        raise ValueError(f"phi_q, phi_k and value must have 4 axes (B, T, heads, size); {shapes}")
+    if phi_k.shape[:3] != value.shape[:3] or phi_q.shape[0] != phi_k.shape[0]:
+        raise ValueError(f"phi_k and value must agree in (B, S, K), and phi_q in B; {shapes}")
+    if phi_q.shape[3] != phi_k.shape[3] or phi_q.shape[2] % max(value.shape[2], 1):
+        raise ValueError(
+            f"phi_q and phi_k must have equal features, and N must be a multiple of K; {shapes}"
+        )
+    if (is_causal or segment_ids is not None) and phi_q.shape[1] != phi_k.shape[1]:
+        raise ValueError(f"is_causal and segment_ids need as many queries as keys; {shapes}")
+    if log_decay is not None and not is_causal:
+        raise ValueError(
+            "log_decay needs is_causal=True, because a forgetting gate has a direction"
+        )
+    if segment_ids is not None and not is_causal and (initial_state is not None or return_state):
+        raise ValueError(
+            "segment_ids with a state needs is_causal=True: bidirectional totals would mix segments"
+        )
