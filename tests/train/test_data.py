@@ -285,7 +285,7 @@ class TestRefused:
             (b"text", {"batch_size": 0}, "batch_size=0 must be a positive multiple"),
             (b"text", {"batch_size": 4, "process": (0, 3)}, "process_count=3"),
             (b"text", {"process": (2, 2)}, "process_index=2 must lie in"),
-            (b"text", {"seed": -1}, "seed must be >= 0, got -1"),
+            (b"text", {"seed": -1}, r"seed must lie in \[0, 2\*\*32\), got -1"),
             (b"text", {"valid": b"v", "sequence_length": 1}, r"valid0\.txt: .*nothing to score"),
             (b"text", {"document_separator": " "}, "is used with config.data.packing=packed only"),
             (b"--", {"packing": "packed", "document_separator": "-"}, r"0\.txt: holds nothing but"),
