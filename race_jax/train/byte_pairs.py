@@ -112,7 +112,12 @@ def read_or_train(
                 "training text give its size, as --config.data.vocab_limit=8192"
             )
         trained = BytePairTokenizer.from_texts(texts, vocab_size=vocab_limit)
-        _write_whole(path, trained.json_text)
+        try:
+            _write_whole(path, trained.json_text)
+        except OSError as error:
+            raise ValueError(
+                f"config.data.tokenizer_file: {path} cannot be written: {error.strerror}"
+            ) from error
     data = read_file(path)
     try:
         tokenizer = BytePairTokenizer(data.decode("utf-8"))

@@ -18,6 +18,9 @@ from absl import flags
 
 Batch = dict[str, Any]
 
+# Arrays go through a pipe: a process that is killed would leave its shared memory behind.
+_NO_SHARED_MEMORY = grain.experimental.DatasetOptions(min_shm_size=1 << 62)
+
 
 def read_ahead(
     batches: grain.IterDataset[Batch], place: Callable[[Batch], Any] | None = None
@@ -101,7 +104,9 @@ class WorkerIterator(grain.DatasetIterator[Batch]):
         if not flags.FLAGS.is_parsed():  # the workers read absl's flags, which need a command line
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=self._num_workers)
-        remaining = self._batches[self._next_index :].to_iter_dataset()
+        remaining = grain.experimental.WithOptionsIterDataset(
+            self._batches[self._next_index :].to_iter_dataset(), _NO_SHARED_MEMORY
+        )
         return iter(remaining.mp_prefetch(options, worker_init_fn=_depend_on_parent))
 
     def _end(self) -> None:
