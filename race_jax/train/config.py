@@ -267,6 +267,11 @@ class Config:
 
     def _validate_together(self) -> None:
         run, parts = self.run, self.optimizer.accumulation_steps
+        if run.batch_size * self.data.sequence_length >= 2**31:
+            raise ValueError(
+                "config.run.batch_size times config.data.sequence_length must be < 2**31 tokens, "
+                f"got {run.batch_size} x {self.data.sequence_length}"
+            )
         if run.batch_size % parts:
             raise ValueError(
                 f"config.run.batch_size must be divisible by accumulation_steps {parts}, "
