@@ -76,6 +76,12 @@ class BytePairTokenizer(Tokenizer):
         """The text, special tokens shown."""
         return self._inner.decode(self._checked(ids).tolist(), skip_special_tokens=False)
 
+    def num_unknown(self, ids: np.ndarray) -> int:
+        """How many of `ids` are the unknown token of the JSON file, if that has one."""
+        token = getattr(self._inner.model, "unk_token", None)
+        unknown = None if token is None else self._inner.token_to_id(token)
+        return 0 if unknown is None else int(np.count_nonzero(np.asarray(ids) == unknown))
+
     def to_dict(self) -> dict[str, Any]:
         """Name and the whole JSON text: a checkpoint needs no other file."""
         return {"name": self.name, "json_text": self.json_text}
@@ -106,7 +112,12 @@ def read_or_train(
                 "training text give its size, as --config.data.vocab_limit=8192"
             )
         trained = BytePairTokenizer.from_texts(texts, vocab_size=vocab_limit)
-        _write_whole(path, trained.json_text)
+        try:
+            _write_whole(path, trained.json_text)
+        except OSError as error:
+            raise ValueError(
+                f"config.data.tokenizer_file: {path} cannot be written: {error.strerror}"
+            ) from error
     data = read_file(path)
     try:
         tokenizer = BytePairTokenizer(data.decode("utf-8"))

@@ -15,6 +15,7 @@ from race_jax.train.records import above_zero, at_least, check_fields, fill, one
 SOURCES = ("stdlib", "files", "huggingface")
 TOKENIZERS = ("bytes", "words", "characters", "bpe")
 PACKINGS = ("contiguous", "packed")
+MAX_WORKERS = 256
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -24,10 +25,12 @@ class DataConfig:
 
     Attributes:
         source: "stdlib" (the Python standard library's own source files), "files" (local text,
-            plain, .gz or .xz) or "huggingface" (a data set by name, needs `datasets`).
+            plain or packed by gzip, bzip2, xz or zip) or "huggingface" (a data set by name, needs
+            `datasets`).
         root: folder that relative file names start from; None takes the environment variable
             RACE_JAX_DATA, which is used for nothing else.
-        train_files, valid_files, test_files: file names, a tuple or one comma-separated string.
+        train_files, valid_files, test_files: file names, as a tuple or as one comma-separated
+            string. They may hold spaces; in a tuple they may also hold commas.
         dataset, dataset_config, text_field: the Hugging Face names.
         tokenizer: "bytes", "characters", "words" (from the training split) or "bpe".
         tokenizer_file: a `tokenizers` JSON file, for "bpe".
@@ -39,7 +42,8 @@ class DataConfig:
         valid_fraction: share held out where no `valid_files` are given: of the files (stdlib), of
             the end of the text (files).
         valid_tail: characters held out at the end of the text instead of a share; 0 is off.
-        num_workers: grain worker processes; 0 reads in this one.
+        num_workers: processes that read "contiguous" windows, each with a copy of the text; 0
+            reads in a thread of this process. The batches are the same for any number.
     """
 
     source: str = "stdlib"
@@ -68,7 +72,7 @@ class DataConfig:
         one_of("config.data.packing", self.packing, PACKINGS)
         at_least("config.data.sequence_length", self.sequence_length, 1)
         at_least("config.data.valid_tail", self.valid_tail, 0)
-        at_least("config.data.num_workers", self.num_workers, 0)
+        self.validate_workers()
         if self.vocab_limit is not None:
             at_least("config.data.vocab_limit", self.vocab_limit, 2)
         if not 0 < self.valid_fraction < 1:
@@ -76,6 +80,19 @@ class DataConfig:
                 f"config.data.valid_fraction must lie in (0, 1), got {self.valid_fraction}"
             )
         self._validate_source()
+
+    def validate_workers(self) -> None:
+        """Raises ValueError where `num_workers` cannot be used."""
+        at_least("config.data.num_workers", self.num_workers, 0)
+        if self.num_workers > MAX_WORKERS:
+            raise ValueError(
+                f"config.data.num_workers must be <= {MAX_WORKERS}, got {self.num_workers}"
+            )
+        if self.num_workers and self.packing == "packed":
+            raise ValueError(
+                'config.data.num_workers must be 0 with packing="packed", whose rows depend on all '
+                f"documents before them, got {self.num_workers}; a thread reads ahead in any case"
+            )
 
     def _validate_source(self) -> None:
         if self.source == "files" and not self.train_files:
@@ -250,6 +267,11 @@ class Config:
 
     def _validate_together(self) -> None:
         run, parts = self.run, self.optimizer.accumulation_steps
+        if run.batch_size * self.data.sequence_length >= 2**31:
+            raise ValueError(
+                "config.run.batch_size times config.data.sequence_length must be < 2**31 tokens, "
+                f"got {run.batch_size} x {self.data.sequence_length}"
+            )
         if run.batch_size % parts:
             raise ValueError(
                 f"config.run.batch_size must be divisible by accumulation_steps {parts}, "

@@ -5,13 +5,14 @@ and one pass over each held-out split. Equation: bits per byte = nats / (ln 2 * 
 """
 
 import dataclasses
+import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 
 from race_jax.train import windows
 from race_jax.train.config import PACKINGS, DataConfig
@@ -20,6 +21,7 @@ from race_jax.train.records import at_least, one_of
 from race_jax.train.sources import load_corpus, refuse_ignored
 from race_jax.train.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer
 from race_jax.train.windows import Batch, HostRows, Pieces, TokenStream
+from race_jax.train.workers import read_ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +33,17 @@ class HeldOut:
         num_tokens: tokens that are scored, the sum of all weights: every token of the stream, or
             of each packed document, but the first, which nothing predicts.
         num_bytes: bytes of text that the scored tokens stand for.
+        encodes_text: whether the text can be recovered from the tokens. If not, a loss in bits per
+            byte of text means nothing.
+        num_unknown: how many of the scored tokens are `<unk>`.
         batches: one pass in a fixed order. The last batch is filled up with rows of weight 0.
     """
 
     text: bytes
     num_tokens: int
     num_bytes: int
+    encodes_text: bool
+    num_unknown: int
     batches: grain.IterDataset[Batch]
 
 
@@ -55,6 +62,7 @@ class Data:
         valid, test: the held-out splits; `test` may be None.
         num_train_tokens: tokens of one epoch.
         digest: SHA-256 of all text; losses compare only at equal digests.
+        tokenizer_digest: SHA-256 of the tokenizer and of the token ids of the training text.
         description: one line for the log: source, sizes, digest.
     """
 
@@ -64,7 +72,13 @@ class Data:
     test: HeldOut | None
     num_train_tokens: int
     digest: str
+    tokenizer_digest: str
     description: str
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digests of all content that decides what is learned, for a resumed run to compare."""
+        return {"text_digest": self.digest, "tokenizer_digest": self.tokenizer_digest}
 
     @property
     def vocab_size(self) -> int:
@@ -81,23 +95,33 @@ class Data:
         """The bytes of the validation split."""
         return self.valid.text
 
-    def train_iterator(self, state: dict[str, Any] | None = None) -> grain.DatasetIterator[Batch]:
-        """A new iterator over the training batches: from the first, or from where `state` was.
+    def train_iterator(
+        self,
+        state: dict[str, Any] | None = None,
+        place: Callable[[Batch], Any] | None = None,
+    ) -> grain.DatasetIterator[Any]:
+        """A new iterator over the training batches, which reads one batch ahead of its use.
 
-        `iterator.get_state()` is a small dict of JSON values; given here, in any process that
-        built the same data, it goes on with the very next batch.
+        `iterator.get_state()` is a small dict of JSON values. It counts the batches that were
+        handed out. Given here, in any process that built the same data, it continues with the very
+        next batch, also with another `num_workers`.
+
+        Args:
+            state: where to continue; None starts at the first batch.
+            place: called with each batch ahead of its use, in the thread that reads; for example,
+                it puts the batch on the devices. The iterator yields what it returns.
 
         Raises:
             ValueError: `state` comes from another kind of pipeline.
         """
-        iterator = iter(self.train)
+        iterator = read_ahead(self.train, place)
         if state is not None:
             try:
                 iterator.set_state(state)
             except (KeyError, IndexError, TypeError) as error:
                 raise ValueError(
                     f"the data iterator's state {state} was saved with another "
-                    "config.data.packing or config.data.num_workers; go on with the same"
+                    "config.data.packing; continue with the same"
                 ) from error
         return iterator
 
@@ -130,7 +154,7 @@ def build_data(
     Args:
         config: source, splits, tokenizer, packing, `sequence_length` T.
         batch_size: rows of the global batch, a multiple of process_count.
-        seed: of the order of the training windows, >= 0.
+        seed: of the order of the training windows, in [0, 2**32).
         process_index: which of the processes this is; it reads its own rows of each global batch,
             the same rows that a single process would have there.
         process_count: number of processes.
@@ -153,8 +177,9 @@ def build_data(
     """
     one_of("config.data.packing", config.packing, PACKINGS)
     at_least("config.data.sequence_length", config.sequence_length, 1)
-    at_least("config.data.num_workers", config.num_workers, 0)
-    at_least("seed", seed, 0)
+    config.validate_workers()
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in [0, 2**32), got {seed}")
     rows = HostRows(batch_size, process_index, process_count)
     corpus = _divided(load_corpus(config), config)
     tokenizer = build_tokenizer(config, _vocabulary_texts(corpus, config))
@@ -168,6 +193,7 @@ def build_data(
         test=_held_out(corpus.test, tokenizer, config, rows) if corpus.test else None,
         num_train_tokens=len(train.ids),
         digest=digest,
+        tokenizer_digest=_tokenizer_digest(tokenizer, train),
         description=_description(config, corpus, digest, tokenizer),
     )
 
@@ -243,14 +269,10 @@ def _training_batches(
 ) -> grain.IterDataset[Batch]:
     length = config.sequence_length
     if config.packing == "packed":
-        batches = windows.train_packed(stream, length, rows=rows, seed=seed)
-    else:
-        batches = windows.train_windows(stream.ids, length, rows=rows, seed=seed)
-    if config.num_workers == 0:
-        return batches
-    if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags; not every caller has any
-        flags.FLAGS.mark_as_parsed()
-    return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers))
+        return windows.train_packed(stream, length, rows=rows, seed=seed)
+    return windows.train_windows(
+        stream.ids, length, rows=rows, seed=seed, num_workers=config.num_workers
+    )
 
 
 def _held_out(
@@ -265,13 +287,30 @@ def _held_out(
         )
     text = tokenizer.separator.encode().join(document.data for document in documents)
     texts = [document.data for document in documents] if config.packing == "packed" else [text]
-    num_bytes = sum(
-        len(data) - tokenizer.num_bytes(stream.ids[start : start + 1])
+    parts = [
+        (data, stream.ids[start:stop])
         for data, (start, stop) in zip(texts, itertools.pairwise(stream.borders), strict=True)
-        if stop - start > 1
-    )
+    ]
+    scored = [(data, ids) for data, ids in parts if len(ids) > 1]
     read = windows.held_out_packed if config.packing == "packed" else windows.held_out_windows
-    return HeldOut(text, num_tokens, num_bytes, read(stream, config.sequence_length, rows=rows))
+    return HeldOut(
+        text=text,
+        num_tokens=num_tokens,
+        num_bytes=sum(len(data) - tokenizer.num_bytes(ids[:1]) for data, ids in scored),
+        encodes_text=all(tokenizer.encodes(data, ids) for data, ids in scored),
+        num_unknown=sum(tokenizer.num_unknown(ids[1:]) for _, ids in scored),
+        batches=read(stream, config.sequence_length, rows=rows),
+    )
+
+
+def _tokenizer_digest(tokenizer: Tokenizer, train: TokenStream) -> str:
+    """SHA-256 of a tokenizer's record, and of the ids that it makes of the training text.
+
+    The ids also change where another version of a tokenizer's package reads the record differently.
+    """
+    total = hashlib.sha256(json.dumps(tokenizer.to_dict(), sort_keys=True).encode())
+    total.update(np.ascontiguousarray(train.ids))
+    return total.hexdigest()
 
 
 def _description(config: DataConfig, corpus: Corpus, digest: str, tokenizer: Tokenizer) -> str:

@@ -4,6 +4,8 @@ In: `--config FILE [--config.section.field=value ...]`. Out: a checked `Config`,
 one sentence that names the file or the field. Equation: none.
 """
 
+import ast
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -17,7 +19,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from race_jax.train.config import Config
-from race_jax.train.records import check_fields, unknown_field
+from race_jax.train.records import as_names, check_fields, unknown_field
+from race_jax.train.sources import expand
 
 
 def parse_config(argv: Sequence[str]) -> Config:
@@ -25,7 +28,8 @@ def parse_config(argv: Sequence[str]) -> Config:
 
     Args:
         argv: the words after the script's name. In overrides `none` stands for None where a field
-            may be None, and names of files are separated by commas.
+            may be None. Names of files are separated by commas and may hold spaces; names that hold
+            commas are written as a Python tuple, `("a,b.txt",)`.
 
     Returns:
         A checked `Config`; `run.directory` is `runs/<name of the config file>` unless given.
@@ -34,11 +38,11 @@ def parse_config(argv: Sequence[str]) -> Config:
         ValueError: a missing file, an unknown field or a value that does not fit.
     """
     path, words = _config_file(argv)
-    words, none_fields = _split_overrides(words)
+    words, values = _split_overrides(words)
     config = _override(_load(path), words)
-    for field in none_fields:
+    for field, value in values.items():
         *sections, name = field.split(".")
-        setattr(functools.reduce(getattr, sections, config), name, None)
+        setattr(functools.reduce(getattr, sections, config), name, value)
     if config.run.directory is None:
         config.run.directory = f"runs/{path.stem}"
     return config.validate()
@@ -54,7 +58,7 @@ def _config_file(argv: Sequence[str]) -> tuple[Path, list[str]]:
         raise ValueError(f"{error}; give --config FILE.py") from None
     if not only_config.config:
         raise ValueError("no configuration given; pass --config configs/NAME.py")
-    path = Path(only_config.config)
+    path = expand(only_config.config, "--config")
     if path.suffix != ".py":
         raise ValueError(f"--config must name a .py file with get_config(), got {path}")
     if not path.is_file():
@@ -77,17 +81,36 @@ def _load(path: Path) -> Config:
     return config
 
 
-def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Checks each override's field; takes out those that say none, which flags cannot parse."""
-    words, none_fields = [], []
-    for word in argv:
+def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Checks each override's field; takes out the values that absl's flags cannot parse.
+
+    Returns:
+        The other words; and by field None, or the names of a tuple.
+    """
+    words, values = [], {}
+    remaining = iter(argv)
+    for word in remaining:
         match = re.fullmatch(r"--?config\.([\w.]+)(?:=(.*))?", word, re.DOTALL)
-        takes_none = match is not None and type(None) in typing.get_args(_kind(match[1]))
-        if takes_none and match[2] in ("none", "None"):
-            none_fields.append(match[1])
+        kind = None if match is None else _kind(match[1])
+        if type(None) in typing.get_args(kind) and match[2] in ("none", "None"):
+            values[match[1]] = None
+        elif typing.get_origin(kind) is tuple:
+            text = next(remaining, None) if match[2] is None else match[2]
+            values[match[1]] = _names(text, f"config.{match[1]}")
         else:
             words.append(word)
-    return words, none_fields
+    return words, values
+
+
+def _names(text: str | None, path: str) -> tuple[str, ...]:
+    """The names of a tuple's field: comma-separated text, or a Python tuple or list of strings."""
+    if text is None:
+        raise ValueError(f"{path} needs a value, as in --{path}=a.txt,b.txt")
+    value: Any = text
+    if text.startswith(("(", "[")):
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(text)
+    return as_names(value, path)
 
 
 def _kind(field: str) -> Any:

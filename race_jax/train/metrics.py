@@ -65,7 +65,9 @@ def read_records(path: Path) -> list[Record]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def evaluation_record(kind: str, step: int, nats: float, weight: float, num_bytes: int) -> Record:
+def evaluation_record(
+    kind: str, step: int, nats: float, weight: float, num_bytes: float | None
+) -> Record:
     """What an evaluation says.
 
     Args:
@@ -73,10 +75,11 @@ def evaluation_record(kind: str, step: int, nats: float, weight: float, num_byte
         step: optimizer steps taken.
         nats: weighted sum over the scored tokens.
         weight: how many tokens were scored.
-        num_bytes: bytes that those tokens stand for.
+        num_bytes: bytes that those tokens stand for; None where the tokens do not encode the text.
 
     Returns:
-        A record with the loss (nats per token), perplexity and bits per byte.
+        A record with the loss (nats per token), the perplexity and, given `num_bytes`, the bits per
+        byte.
 
     Example:
         >>> record = evaluation_record("eval", 10, nats=80 * math.log(2), weight=40, num_bytes=80)
@@ -84,13 +87,15 @@ def evaluation_record(kind: str, step: int, nats: float, weight: float, num_byte
         (4.0, 1.0)
     """
     loss = nats / weight
-    return {
+    record = {
         "kind": kind,
         "step": step,
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "bits_per_byte": nats / math.log(2) / num_bytes,
     }
+    if num_bytes is not None:
+        record["bits_per_byte"] = nats / math.log(2) / num_bytes
+    return record
 
 
 def _line(record: Record) -> str:

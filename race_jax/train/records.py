@@ -52,23 +52,26 @@ def _as_kind(value: Any, kind: Any, path: str) -> Any:
     if type(None) in kinds and (value is None or value in ("none", "None")):
         return None
     if typing.get_origin(kinds[0]) is tuple:
-        return _as_names(value, path)
+        return as_names(value, path)
     wanted = kinds[0]
     if wanted is float and type(value) is int:
         value = float(value)
     if type(value) is not wanted:
         raise ValueError(f"{path} must be {wanted.__name__}, got {value!r}")
+    if wanted is int and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{path} must fit in 64 bits, got {value}")
     if wanted is float and not math.isfinite(value):
         raise ValueError(f"{path} must be finite, got {value}")
     return value
 
 
-def _as_names(value: Any, path: str) -> tuple[str, ...]:
-    """A tuple of names from a tuple, a list, or comma-separated text."""
-    parts = (value,) if isinstance(value, str) else value
-    if not isinstance(parts, (tuple, list)) or not all(isinstance(part, str) for part in parts):
+def as_names(value: Any, path: str) -> tuple[str, ...]:
+    """A tuple of names from comma-separated text, or from a tuple or list of whole names."""
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+    if not isinstance(value, (tuple, list)) or not all(isinstance(name, str) for name in value):
         raise ValueError(f"{path} must be a tuple of names or comma-separated text, got {value!r}")
-    return tuple(name.strip() for part in parts for name in part.split(",") if name.strip())
+    return tuple(name for name in value if name.strip())
 
 
 def one_of(path: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from race_jax.core import dispatch
 from race_jax.models import TransformerLM, decode
 from race_jax.train.config import Config
-from race_jax.train.data import Data
+from race_jax.train.data import Data, HeldOut
 from race_jax.train.metrics import Record
 from race_jax.train.state import TrainState
 
@@ -79,11 +79,12 @@ def end_lines(
     Returns:
         One line a fact, its name first.
     """
-    facts = {"held out": _score(final, data.valid.num_bytes)}
+    facts = {"held out": score_text(final, data.valid)}
     if config.run.compare_xz:
-        facts["xz -9e"] = f"{xz_bits_per_byte(data.valid.text):.3f} bits per byte, same text"
+        same = "same text" if data.valid.encodes_text else "of the whole text"
+        facts["xz -9e"] = f"{xz_bits_per_byte(data.valid.text):.3f} bits per byte, {same}"
     if test is not None and data.test is not None:
-        facts["test"] = _score(test, data.test.num_bytes)
+        facts["test"] = score_text(test, data.test)
     facts["picture"] = str(picture)
     return [f"{name:10} {text}" for name, text in facts.items()]
 
@@ -146,10 +147,25 @@ def xz_bits_per_byte(text: bytes) -> float:
     return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
 
 
-def _score(record: Record, num_bytes: int) -> str:
+def score_text(record: Record, held_out: HeldOut) -> str:
+    """An evaluation in words.
+
+    Args:
+        record: what `evaluation_record` made.
+        held_out: the split that was scored.
+
+    Returns:
+        Loss and perplexity. Before them the bits per byte, or after them, where the tokens do not
+        encode the whole text, the share of `<unk>`.
+    """
+    text = f"{record['loss']:.4f} nats a token, perplexity {record['perplexity']:.2f}"
+    if held_out.encodes_text:
+        size = f"over {held_out.num_bytes:,} bytes"
+        return f"{record['bits_per_byte']:.3f} bits per byte, {text}, {size}"
+    unknown = held_out.num_unknown / held_out.num_tokens
     return (
-        f"{record['bits_per_byte']:.3f} bits per byte, {record['loss']:.4f} nats a token, "
-        f"perplexity {record['perplexity']:.2f}, over {num_bytes:,} bytes"
+        f"{text}, over {held_out.num_tokens:,} tokens, {unknown:.1%} of them <unk> "
+        "(no bits per byte: the tokens do not encode the whole text)"
     )
 
 

@@ -4,20 +4,19 @@ In: a `DataConfig`. Out: a `Corpus` of named documents, still bytes, cut into tr
 test. Equation: none.
 """
 
-import gzip
+import codecs
 import hashlib
 import importlib
-import lzma
 import os
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from race_jax.train.config import DataConfig
 from race_jax.train.documents import Corpus, Document, hold_out
-from race_jax.train.records import one_of
+from race_jax.train.records import as_names, one_of
+from race_jax.train.unpack import plain_text
 
 ROOT_VARIABLE = "RACE_JAX_DATA"
 
@@ -31,13 +30,10 @@ STDLIB_SKIPPED_FOLDERS = frozenset(
 )
 STDLIB_SKIPPED_PREFIX = "_sysconfigdata"
 
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 _READ_ERRORS = (
     (FileNotFoundError, "no such file"),
     (IsADirectoryError, "is a folder; name the files in it"),
     (PermissionError, "may not be read by this user"),
-    (EOFError, "its compressed data breaks off: the file is truncated; fetch it again"),
-    ((lzma.LZMAError, zlib.error, gzip.BadGzipFile), "its compressed data is damaged"),
 )
 
 
@@ -91,17 +87,28 @@ def refuse_ignored(config: DataConfig, choice: str, owners: dict[str, tuple[str,
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file, unpacked by its suffix. Raises ValueError naming it."""
-    opener: Callable[..., Any] = _OPENERS.get(path.suffix.lower(), open)
+    """The text of a file, unpacked and without a byte order mark. Raises ValueError naming it."""
     try:
-        with opener(path, "rb") as stream:
-            data = stream.read()
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        known = (reason for kinds, reason in _READ_ERRORS if isinstance(error, kinds))
+        data = path.read_bytes()
+    except OSError as error:
+        known = (reason for kind, reason in _READ_ERRORS if isinstance(error, kind))
         raise ValueError(f"{path}: {next(known, str(error))}") from error
-    if not data:
+    text = plain_text(str(path), data)
+    if not text:
         raise ValueError(f"{path}: is empty")
-    return data
+    return text
+
+
+def expand(name: str, field: str) -> Path:
+    """The path that `name` stands for, a leading `~` replaced by the user's folder.
+
+    Raises:
+        ValueError: there is no such user; names the field.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{field}: {name}: {error}") from error
 
 
 def _read_stdlib(config: DataConfig) -> Corpus:
@@ -109,7 +116,7 @@ def _read_stdlib(config: DataConfig) -> Corpus:
     folder = Path(sysconfig.get_paths()["stdlib"])
     splits: dict[bool, list[Document]] = {False: [], True: []}
     for path in _stdlib_paths(folder):
-        data = (folder / path).read_bytes()
+        data = (folder / path).read_bytes().removeprefix(codecs.BOM_UTF8)
         if data and _is_utf8(data):
             held_out = _unit_hash(path) < config.valid_fraction
             splits[held_out].append(Document(f"{folder}/{path}", data))
@@ -165,10 +172,9 @@ def _read_files(config: DataConfig) -> Corpus:
 
 def _resolve(config: DataConfig, field: str, names: str | Sequence[str]) -> Iterator[Path]:
     """The paths that the names of one field stand for."""
-    names = names.split(",") if isinstance(names, str) else names
     root = config.root or os.environ.get(ROOT_VARIABLE)
-    for name in filter(None, (name.strip() for name in names)):
-        path = Path(name).expanduser()
+    for name in as_names(names, f"config.data.{field}"):
+        path = expand(name, f"config.data.{field}")
         if not path.is_absolute():
             path = _root_folder(root, config, field, name) / path
         yield path
@@ -181,9 +187,9 @@ def _root_folder(root: str | None, config: DataConfig, field: str, name: str) ->
         raise ValueError(
             f"config.data.{field}: {name} is a relative name and no root is set; give {ways}"
         )
-    folder = Path(root).expanduser()
+    origin = "--config.data.root" if config.root else ROOT_VARIABLE
+    folder = expand(root, origin)
     if not folder.is_dir():
-        origin = "--config.data.root" if config.root else ROOT_VARIABLE
         raise ValueError(f"{origin}: {folder} is not a folder; set the root by {ways}")
     return folder
 
@@ -224,7 +230,7 @@ def _row_documents(config: DataConfig, split: str, rows: Any) -> list[Document]:
         raise ValueError(
             f"config.data.text_field: {name} has no column {field!r}; it has {rows.column_names}"
         )
-    texts = list(rows[field])
+    texts = [text.removeprefix("\ufeff") if isinstance(text, str) else text for text in rows[field]]
     strange = next((text for text in texts if not isinstance(text, str)), "")
     if strange != "" or not any(texts):
         raise ValueError(

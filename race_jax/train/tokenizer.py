@@ -5,13 +5,12 @@ Equation: none.
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from race_jax.train.byte_pairs import BytePairTokenizer, read_or_train
 from race_jax.train.config import DataConfig
 from race_jax.train.records import one_of
-from race_jax.train.sources import refuse_ignored
+from race_jax.train.sources import expand, refuse_ignored
 from race_jax.train.vocabulary import ByteTokenizer, CharacterTokenizer, Tokenizer, WordTokenizer
 
 __all__ = [
@@ -90,6 +89,6 @@ def build_tokenizer(config: DataConfig, texts: Iterable[str]) -> Tokenizer:
     if name == "bpe":
         if not config.tokenizer_file:
             raise ValueError("config.data.tokenizer_file: tokenizer='bpe' needs a JSON file's name")
-        path = Path(config.tokenizer_file).expanduser()
+        path = expand(config.tokenizer_file, "config.data.tokenizer_file")
         return read_or_train(path, texts, vocab_limit=config.vocab_limit)
     return CharacterTokenizer.from_texts(texts) if name == "characters" else ByteTokenizer()

@@ -4,6 +4,7 @@ In: a checked configuration, data, a run directory. Out: steps taken, records, c
 Equation: none.
 """
 
+import contextlib
 import itertools
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from race_jax.train.plot import plot_losses
 from race_jax.train.progress import Progress
 from race_jax.train.state import init_state
 from race_jax.train.step import make_eval_step, make_train_step
+from race_jax.train.workers import read_ahead
 
 
 class Trainer:
@@ -53,7 +55,7 @@ class Trainer:
         self._graph, self._state = init_state(
             config.model, data.vocab_size, config.run.seed, optimizer, self._mesh
         )
-        self._batches = data.train_iterator()
+        self._batches = data.train_iterator(place=self._place)
         self._checkpoints = Checkpoints(
             checkpoint_folder(directory), keep=config.run.keep_checkpoints
         )
@@ -78,6 +80,7 @@ class Trainer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._batches.close()
         self._progress.close()
         self._log.close()
         self._checkpoints.close()
@@ -91,7 +94,7 @@ class Trainer:
         if self._pending:
             # At most one step in flight: more would let a request to stop wait for all of them.
             jax.block_until_ready(self._pending[-1][1])
-        batch = put_batch(self._mesh, self._select(next(self._batches)))
+        batch = next(self._batches)  # already on the devices
         self._state, metrics = self._train_step(self._state, batch, self._key)
         self.step += 1
         self._pending.append((self.step, metrics))
@@ -120,10 +123,8 @@ class Trainer:
         """Scores the held-out text, or the part of it that `run.eval_batches` allows."""
         self.log()
         record = self._score("eval", self._data.valid, self._config.run.eval_batches)
-        self._progress.say(
-            f"step {self.step}: held out {record['loss']:.4f} nats a token, perplexity "
-            f"{record['perplexity']:.2f}, {record['bits_per_byte']:.3f} bits per byte"
-        )
+        words = report.score_text(record, self._data.valid)
+        self._progress.say(f"step {self.step}: held out {words}")
         self._progress.resume()
         return record
 
@@ -167,8 +168,7 @@ class Trainer:
     def _resume(self) -> None:
         """Takes up the newest whole checkpoint, unless it belongs to another run."""
         resuming = bool(self._checkpoints.steps())
-        about = {"text_digest": self._data.digest}
-        claim(self._directory, self._config, about, resuming=resuming)
+        claim(self._directory, self._config, self._data.digests, resuming=resuming)
         restored = self._checkpoints.restore(self._state)
         if restored is not None:
             self._state = restored.state
@@ -209,18 +209,21 @@ class Trainer:
         names = ("inputs", "targets", "weights")
         return names if self._config.data.packing == "contiguous" else (*names, "segment_ids")
 
-    def _select(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {name: batch[name] for name in self._names}
+    def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """What the model needs of a batch, on the devices."""
+        return put_batch(self._mesh, {name: batch[name] for name in self._names})
 
     def _score(self, kind: str, held_out: HeldOut, limit: int | None) -> Record:
         """Evaluates the model on at most `limit` batches of a split, and records it."""
         nats = weight = 0.0
-        for batch in itertools.islice(held_out.batches, limit):
-            batch = put_batch(self._mesh, self._select(batch))
-            sums = self._eval_step(self._state.params, self._state.fixed, batch)
-            nats += float(sums["nats"])
-            weight += float(sums["weight"])
-        num_bytes = held_out.num_bytes * weight / held_out.num_tokens
+        with contextlib.closing(read_ahead(held_out.batches, self._place)) as batches:
+            for batch in itertools.islice(batches, limit):
+                sums = self._eval_step(self._state.params, self._state.fixed, batch)
+                nats += float(sums["nats"])
+                weight += float(sums["weight"])
+        num_bytes = None
+        if held_out.encodes_text:
+            num_bytes = held_out.num_bytes * weight / held_out.num_tokens
         record = evaluation_record(kind, self.step, nats, weight, num_bytes)
         self._log.write([record])
         return record

@@ -52,6 +52,14 @@ class Tokenizer(abc.ABC):
         """UTF-8 bytes of the text that `ids` stand for."""
         return len(self.decode(ids).encode("utf-8"))
 
+    def encodes(self, data: bytes, ids: np.ndarray) -> bool:
+        """Whether the text `data` can be recovered from its `ids`."""
+        return self.decode(ids).encode("utf-8") == data
+
+    def num_unknown(self, ids: np.ndarray) -> int:
+        """How many of `ids` stand for text that the vocabulary lacks."""
+        return 0
+
     def _checked(self, ids: np.ndarray | Sequence[int]) -> np.ndarray:
         ids = np.asarray(ids, np.int64)
         if ids.size and not (ids.min() >= 0 and ids.max() < self.vocab_size):
@@ -91,6 +99,10 @@ class ByteTokenizer(Tokenizer):
     def num_bytes(self, ids: np.ndarray) -> int:
         """One a token."""
         return len(ids)
+
+    def encodes(self, data: bytes, ids: np.ndarray) -> bool:
+        """Always."""
+        return True
 
     def to_dict(self) -> dict[str, Any]:
         """Its name alone."""
@@ -207,6 +219,22 @@ class WordTokenizer(Tokenizer):
         return " ".join(
             "\n" if self.end_of_line and word == END_OF_LINE else word for word in words
         )
+
+    def encodes(self, data: bytes, ids: np.ndarray) -> bool:
+        """Whether the words are all known and the white space between them is regular.
+
+        Regular means one space between two words and, with `end_of_line`, any spaces beside a line
+        break. The beginning and the end of the text do not count.
+        """
+        text, decoded = (
+            re.sub(r" *\n *", "\n", part).strip(" ")
+            for part in (data.decode("utf-8"), self.decode(ids))
+        )
+        return text == decoded
+
+    def num_unknown(self, ids: np.ndarray) -> int:
+        """How many of `ids` are `<unk>`, written so in the text or not."""
+        return int(np.count_nonzero(np.asarray(ids) == self._unknown))
 
     def to_dict(self) -> dict[str, Any]:
         """Name, words and line-end rule."""

@@ -9,10 +9,14 @@ import dataclasses
 import grain
 import numpy as np
 
+from race_jax.train.workers import WorkerDataset
+
 Batch = dict[str, np.ndarray]
 
 # Read in the caller's thread: cutting a window out of an array costs less than handing it over.
 _SYNCHRONOUS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+# Indices of this many windows: more than any run reads, few enough to be counted in 64 bits.
+_ENDLESS = 1 << 62
 # First-fit fills this many rows side by side at least; with fewer, more of each row stays empty.
 _MIN_PACKING_BINS = 16
 
@@ -126,13 +130,17 @@ class ShiftedWindows(grain.MapDataset):
 
 
 def train_windows(
-    ids: np.ndarray, length: int, *, rows: HostRows, seed: int
+    ids: np.ndarray, length: int, *, rows: HostRows, seed: int, num_workers: int = 0
 ) -> grain.IterDataset[Batch]:
     """Endless batches of windows over one stream, shuffled anew in each epoch."""
-    windows = ShiftedWindows(ids, length, seed).shuffle(seed=_mixed(seed)).repeat()
-    batches = windows.map(lambda ids: _row(ids, length)).batch(rows.local_size)
+    windows = ShiftedWindows(ids, length, seed)
+    # Not `repeat()`: its length is the largest that Python allows, too long for batches of one row.
+    endless = windows.shuffle(seed=_mixed(seed)).repeat(_ENDLESS // len(windows))
+    batches = endless.map(lambda ids: _row(ids, length)).batch(rows.local_size)
     # Batch b of process p is batch b * process_count + p of all that are read.
     mine = batches[rows.process_index :: rows.process_count]
+    if num_workers:
+        return WorkerDataset(mine, num_workers)
     return mine.to_iter_dataset(_SYNCHRONOUS)
 
 

@@ -159,3 +159,46 @@ def test_a_bad_command_line_is_refused_in_one_sentence(words, message):
 def test_every_config_also_trains_softmax(file):
     words = [f"--config={file}", "--config.model.attention=softmax"]
     assert parse_config(words).model.attention == "softmax"
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["=my corpus/part one.txt"], ("my corpus/part one.txt",)),
+        (["=my corpus/a b.txt, c.txt,"], ("my corpus/a b.txt", "c.txt")),
+        (["", "part one.txt"], ("part one.txt",)),
+        (["=('a,b.txt', ' c')"], ("a,b.txt", " c")),
+        (["=['a.txt']"], ("a.txt",)),
+        (["=(draft) part.txt"], ("(draft) part.txt",)),
+        (["=2024"], ("2024",)),
+        (["=it's.txt"], ("it's.txt",)),
+        (["=~/a=b.txt"], ("~/a=b.txt",)),
+        (["="], ()),
+    ],
+)
+def test_file_names_are_taken_as_they_are(words, names):
+    first, *rest = words
+    config = parse_config([f"--config={DEFAULT}", f"--config.data.valid_files{first}", *rest])
+    assert config.data.valid_files == names
+    assert config.validate().data.valid_files == names
+    assert Config.from_dict(config.to_dict()).data.valid_files == names
+
+
+@pytest.mark.parametrize("value", ["('a', 1)", "[1]"])
+def test_names_that_are_no_text_are_refused(value):
+    with pytest.raises(ValueError, match=r"config\.data\.train_files must be a tuple of names"):
+        parse_config([f"--config={DEFAULT}", f"--config.data.train_files={value}"])
+    with pytest.raises(ValueError, match=r"config\.data\.train_files needs a value"):
+        parse_config([f"--config={DEFAULT}", "--config.data.train_files"])
+
+
+def test_other_text_may_hold_spaces_and_the_config_file_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my config.py").write_text(
+        "from race_jax.train.config import Config as get_config\n"
+    )
+    fields = {"data.root": "my corpus", "run.directory": "my runs/one", "run.sample_prompt": "a b"}
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    config = parse_config(["--config=~/my config.py", *overrides])
+    assert config.data.root == "my corpus"
+    assert (config.run.directory, config.run.sample_prompt) == ("my runs/one", "a b")

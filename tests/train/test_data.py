@@ -254,6 +254,43 @@ class TestOtherTokenizers:
                            document_separator="\n", sequence_length=2)  # fmt: skip
         assert (packed.valid.num_tokens, packed.held_out_bytes) == (2, 3 + 8)  # " ab", " größe"
 
+    @pytest.mark.parametrize(
+        ("text", "fields", "encodes", "unknown"),
+        [
+            ("a b\nb a\n", {"end_of_line": True}, True, 0),
+            (" a b \n b a \n", {"end_of_line": True}, True, 0),
+            ("a b b a", {}, True, 0),
+            ("a <unk>\nb a\n", {"end_of_line": True}, True, 1),  # so it stands in the text
+            ("a b\nb a\n", {}, False, 0),  # the line break is lost
+            ("a  b\nb a\n", {"end_of_line": True}, False, 0),
+            ("a\tb\nb a\n", {"end_of_line": True}, False, 0),
+            ("a c\nc a\n", {"end_of_line": True, "vocab_limit": 4}, False, 2),
+        ],
+    )
+    def test_words_encode_a_text_or_they_do_not(self, make_data, text, fields, encodes, unknown):
+        data = make_data(b"a b a b <unk> <unk>\n" * 9, text.encode(), tokenizer="words",
+                         sequence_length=2, **{"end_of_line": False} | fields)  # fmt: skip
+        assert (data.valid.encodes_text, data.valid.num_unknown) == (encodes, unknown)
+
+    def test_other_tokenizers_encode_every_text(self, make_data):
+        text = "größe  ab\n\tab größe\n".encode()
+        for tokenizer in ("bytes", "characters"):
+            data = make_data(text, text, tokenizer=tokenizer)
+            assert (data.valid.encodes_text, data.valid.num_unknown) == (True, 0)
+
+    def test_another_tokenizer_has_another_digest(self, make_data):
+        text = b"ab ba ab ba\n" * 9
+        kinds = [
+            {"tokenizer": "bytes"},
+            {"tokenizer": "characters"},
+            {"tokenizer": "words", "end_of_line": True},
+            {"tokenizer": "words", "vocab_limit": 3},
+            {"tokenizer": "words", "vocab_limit": 2},
+        ]
+        digests = [make_data(text, text, sequence_length=2, **kind).digests for kind in kinds]
+        assert len({each["tokenizer_digest"] for each in digests}) == len(kinds)
+        assert len({each["text_digest"] for each in digests}) == 1
+
     def test_a_test_split_is_read_too(self, make_data, tmp_path):
         data = make_data(b"some text to train on")
         with pytest.raises(ValueError, match="split must be one of valid; got 'test'"):
@@ -285,7 +322,7 @@ class TestRefused:
             (b"text", {"batch_size": 0}, "batch_size=0 must be a positive multiple"),
             (b"text", {"batch_size": 4, "process": (0, 3)}, "process_count=3"),
             (b"text", {"process": (2, 2)}, "process_index=2 must lie in"),
-            (b"text", {"seed": -1}, "seed must be >= 0, got -1"),
+            (b"text", {"seed": -1}, r"seed must lie in \[0, 2\*\*32\), got -1"),
             (b"text", {"valid": b"v", "sequence_length": 1}, r"valid0\.txt: .*nothing to score"),
             (b"text", {"document_separator": " "}, "is used with config.data.packing=packed only"),
             (b"--", {"packing": "packed", "document_separator": "-"}, r"0\.txt: holds nothing but"),

@@ -1,7 +1,9 @@
 """The loop in one process: what it prints and leaves, how it stops, what it refuses."""
 
+import json
 import math
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -114,6 +116,34 @@ def test_every_option_together_and_a_time_limit(config, capsys):
     assert steps_of("train", result.directory) == list(range(1, 13))
     assert result.evaluation["loss"] < math.log(20)
     assert "attention  race, implementation" in capsys.readouterr().out
+
+
+def test_no_bits_per_byte_where_words_are_unknown(config, capsys):
+    config.data.tokenizer, config.data.vocab_limit = "words", 4
+    config.run.compare_xz, config.run.eval_every = True, 6
+    result = train(config)
+    assert "bits_per_byte" not in result.evaluation
+    lines = capsys.readouterr().out.splitlines()
+    scores = [line for line in lines if "held out" in line and "perplexity" in line]
+    assert len(scores) == 3  # steps 6 and 12, and the end
+    assert all(re.search(r"\d tokens, \d+\.\d% of them <unk> \(no bits", line) for line in scores)
+    assert not any("same text" in line for line in lines)
+
+
+def test_a_tokenizer_file_that_changed_is_refused(config, tmp_path):
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "my tokenizer.json"
+    config.data.tokenizer, config.data.tokenizer_file = "bpe", str(path)
+    config.data.vocab_limit = 260
+    config.optimizer.schedule, config.run.steps = "constant", 4
+    train(config)
+    record = json.loads(path.read_text())
+    ids = record["model"]["vocab"]
+    record["model"]["vocab"] = {piece: len(ids) - 1 - i for piece, i in ids.items()}
+    path.write_text(json.dumps(record))  # of the same size
+    config.run.steps = 6
+    with pytest.raises(ValueError, match="tokenizer"):
+        train(config)
 
 
 def test_a_loss_that_is_not_finite_stops_and_saves_nothing_more(config):

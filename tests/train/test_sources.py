@@ -102,7 +102,7 @@ class TestBadFiles:
         def refuse(*_):
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr("builtins.open", refuse)
+        monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
         with pytest.raises(ValueError, match=r"secret\.txt: may not be read"):
             read_file(tmp_path / "secret.txt")
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from race_jax.train import vocabulary
+from race_jax.train.byte_pairs import read_or_train
 from race_jax.train.config import DataConfig
 from race_jax.train.tokenizer import (
     BytePairTokenizer,
@@ -204,6 +205,27 @@ class TestBytePairs:
         model = tokenizers.models.BPE(vocab={"a": 0, "b": 1}, merges=[])
         with pytest.raises(ValueError, match="silently drops characters"):
             BytePairTokenizer(tokenizers.Tokenizer(model).to_str())
+
+    def test_byte_pairs_encode_every_text_and_an_unknown_token_does_not(self, byte_pairs):
+        tokenizers = pytest.importorskip("tokenizers")
+        text = "größe  the\n\tcat \U0001f600\n"
+        ids = byte_pairs.encode(text)
+        assert byte_pairs.encodes(text.encode(), ids)
+        assert byte_pairs.num_unknown(ids) == 0
+        model = tokenizers.models.BPE(vocab={"?": 0, "a": 1, "b": 2}, merges=[], unk_token="?")
+        small = BytePairTokenizer(tokenizers.Tokenizer(model).to_str())
+        ids = small.encode("abxa")
+        assert not small.encodes(b"abxa", ids)
+        assert small.num_unknown(ids) == 1
+
+    def test_a_file_that_cannot_be_written_is_named(self, tmp_path):
+        pytest.importorskip("tokenizers")
+        (tmp_path / "file").write_text("")
+        path = tmp_path / "file" / "tok.json"
+        with pytest.raises(ValueError, match=r"tokenizer_file: .*tok\.json cannot be written"):
+            read_or_train(path, ["a b"], vocab_limit=256)
+        with pytest.raises(ValueError, match="is a folder"):
+            read_or_train(tmp_path, ["a b"], vocab_limit=256)
 
     def test_a_missing_package_says_which_extra_brings_it(self, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "tokenizers", None)

@@ -1,0 +1,102 @@
+"""Every field that may change between two starts of a run is changed, and the run goes on.
+
+One short run is stopped after four steps. Each test continues a copy of it with other values, and
+compares the losses of the last steps with those of a run that nothing happened to.
+"""
+
+import pathlib
+import shutil
+
+import pytest
+
+from race_jax.train.config import Config
+from race_jax.train.files import FREE_FIELDS
+from race_jax.train.loop import train
+from race_jax.train.metrics import read_records
+from tests.train.small import small_config
+
+SENTENCES = "the cat sees the dog and the dog sees a tree\n" * 60
+STOP, STEPS = 4, 6
+
+# What changes together, and whether the rounding of a step may change with it. The folders are the
+# tests' own: "ROOT" holds another copy of the text, "RUN" a copy of the run.
+CHANGES = {
+    "where": ({"data.root": "ROOT", "run.directory": "RUN"}, "rerun"),
+    "more workers": ({"data.num_workers": 2}, "rerun"),
+    "what is reported": (
+        {
+            "run.max_seconds": 1000.0,
+            "run.log_every": 1,
+            "run.eval_every": 1,
+            "run.eval_batches": 1,
+            "run.checkpoint_every": 1,
+            "run.keep_checkpoints": 5,
+            "run.tensorboard": True,
+            "run.compare_xz": True,
+            "run.sample_tokens": 2,
+            "run.sample_prompt": "the",
+        },
+        "rerun",
+    ),
+    "how it is computed": (
+        {"model.implementation": "xla", "model.remat": True, "mesh.data": None},
+        "streamed",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with a run that was stopped, and the losses of one that was not."""
+    folder = tmp_path_factory.mktemp("free")
+    for root in ("text", "ROOT"):
+        (folder / root).mkdir()
+        (folder / root / "t.txt").write_text(SENTENCES)
+    config = small_config()
+    config.data.source, config.data.train_files = "files", ("t.txt",)
+    config.data.root = str(folder / "text")
+    config.optimizer.schedule = "constant"
+    config.run.log_every, config.run.tensorboard = 2, False
+    undisturbed = changed(config, {"run.directory": folder / "whole", "run.steps": STEPS})
+    train(undisturbed)
+    train(changed(config, {"run.directory": folder / "stopped", "run.steps": STOP}))
+    return folder, config, losses(folder / "whole")
+
+
+def changed(config: Config, values: dict) -> Config:
+    """A copy with other values; those that are paths become text."""
+    config = config.validate()
+    for name, value in values.items():
+        section, field = name.split(".")
+        value = str(value) if isinstance(value, pathlib.Path) else value
+        setattr(getattr(config, section), field, value)
+    return config
+
+
+def losses(directory: pathlib.Path) -> list[float]:
+    records = read_records(directory / "metrics.jsonl")
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+def test_every_free_field_is_tried():
+    names = [f"config.{name}" for values, _ in CHANGES.values() for name in values]
+    assert sorted(names) == sorted(FREE_FIELDS)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_goes_on_with_another_value(runs, tmp_path, assert_close, change):
+    folder, config, want = runs
+    directory = tmp_path / "RUN"
+    shutil.copytree(folder / "stopped", directory)
+    values, kind = CHANGES[change]
+    values = {name: folder / "ROOT" if value == "ROOT" else value for name, value in values.items()}
+    before = config.validate()
+    config = changed(config, values | {"run.directory": directory, "run.steps": STEPS})
+    for name in values.keys() - {"run.directory"}:
+        section, field = name.split(".")
+        old, new = (getattr(getattr(each, section), field) for each in (before, config))
+        assert old != new, f"config.{name} was not changed"
+    assert train(config).step == STEPS
+    got = losses(directory)
+    assert_close("losses", got[:STOP], want[:STOP], kind="rerun")
+    assert_close("losses", got[STOP:], want[STOP:], kind=kind)
