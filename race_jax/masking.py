@@ -99,13 +99,23 @@ def select_tokens(x: jax.Array | None, mask: jax.Array | None) -> jax.Array | No
     return jnp.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
 
-def bound_log_decay(log_decay: jax.Array | None, mask: jax.Array | None) -> jax.Array | None:
-    """The gate in float32 as it is used: at least -80, and zero in padded slots."""
+def bound_log_decay(
+    log_decay: jax.Array | None,
+    mask: jax.Array | None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array | None:
+    """The gate as it is used: between -80 and 0, and zero in padded slots.
+
+    It has the dtype of the sums, ``dtype``; without one, its own or float32 if that is wider.
+    """
     if log_decay is None:
         return None
     log_decay = select_tokens(log_decay, mask)
-    log_decay = log_decay.astype(jnp.promote_types(log_decay.dtype, jnp.float32))
-    return jnp.where(log_decay < MIN_LOG_DECAY, MIN_LOG_DECAY, log_decay)
+    dtype = jnp.result_type(log_decay, jnp.float32) if dtype is None else dtype
+    log_decay = log_decay.astype(dtype)
+    # Selects, not jnp.clip: at the bounds themselves the gradient is whole, and NaN stays NaN.
+    log_decay = jnp.where(log_decay < MIN_LOG_DECAY, MIN_LOG_DECAY, log_decay)
+    return jnp.where(log_decay > 0.0, 0.0, log_decay)
 
 
 def fill_segments(

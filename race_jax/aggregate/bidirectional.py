@@ -66,7 +66,8 @@ def forward(operands: Operands, *, tiling: Tiling) -> tuple[jax.Array, Sums]:
         return carry, jnp.moveaxis(state.normalize(numerator, mass), 3, 1)
 
     z_q = group(operands.z_q, operands.value.shape[2])
-    out = jnp.zeros((*z_q.shape[:4], operands.value.shape[-1]), operands.value.dtype)
+    shape = (*z_q.shape[:4], operands.value.shape[-1])
+    out = jnp.zeros_like(operands.value, shape=shape)
     _, out = _walk(read, (), z_q, out, tiling)
     return out.reshape(*operands.z_q.shape[:3], operands.value.shape[-1]), totals
 
@@ -155,7 +156,7 @@ def _key_arrays(
     batch, length = operands.value.shape[:2]
     mask = operands.mask
     if mask is None and length and _plan(length, tiling).length != length:
-        mask = jnp.ones((batch, length), bool)
+        mask = jnp.ones_like(operands.value, bool, shape=(batch, length))
     return operands.z_k, operands.value, mask
 
 

@@ -88,7 +88,8 @@ def forward(operands: Operands, *, blocks: int, tiling: Tiling) -> tuple[jax.Arr
     """
     plan = layout(operands.value.shape[1], blocks, tiling.chunk)
     tokens = pad_operands(operands, plan)
-    out = jnp.zeros((*tokens.z_q.shape[:4], tokens.value.shape[-1]), operands.value.dtype)
+    shape = (*tokens.z_q.shape[:4], tokens.value.shape[-1])
+    out = jnp.zeros_like(tokens.value, shape=shape)
     walk = functools.partial(
         sweep, _forward_chunk(operands.sharpness), chunk=plan.chunk, count=plan.chunks
     )
@@ -169,7 +170,7 @@ def pad_operands(operands: Operands, plan: Layout) -> Tokens:
     z_q = operands.z_q.reshape(batch, length, kv_heads, -1, *operands.z_q.shape[3:])
     mask, segment, before = operands.mask, operands.segment, None
     if plan.length != length and mask is None:
-        mask = jnp.ones((batch, length), bool)
+        mask = jnp.ones_like(operands.value, bool, shape=(batch, length))
     if segment is not None:
         segment = pad_time(segment, plan.length, mode="edge")
         before = jnp.concatenate([operands.initial_segment[:, None], segment[:, :-1]], axis=1)
@@ -268,7 +269,7 @@ def _add_keys(sharpness: jax.Array, sums: Sums, tokens: Tokens) -> Sums:
 
 
 def _history(sums: Sums, count: int) -> Sums:
-    return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), sums)
+    return jax.tree.map(lambda x: jnp.zeros_like(x, shape=(count, *x.shape)), sums)
 
 
 def _store(history: Sums, index: jax.Array, sums: Sums) -> Sums:
@@ -286,7 +287,7 @@ def _block_starts(
         return (chunks.scale(across, factor, 0), _add_keys(sharpness, sums, tokens)), ()
 
     local = _fresh(initial, plan.blocks)
-    carry = jnp.ones(local.mass.shape[:2], local.mass.dtype), local
+    carry = jnp.ones_like(local.mass, shape=local.mass.shape[:2]), local
     carry, _ = sweep(step, carry, tokens, (), chunk=plan.chunk, count=plan.chunks)
     return prefix.exclusive(*prefix.unfold(carry, plan.blocks), initial)
 
@@ -314,7 +315,8 @@ def _block_ends(
         return (factor, chunks.add_keys(phi_k, value, decay, sums), d_start), ()
 
     d_local = _fresh(d_final, plan.blocks)
-    carry = jnp.ones(d_local.mass.shape[:2], d_local.mass.dtype), prefix.fold(starts), d_local
+    factor = jnp.ones_like(d_local.mass, shape=d_local.mass.shape[:2])
+    carry = factor, prefix.fold(starts), d_local
     (factor, _, d_local), _ = sweep(
         step, carry, (tokens, d_out), (), chunk=plan.chunk, count=plan.chunks
     )
@@ -323,4 +325,4 @@ def _block_ends(
 
 def _fresh(sums: Sums, blocks: int) -> Sums:
     """Zero sums for every block of every row of the batch."""
-    return jax.tree.map(lambda x: jnp.zeros((x.shape[0] * blocks, *x.shape[1:]), x.dtype), sums)
+    return jax.tree.map(lambda x: jnp.zeros_like(x, shape=(x.shape[0] * blocks, *x.shape[1:])), sums)

@@ -82,7 +82,9 @@ def bidirectional_bucket(operands: bidirectional.Operands) -> tuple[jax.Array, S
         return jax.tree.map(jnp.add, sums, own), ()
 
     batch, length, kv_heads = operands.value.shape[:3]
-    mask = jnp.ones((batch, length), bool) if operands.mask is None else operands.mask
+    mask = operands.mask
+    if mask is None:
+        mask = jnp.ones_like(operands.value, bool, shape=(batch, length))
     totals, _ = _scan(add, operands.sums, (operands.z_k, operands.value, mask))
 
     def read(carry: tuple, z_q: jax.Array) -> tuple[tuple, jax.Array]:
