@@ -110,7 +110,7 @@ def bound_log_decay(
     """
     if log_decay is None:
         return None
-    log_decay = select_tokens(log_decay, mask)
+    log_decay = select_tokens(jnp.asarray(log_decay), mask)
     dtype = jnp.result_type(log_decay, jnp.float32) if dtype is None else dtype
     log_decay = log_decay.astype(dtype)
     # Selects, not jnp.clip: at the bounds themselves the gradient is whole, and NaN stays NaN.
@@ -137,7 +137,7 @@ def fill_segments(
     if mask is None:
         return segment_ids
     slots = jnp.arange(mask.shape[1], dtype=jnp.int32)
-    last = jax.lax.cummax(jnp.where(mask, slots, -1), axis=1)
+    last = jax.lax.cummax(jnp.where(mask, slots[None], -1), axis=1)
     filled = jnp.take_along_axis(segment_ids, jnp.maximum(last, 0), axis=1)
     return jnp.where(last >= 0, filled, initial[:, None])
 
