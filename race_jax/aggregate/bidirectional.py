@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from race_jax import state
 from race_jax.aggregate import chunk as chunks
 from race_jax.aggregate.chunk import Sums
-from race_jax.aggregate.sweep import Layout, Tiling, layout, pad_time, sweep
+from race_jax.aggregate.sweep import Layout, Tiling, is_known, layout, pad_time, sweep
 
 PARALLEL_BLOCK = 4096  # tokens that one lane of a wide machine sums by itself
 
@@ -124,7 +124,8 @@ def backward(
 
 
 def _plan(length: int, tiling: Tiling) -> Layout:
-    blocks = -(-length // PARALLEL_BLOCK) if tiling.parallel else 1
+    parallel = tiling.parallel and is_known(length)
+    blocks = -(-length // PARALLEL_BLOCK) if parallel else 1
     return layout(length, blocks, tiling.chunk)
 
 
@@ -155,7 +156,8 @@ def _key_arrays(
     """Keys, values and their mask, which has to exist where slots are appended."""
     batch, length = operands.value.shape[:2]
     mask = operands.mask
-    if mask is None and length and _plan(length, tiling).length != length:
+    even = is_known(length) and (not length or _plan(length, tiling).length == length)
+    if mask is None and not even:
         mask = jnp.ones_like(operands.value, bool, shape=(batch, length))
     return operands.z_k, operands.value, mask
 

@@ -52,8 +52,18 @@ class Layout(NamedTuple):
         return self.blocks * self.block
 
 
+def is_known(length: Any) -> bool:
+    """Whether a length is a number, rather than a symbol of ``jax.export``."""
+    return isinstance(length, int)
+
+
 def layout(length: int, blocks: int, chunk: int) -> Layout:
-    """The most even layout of ``length`` tokens: 65 of them give two chunks of 33, not 64 and 1."""
+    """The most even layout of ``length`` tokens: 65 of them give two chunks of 33, not 64 and 1.
+
+    A symbolic length (``jax.export``) is cut into chunks of the full size, whose number is symbolic.
+    """
+    if not is_known(length):
+        return Layout(blocks, -(-length // (blocks * chunk)), chunk)
     block = -(-length // blocks)
     count = -(-block // chunk)
     return Layout(blocks, count, -(-block // count))
@@ -110,7 +120,7 @@ def sweep(
 def pad_time(x: jax.Array, length: int, mode: str = "constant") -> jax.Array:
     """Appends zeros (or the last element, ``mode="edge"``) up to ``length`` on axis 1."""
     missing = length - x.shape[1]
-    if not missing:
+    if is_known(missing) and not missing:
         return x
     return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2), mode=mode)
 
