@@ -8,6 +8,7 @@ and, when asked for, the state after the last token.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -321,7 +322,13 @@ def _operands(
     if start is None:
         fresh = RACEState.init(batch, kv_heads, features, value_dim, dtype)
         # Zeros of the values' kind: inside shard_map they vary over the same mesh axes.
-        start = jax.tree.map(lambda x: x + jnp.zeros_like(value, x.dtype, shape=()), fresh)
+        start = dataclasses.replace(
+            fresh,
+            **{
+                name: jnp.zeros_like(value, dtype, shape=getattr(fresh, name).shape)
+                for name in ("numerator", "mass", "log_decay")
+            },
+        )
     start = RACEState(
         *(x.astype(dtype) for x in (start.numerator, start.mass, start.log_decay)), start.segment
     )
@@ -358,7 +365,11 @@ def _hash_queries(query: jax.Array, planes: jax.Array) -> jax.Array:
     if planes.ndim == 3:
         return hashing.hash_projections(query, planes)
     grouped = jnp.moveaxis(
-        query.reshape(*query.shape[:2], planes.shape[0], query.shape[2] // planes.shape[0], query.shape[3]), 3, 2
+        query.reshape(
+            *query.shape[:2], planes.shape[0], query.shape[2] // planes.shape[0], query.shape[3]
+        ),
+        3,
+        2,
     )
     z_q = hashing.hash_projections(grouped, planes)  # (B, T, G, K, L, P)
     return jnp.moveaxis(z_q, 2, 3).reshape(*query.shape[:3], *z_q.shape[-2:])

@@ -241,7 +241,9 @@ def soft_buckets(projections: jax.Array, sharpness: jax.Array) -> jax.Array:
     # sigmoid of both signs rather than 1 - sigmoid: the smaller factor keeps its precision. Signs
     # by a product rather than by stacking: XLA's CPU code for a concatenation is not vectorised.
     signs = jnp.array([[-1.0], [1.0]], logits.dtype)
-    sides = jax.nn.sigmoid(logits[..., None, :] * jnp.expand_dims(signs, range(logits.ndim - 1)))  # (..., L, P, 2, C)
+    sides = jax.nn.sigmoid(
+        logits[..., None, :] * jnp.expand_dims(signs, range(logits.ndim - 1))
+    )  # (..., L, P, 2, C)
     *lead, tables, planes, _, tokens = sides.shape
     phi = sides[..., 0, :, :]  # (..., L, 2, C), and twice as many corners with every plane
     for plane in range(1, planes):

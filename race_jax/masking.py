@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from race_jax.shapes import Size
+
 # exp(-80) is 2e-35: nothing that decays further can be seen in float32.
 MIN_LOG_DECAY = -80.0
 
@@ -23,7 +25,7 @@ def concrete(x: jax.Array | None) -> np.ndarray | None:
     return np.asarray(x)
 
 
-def check_key_value_mask(mask: jax.Array | None, shape: tuple[int, int]) -> None:
+def check_key_value_mask(mask: jax.Array | None, shape: tuple[Size, Size]) -> None:
     """Refuses masks that are not one boolean per key."""
     if mask is None:
         return
@@ -43,7 +45,7 @@ def check_key_value_mask(mask: jax.Array | None, shape: tuple[int, int]) -> None
 
 
 def check_segment_ids(
-    segment_ids: jax.Array | None, shape: tuple[int, int], mask: jax.Array | None
+    segment_ids: jax.Array | None, shape: tuple[Size, Size], mask: jax.Array | None
 ) -> None:
     """Refuses segment ids of a wrong form and, where concrete, ids that are not contiguous runs."""
     if segment_ids is None:
@@ -69,7 +71,7 @@ def check_segment_ids(
 
 
 def check_log_decay(
-    log_decay: jax.Array | None, shape: tuple[int, int, int], mask: jax.Array | None
+    log_decay: jax.Array | None, shape: tuple[Size, Size, Size], mask: jax.Array | None
 ) -> None:
     """Refuses gates of a wrong form and, where concrete, gates that are positive or not finite."""
     if log_decay is None:
@@ -143,7 +145,7 @@ def fill_segments(
 
 
 def last_segment(
-    segment_ids: jax.Array | None, mask: jax.Array | None, initial: jax.Array, length: int
+    segment_ids: jax.Array | None, mask: jax.Array | None, initial: jax.Array, length: Size
 ) -> jax.Array:
     """The segment of the state after the tokens, given *filled* ids: shape ``(B,)``, int32.
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import race_jax.serialization  # noqa: F401  (flax.serialization of states)
 from race_jax.layer import LayerState, init_state, race_layer
 from race_jax.layer_settings import PAPER, LayerSettings
 

@@ -39,7 +39,7 @@ def over_shards(
     """
     mesh = _explicit_mesh(arrays)
     if mesh is None:
-        return run(vary_alike(arrays))
+        return run(vary_alike(arrays, axes))
     batch, heads = _sharded_axes(arrays, axes, mesh, kv_heads)
     specs = {
         TOKENS: PartitionSpec(batch, None, heads),
@@ -50,7 +50,7 @@ def over_shards(
     in_specs, out_specs = (jax.tree.map(specs.get, tree) for tree in (axes, out_axes))
     place = lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec))  # noqa: E731
     local = jax.shard_map(
-        lambda arrays: run(vary_alike(arrays)),
+        lambda arrays: run(vary_alike(arrays, axes)),
         mesh=mesh,
         in_specs=(in_specs,),
         out_specs=out_specs,
@@ -59,14 +59,20 @@ def over_shards(
     return local(jax.tree.map(place, arrays, in_specs))
 
 
-def vary_alike(arrays: Any) -> Any:
-    """The arrays, all varying over the mesh axes that any of them varies over (``shard_map``)."""
+def vary_alike(arrays: Any, kinds: Any) -> Any:
+    """The arrays, varying alike over the mesh axes that any of them varies over (``shard_map``).
+
+    Masks and segments, which are ROWS, stay as they are: they are in no carry, and the segment of
+    the returned state should vary with the rows only.
+    """
     axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(arrays)))
 
-    def vary(x: jax.Array) -> jax.Array:
+    def vary(x: jax.Array, kind: str) -> jax.Array:
+        if kind == ROWS:
+            return x
         return jax.lax.pcast(x, tuple(sorted(axes - _varying(x))), to="varying")
 
-    return jax.tree.map(vary, arrays)
+    return jax.tree.map(vary, arrays, kinds)
 
 
 def _varying(x: jax.Array) -> frozenset[str]:

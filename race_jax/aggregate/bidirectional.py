@@ -19,6 +19,7 @@ from race_jax import state
 from race_jax.aggregate import chunk as chunks
 from race_jax.aggregate.chunk import Sums
 from race_jax.aggregate.sweep import Layout, Tiling, is_known, layout, pad_time, sweep
+from race_jax.shapes import Size
 
 PARALLEL_BLOCK = 4096  # tokens that one lane of a wide machine sums by itself
 
@@ -123,7 +124,7 @@ def backward(
     return Operands(d_z_q.reshape(operands.z_q.shape), d_z_k, d_value, d_sharpness, None, d_sums)
 
 
-def _plan(length: int, tiling: Tiling) -> Layout:
+def _plan(length: Size, tiling: Tiling) -> Layout:
     parallel = tiling.parallel and is_known(length)
     blocks = -(-length // PARALLEL_BLOCK) if parallel else 1
     return layout(length, blocks, tiling.chunk)

@@ -29,6 +29,7 @@ from race_jax.aggregate.sweep import (
     split_blocks,
     sweep,
 )
+from race_jax.shapes import Size
 
 BLOCK = (
     1024  # tokens between two saved sums: 2 % of the bytes of float32 q, k, v at F = 64, V = 128
@@ -71,17 +72,21 @@ class _Written(NamedTuple):
     log_decay: jax.Array | None
 
 
-def block_count(length: int) -> int:
+def block_count(length: Size) -> Size:
     """Blocks of a sequence: the same on every platform, since residuals hold the sums of each."""
     return -(-length // (BLOCK if is_known(length) else SYMBOLIC_BLOCK))
 
 
-def _layout(length: int, blocks: int, chunk: int) -> Layout:
+def _layout(length: Size, blocks: Size, chunk: int) -> Layout:
     """The layout of the blocks; a block has a known size even where their number is symbolic."""
-    return layout(length, blocks, chunk) if is_known(length) else Layout(blocks, SYMBOLIC_BLOCK // chunk, chunk)
+    return (
+        layout(length, blocks, chunk)
+        if is_known(length)
+        else Layout(blocks, SYMBOLIC_BLOCK // chunk, chunk)
+    )
 
 
-def forward(operands: Operands, *, blocks: int, tiling: Tiling) -> tuple[jax.Array, Sums, Sums]:
+def forward(operands: Operands, *, blocks: Size, tiling: Tiling) -> tuple[jax.Array, Sums, Sums]:
     """Causal attention.
 
     Args:
@@ -136,7 +141,9 @@ def backward(
     plan = _layout(length, blocks, tiling.chunk)
     tokens = pad_operands(operands, plan)
     starts = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), starts)
-    d_out = pad_time(d_out.reshape(*d_out.shape[:2], *tokens.z_q.shape[2:4], d_out.shape[-1]), plan.length)
+    d_out = pad_time(
+        d_out.reshape(*d_out.shape[:2], *tokens.z_q.shape[2:4], d_out.shape[-1]), plan.length
+    )
     written = _Written(*(x if x is None else jnp.zeros_like(x) for x in tokens[:4]))
     d_sharpness = jnp.zeros_like(operands.sharpness)
     step = functools.partial(_backward_block, operands.sharpness, plan)
@@ -276,7 +283,7 @@ def _add_keys(sharpness: jax.Array, sums: Sums, tokens: Tokens) -> Sums:
     return chunks.add_keys(phi_k, value, chunks.decay_factors(tokens), sums)
 
 
-def _history(sums: Sums, count: int) -> Sums:
+def _history(sums: Sums, count: Size) -> Sums:
     return jax.tree.map(lambda x: jnp.zeros_like(x, shape=(count, *x.shape)), sums)
 
 
@@ -331,6 +338,8 @@ def _block_ends(
     return prefix.exclusive_reverse(*prefix.unfold((factor, d_local), plan.blocks), d_final)
 
 
-def _fresh(sums: Sums, blocks: int) -> Sums:
+def _fresh(sums: Sums, blocks: Size) -> Sums:
     """Zero sums for every block of every row of the batch."""
-    return jax.tree.map(lambda x: jnp.zeros_like(x, shape=(x.shape[0] * blocks, *x.shape[1:])), sums)
+    return jax.tree.map(
+        lambda x: jnp.zeros_like(x, shape=(x.shape[0] * blocks, *x.shape[1:])), sums
+    )

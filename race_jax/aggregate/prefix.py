@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from race_jax.aggregate.chunk import Sums
+from race_jax.shapes import Size
 
 
 def combine(earlier: tuple[jax.Array, Sums], later: tuple[jax.Array, Sums]):
@@ -60,6 +61,6 @@ def fold(sums: Sums) -> Sums:
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), sums)
 
 
-def unfold(sums: Any, blocks: int) -> Any:
+def unfold(sums: Any, blocks: Size) -> Any:
     """The inverse of ``fold``."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, blocks, *x.shape[1:]), 1, 0), sums)
