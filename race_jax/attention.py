@@ -419,5 +419,5 @@ def _reverse_mode(
             raise
         raise TypeError(
             "race_attention has a written-out gradient, for reverse mode (jax.grad, jax.vjp) only; "
-            "for forward mode (jax.jvp, jax.hessian) differentiate race_jax.reference instead"
+            "for forward mode (jax.jvp, jax.jacfwd) differentiate race_jax.reference instead"
         ) from error

@@ -10,7 +10,7 @@ from flax import nnx, serialization
 from jax import export
 
 import race_jax
-from race_jax import masking
+from race_jax import masking, reference
 from tests.problems import call_and_differentiate, make_problem, to_device
 
 EVERYTHING = {"gate": 0.2, "padding": True, "segments": 2, "state": True}
@@ -102,11 +102,20 @@ def test_flax_serializes_a_state():
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
-def test_hessian_is_refused_in_words():
-    x, planes = jnp.ones((1, 3, 1, 4)), jnp.ones((1, 2, 4))
-    attend = lambda x: race_jax.race_attention(x, x, x, planes, is_causal=True).sum()  # noqa: E731
-    with pytest.raises(TypeError, match=r"jax\.hessian.*race_jax\.reference"):
-        jax.hessian(attend)(x)
+def test_hessian_is_that_of_the_reference(rng, assert_close):
+    """It differentiates the written-out gradient forward, which XLA's operations allow."""
+    x, planes = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 4), (1, 2, 4)))
+
+    def total(op):
+        def of(x):
+            x = x[None, :, None]
+            return (op(x, x, x, planes, sharpness=1.0, is_causal=True) ** 2).sum()
+
+        return of
+
+    got = jax.hessian(total(race_jax.race_attention))(x)
+    want = jax.hessian(total(lambda *a, **k: reference.all_pairs(*a, **k)))(x)
+    assert_close("hessian", got, want, kind="gradients")
 
 
 def test_both_packages_are_typed():
