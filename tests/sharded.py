@@ -52,10 +52,25 @@ def sharded(axis, query, key, value, planes, *, initial_state, return_state, **o
         mesh=mesh,
         in_specs=({name: spec[name] for name in arrays},),
         out_specs={name: spec[name] for name in ("out", *flat(initial_state))},
-        check_vma=False,
     )(arrays)
     out = result.pop("out")
     return out, race_jax.RACEState(**{name: result[f"state.{name}"] for name in FIELDS})
+
+
+def on_explicit_mesh(axis, query, key, value, planes, *, initial_state, return_state, **options):
+    """race_attention on arrays that lie over an Explicit mesh, which `jax.make_mesh` makes."""
+    spec = partition(axis)
+    arrays = {name: x for name, x in options.items() if name in spec}
+    arrays |= {"query": query, "key": key, "value": value, "planes": planes} | flat(initial_state)
+    arrays = {name: jax.sharding.reshard(x, spec[name]) for name, x in arrays.items()}
+    state = race_jax.RACEState(**{name: arrays.pop(f"state.{name}") for name in FIELDS})
+    static = {name: x for name, x in options.items() if name not in spec}
+    out, state = race_jax.race_attention(
+        **arrays, **static, initial_state=state, return_state=return_state
+    )
+    split = jax.typeof(out).sharding.spec
+    assert split[0 if axis == "batch" else 2] == "shards", split
+    return jax.sharding.reshard((out, state), PartitionSpec())
 
 
 def main() -> None:
@@ -69,6 +84,10 @@ def main() -> None:
             got, gradients = evaluate(problem, functools.partial(sharded, axis))
             compare(f"{axis}: ", got, want, kind="resumed")
             compare(f"{axis}: ", gradients, want_gradients, kind="gradients")
+            with jax.set_mesh(jax.make_mesh((2,), ("shards",))):
+                got, gradients = evaluate(problem, functools.partial(on_explicit_mesh, axis))
+            compare(f"{axis}, Explicit: ", got, want, kind="resumed")
+            compare(f"{axis}, Explicit: ", gradients, want_gradients, kind="gradients")
             print(f"{axis} over {jax.device_count()} devices: equal")
 
 

@@ -8,13 +8,15 @@ and, when asked for, the state after the last token.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from race_jax.core import checks, dispatch, hashing, implementations, masking
+from race_jax.core import checks, dispatch, hashing, implementations, masking, shards
 from race_jax.core.state import RACEState, check_normalization
 from race_jax.core.xla import bidirectional, causal, rescan
 from race_jax.core.xla.chunk import Sums
@@ -52,7 +54,8 @@ def race_attention(
       planes: ``(L, P, H)``, or ``(K, L, P, H)`` for planes per key/value head.
       sharpness: beta > 0, a scalar or ``(K,)``; how hard the hash is.
       is_causal: a token sees itself and what came before; needs T == S.
-      log_decay: ``(B, S, K)``, <= 0, the forgetting gate (causal only); below -80 counts as -80.
+      log_decay: ``(B, S, K)``, <= 0, the forgetting gate (causal only). Values below -80 count as
+        -80. Values above 0 raise where they are known; in traced code they count as 0.
       key_value_mask: ``(B, S)`` bool, True where there is a token. Padded slots may hold anything.
       segment_ids: ``(B, T)`` int >= 0, contiguous runs: tokens see their own segment only; needs
         T == S.
@@ -84,6 +87,7 @@ def race_attention(
     """
     checks.check_inputs(query, key, value, planes)
     masking.check_key_value_mask(key_value_mask, key.shape[:2])
+    query, key, value, planes = map(jnp.asarray, (query, key, value, planes))
     # Junk in padded slots must not reach a product: the planes' gradient would be 0 * NaN.
     key = masking.select_tokens(key, key_value_mask)
     if is_causal and query.shape[1] == key.shape[1]:
@@ -187,6 +191,32 @@ class Options(NamedTuple):
     implementation: str | None = None
 
 
+class _Arrays(NamedTuple):
+    """The arrays of a call as the caller gave them; None where an argument is not in use."""
+
+    z_q: Any
+    z_k: Any
+    value: Any
+    sharpness: Any
+    log_decay: Any
+    mask: Any
+    segment_ids: Any
+    start: Any
+
+
+_STATE_AXES = RACEState(shards.TABLES, shards.TABLES, shards.TABLES, shards.ROWS)
+_AXES = _Arrays(
+    z_q=shards.TOKENS,
+    z_k=shards.TOKENS,
+    value=shards.TOKENS,
+    sharpness=shards.HEADS,
+    log_decay=shards.TOKENS,
+    mask=shards.ROWS,
+    segment_ids=shards.ROWS,
+    start=_STATE_AXES,
+)
+
+
 def attend(
     project: Callable[[int | None], tuple[jax.Array, jax.Array]],
     shapes: tuple[jax.Array | jax.ShapeDtypeStruct, jax.Array | jax.ShapeDtypeStruct],
@@ -210,10 +240,37 @@ def attend(
         implementation=options.implementation,
     )
     plan = implementations.Plan(choice, shapes[0].shape[3:])
-    operands = _operands(*project(plan.columns), value, plan, options)
-    run = _causal if options.is_causal else _bidirectional
-    out, sums = run(operands, options.normalization, plan)
-    return (out, _state(operands, sums, options)) if options.return_state else out
+    z_q, z_k = project(plan.columns)
+    kv_heads = value.shape[2]
+    arrays = _Arrays(
+        z_q=z_q,
+        z_k=z_k,
+        value=value,
+        sharpness=jnp.broadcast_to(jnp.asarray(options.sharpness), (kv_heads,)),
+        log_decay=options.log_decay,
+        mask=options.key_value_mask,
+        segment_ids=options.segment_ids,
+        start=options.initial_state,
+    )
+    arrays = jax.tree.map(jnp.asarray, arrays)
+    run = functools.partial(
+        _run,
+        plan=plan,
+        dtype=_dtype_of_sums(arrays, options.sharpness),
+        is_causal=options.is_causal,
+        normalization=options.normalization,
+        return_state=options.return_state,
+    )
+    used = (kind if x is not None else None for kind, x in zip(_AXES, arrays, strict=True))
+    out_axes = (shards.TOKENS, _STATE_AXES) if options.return_state else shards.TOKENS
+    return shards.over_shards(run, arrays, _Arrays(*used), out_axes, kv_heads=kv_heads)
+
+
+def _dtype_of_sums(arrays: _Arrays, sharpness: jax.typing.ArrayLike) -> jnp.dtype:
+    """float32, or float64 where any floating argument is float64."""
+    given = jax.tree.leaves(arrays._replace(sharpness=None))
+    floating = [x for x in given if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.result_type(*floating, sharpness, jnp.float32)
 
 
 def _check_options(z_q: jax.Array | jax.ShapeDtypeStruct, value: jax.Array, given: Options) -> None:
@@ -231,50 +288,75 @@ def _check_options(z_q: jax.Array | jax.ShapeDtypeStruct, value: jax.Array, give
     masking.check_log_decay(given.log_decay, (batch, length, kv_heads), mask)
     check_normalization(given.normalization)
     checks.check_sharpness(jnp.asarray(given.sharpness), z_q.shape[2], kv_heads)
+    if given.initial_state is not None:
+        features = z_q.shape[3] * 2 ** z_q.shape[4]
+        checks.check_state(given.initial_state, batch, kv_heads, features, value.shape[3])
+
+
+def _run(
+    arrays: _Arrays,
+    *,
+    plan: implementations.Plan,
+    dtype: jnp.dtype,
+    is_causal: bool,
+    normalization: str,
+    return_state: bool,
+) -> jax.Array | tuple[jax.Array, RACEState]:
+    """The outputs and, when asked for, the state after the last token, from checked arrays."""
+    operands, start = _operands(arrays, plan, dtype, is_causal=is_causal)
+    if operands.value.shape[0] == 0:
+        out, sums = _no_outputs(operands), operands.sums
+    else:
+        run = _causal if is_causal else _bidirectional
+        out, sums = run(operands, normalization, plan)
+    return (out, _state(operands, sums, start, is_causal=is_causal)) if return_state else out
 
 
 def _operands(
-    z_q: jax.Array,
-    z_k: jax.Array,
-    value: jax.Array,
-    plan: implementations.Plan,
-    options: Options,
-) -> causal.Operands:
-    """The arrays as every implementation takes them: padded slots selected, sums to start from."""
-    dtype = jnp.promote_types(jnp.result_type(z_q, z_k, value), jnp.float32)
+    arrays: _Arrays, plan: implementations.Plan, dtype: jnp.dtype, *, is_causal: bool
+) -> tuple[causal.Operands, RACEState]:
+    """The arrays as every implementation takes them, and the state that the tokens continue."""
+    z_q, z_k, value, sharpness, log_decay, mask, segment_ids, start = arrays
     batch, _, kv_heads, value_dim = value.shape
     features = plan.hash_shape[0] * 2 ** plan.hash_shape[1]
-    mask, start = options.key_value_mask, options.initial_state
     if start is None:
-        start = RACEState.init(batch, kv_heads, features, value_dim, dtype)
-    checks.check_state(start, batch, kv_heads, features, value_dim)
-    if options.is_causal:
+        fresh = RACEState.init(batch, kv_heads, features, value_dim, dtype)
+        # Zeros of the values' kind: inside shard_map they vary over the same mesh axes.
+        start = dataclasses.replace(
+            fresh,
+            **{
+                name: jnp.zeros_like(value, dtype, shape=getattr(fresh, name).shape)
+                for name in ("numerator", "mass", "log_decay")
+            },
+        )
+    start = RACEState(
+        *(x.astype(dtype) for x in (start.numerator, start.mass, start.log_decay)), start.segment
+    )
+    if is_causal:
         z_q = masking.select_tokens(z_q, mask)
-    return causal.Operands(
+    operands = causal.Operands(
         z_q=_widen(z_q, dtype),
         z_k=_widen(masking.select_tokens(z_k, mask), dtype),
         value=masking.select_tokens(value, mask),
-        sharpness=jnp.broadcast_to(jnp.asarray(options.sharpness, dtype), (kv_heads,)),
-        log_decay=masking.bound_log_decay(options.log_decay, mask),
+        sharpness=sharpness.astype(dtype),
+        log_decay=masking.bound_log_decay(log_decay, mask, dtype),
         mask=mask,
-        segment=masking.fill_segments(options.segment_ids, mask, start.segment),
-        sums=Sums(start.numerator.astype(dtype), start.mass.astype(dtype)),
+        segment=masking.fill_segments(segment_ids, mask, start.segment),
+        sums=Sums(start.numerator, start.mass),
         initial_segment=start.segment,
     )
+    return operands, start
 
 
-def _state(operands: causal.Operands, sums: Sums, options: Options) -> RACEState:
+def _state(
+    operands: causal.Operands, sums: Sums, start: RACEState, *, is_causal: bool
+) -> RACEState:
     """The state after the last token."""
-    batch, length, kv_heads = operands.value.shape[:3]
-    start = options.initial_state
-    decay = jnp.zeros((batch, kv_heads), sums.mass.dtype) if start is None else start.log_decay
-    if not options.is_causal:
-        decay = jnp.zeros_like(decay)
-    elif operands.log_decay is not None:
+    decay = start.log_decay if is_causal else jnp.zeros_like(start.log_decay)
+    if operands.log_decay is not None:
         decay = decay + operands.log_decay.sum(axis=1)
-    segment = masking.last_segment(
-        operands.segment, options.key_value_mask, operands.initial_segment, length
-    )
+    length = operands.value.shape[1]
+    segment = masking.last_segment(operands.segment, operands.mask, start.segment, length)
     return RACEState(sums.numerator, sums.mass, decay, segment)
 
 
@@ -283,7 +365,11 @@ def _hash_queries(query: jax.Array, planes: jax.Array) -> jax.Array:
     if planes.ndim == 3:
         return hashing.hash_projections(query, planes)
     grouped = jnp.moveaxis(
-        query.reshape(*query.shape[:2], planes.shape[0], -1, query.shape[3]), 3, 2
+        query.reshape(
+            *query.shape[:2], planes.shape[0], query.shape[2] // planes.shape[0], query.shape[3]
+        ),
+        3,
+        2,
     )
     z_q = hashing.hash_projections(grouped, planes)  # (B, T, G, K, L, P)
     return jnp.moveaxis(z_q, 2, 3).reshape(*query.shape[:3], *z_q.shape[-2:])
@@ -298,7 +384,7 @@ def _causal(
     operands: causal.Operands, normalization: str, plan: implementations.Plan
 ) -> tuple[jax.Array, Sums]:
     if operands.value.shape[1] == 0:
-        return _empty(operands), operands.sums
+        return _no_outputs(operands), operands.sums
     if normalization == "bucket":
         return rescan.causal_bucket(operands)
     return _reverse_mode(implementations.run_causal, plan, operands)
@@ -318,8 +404,9 @@ def _bidirectional(
     return _reverse_mode(implementations.run_bidirectional, plan, whole)
 
 
-def _empty(operands: causal.Operands) -> jax.Array:
-    return jnp.zeros((*operands.z_q.shape[:3], operands.value.shape[3]), operands.value.dtype)
+def _no_outputs(operands: causal.Operands) -> jax.Array:
+    shape = (*operands.z_q.shape[:3], operands.value.shape[3])
+    return jnp.zeros_like(operands.value, shape=shape)
 
 
 def _reverse_mode(
@@ -332,5 +419,5 @@ def _reverse_mode(
             raise
         raise TypeError(
             "race_attention has a written-out gradient, for reverse mode (jax.grad, jax.vjp) only; "
-            "for forward mode (jax.jvp, jax.hessian) differentiate race_jax.reference instead"
+            "for forward mode (jax.jvp, jax.jacfwd) differentiate race_jax.reference instead"
         ) from error

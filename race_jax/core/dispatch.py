@@ -89,6 +89,8 @@ def _limit(
         return f"the RACE kernels have normalization='global' only, got {normalization!r}"
     if packed and not is_causal:
         return "the RACE kernels take segment_ids with is_causal=True only"
+    if not all(isinstance(size, int) for size in (*z_q.shape, *value.shape)):
+        return "the RACE kernels need sizes that are known, and jax.export was given symbolic ones"
     if not has_cuda():  # without one the kernels are not even imported
         return "the RACE kernels run on CUDA devices, and this host has none"
     return kernels().supports(z_q, z_k, value, is_causal=is_causal)

@@ -134,7 +134,8 @@ def hash_projections(x: jax.Array, planes: jax.Array) -> jax.Array:
         raise ValueError(
             f"x of shape {x.shape} must end in {wanted} to meet planes of shape {planes.shape}"
         )
-    dtype = jnp.promote_types(jnp.promote_types(x.dtype, planes.dtype), jnp.float32)
+    x, planes = jnp.asarray(x), jnp.asarray(planes)
+    dtype = jnp.result_type(x, planes, jnp.float32)
     equation = "...h,lph->...lp" if planes.ndim == 3 else "...kh,klph->...klp"
     # Both as wide as the result: planes rounded to bfloat16 would err alike at every token, which
     # shows in the gradient of sharpness, and a GPU widens x on the way into the product.
@@ -218,7 +219,8 @@ def soft_hash(projections: jax.Array, sharpness: jax.typing.ArrayLike = 1.0) -> 
         raise ValueError(
             f"projections must be (..., L, P) with P in 1..{MAX_PLANES}, got {projections.shape}"
         )
-    dtype = jnp.promote_types(projections.dtype, jnp.float32)
+    projections = jnp.asarray(projections)
+    dtype = jnp.result_type(projections, jnp.float32)
     beta = jnp.asarray(sharpness, dtype)
     lead = projections.shape[:-2]
     axes = zip(reversed(beta.shape), reversed(lead), strict=False)
@@ -226,7 +228,7 @@ def soft_hash(projections: jax.Array, sharpness: jax.typing.ArrayLike = 1.0) -> 
         raise ValueError(f"sharpness of shape {beta.shape} does not broadcast to {lead}")
     if not isinstance(beta, jax.core.Tracer) and not (beta > 0).all():
         raise ValueError(f"sharpness must be > 0, got {beta.min()}; train its logarithm instead")
-    beta = beta[..., None, None, None]
+    beta = beta.reshape(*(1,) * (len(lead) - beta.ndim), *beta.shape, 1, 1, 1)
     return soft_buckets(projections.astype(dtype)[..., None], beta)[..., 0]
 
 
@@ -239,7 +241,9 @@ def soft_buckets(projections: jax.Array, sharpness: jax.Array) -> jax.Array:
     # sigmoid of both signs rather than 1 - sigmoid: the smaller factor keeps its precision. Signs
     # by a product rather than by stacking: XLA's CPU code for a concatenation is not vectorised.
     signs = jnp.array([[-1.0], [1.0]], logits.dtype)
-    sides = jax.nn.sigmoid(logits[..., None, :] * signs)  # (..., L, P, 2, C)
+    sides = jax.nn.sigmoid(
+        logits[..., None, :] * jnp.expand_dims(signs, range(logits.ndim - 1))
+    )  # (..., L, P, 2, C)
     *lead, tables, planes, _, tokens = sides.shape
     phi = sides[..., 0, :, :]  # (..., L, 2, C), and twice as many corners with every plane
     for plane in range(1, planes):

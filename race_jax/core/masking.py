@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from race_jax.core.shapes import Size
+
 # exp(-80) is 2e-35: nothing that decays further can be seen in float32.
 MIN_LOG_DECAY = -80.0
 
@@ -23,7 +25,7 @@ def concrete(x: jax.Array | None) -> np.ndarray | None:
     return np.asarray(x)
 
 
-def check_key_value_mask(mask: jax.Array | None, shape: tuple[int, int]) -> None:
+def check_key_value_mask(mask: jax.Array | None, shape: tuple[Size, Size]) -> None:
     """Refuses masks that are not one boolean per key."""
     if mask is None:
         return
@@ -43,7 +45,7 @@ def check_key_value_mask(mask: jax.Array | None, shape: tuple[int, int]) -> None
 
 
 def check_segment_ids(
-    segment_ids: jax.Array | None, shape: tuple[int, int], mask: jax.Array | None
+    segment_ids: jax.Array | None, shape: tuple[Size, Size], mask: jax.Array | None
 ) -> None:
     """Refuses segment ids of a wrong form and, where concrete, ids that are not contiguous runs."""
     if segment_ids is None:
@@ -69,7 +71,7 @@ def check_segment_ids(
 
 
 def check_log_decay(
-    log_decay: jax.Array | None, shape: tuple[int, int, int], mask: jax.Array | None
+    log_decay: jax.Array | None, shape: tuple[Size, Size, Size], mask: jax.Array | None
 ) -> None:
     """Refuses gates of a wrong form and, where concrete, gates that are positive or not finite."""
     if log_decay is None:
@@ -99,13 +101,23 @@ def select_tokens(x: jax.Array | None, mask: jax.Array | None) -> jax.Array | No
     return jnp.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
 
-def bound_log_decay(log_decay: jax.Array | None, mask: jax.Array | None) -> jax.Array | None:
-    """The gate in float32 as it is used: at least -80, and zero in padded slots."""
+def bound_log_decay(
+    log_decay: jax.Array | None,
+    mask: jax.Array | None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array | None:
+    """The gate as it is used: between -80 and 0, and zero in padded slots.
+
+    It has the dtype of the sums, ``dtype``; without one, its own or float32 if that is wider.
+    """
     if log_decay is None:
         return None
-    log_decay = select_tokens(log_decay, mask)
-    log_decay = log_decay.astype(jnp.promote_types(log_decay.dtype, jnp.float32))
-    return jnp.where(log_decay < MIN_LOG_DECAY, MIN_LOG_DECAY, log_decay)
+    log_decay = select_tokens(jnp.asarray(log_decay), mask)
+    dtype = jnp.result_type(log_decay, jnp.float32) if dtype is None else dtype
+    log_decay = log_decay.astype(dtype)
+    # Selects, not jnp.clip: at the bounds themselves the gradient is whole, and NaN stays NaN.
+    log_decay = jnp.where(log_decay < MIN_LOG_DECAY, MIN_LOG_DECAY, log_decay)
+    return jnp.where(log_decay > 0.0, 0.0, log_decay)
 
 
 def fill_segments(
@@ -127,13 +139,13 @@ def fill_segments(
     if mask is None:
         return segment_ids
     slots = jnp.arange(mask.shape[1], dtype=jnp.int32)
-    last = jax.lax.cummax(jnp.where(mask, slots, -1), axis=1)
+    last = jax.lax.cummax(jnp.where(mask, slots[None], -1), axis=1)
     filled = jnp.take_along_axis(segment_ids, jnp.maximum(last, 0), axis=1)
     return jnp.where(last >= 0, filled, initial[:, None])
 
 
 def last_segment(
-    segment_ids: jax.Array | None, mask: jax.Array | None, initial: jax.Array, length: int
+    segment_ids: jax.Array | None, mask: jax.Array | None, initial: jax.Array, length: Size
 ) -> jax.Array:
     """The segment of the state after the tokens, given *filled* ids: shape ``(B,)``, int32.
 

@@ -18,6 +18,8 @@ nothing. Public entry points are annotated plainly, because they check their arg
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jaxtyping import Float
 
@@ -31,3 +33,5 @@ Weights = Float[jax.Array, "B K G C C"]
 Numerator = Float[jax.Array, "B K F V"]
 Mass = Float[jax.Array, "B K F"]
 Sharpness = Float[jax.Array, "K"]
+
+Size = Any  # of an axis: an int, or a symbol of jax.export

@@ -128,11 +128,12 @@ class RACEState:
         masking.check_key_value_mask(key_value_mask, (batch, length))
         masking.check_segment_ids(segment_ids, (batch, length), key_value_mask)
         masking.check_log_decay(log_decay, (batch, length, heads), key_value_mask)
+        phi_k, value = jnp.asarray(phi_k), jnp.asarray(value)
         segments = masking.fill_segments(segment_ids, key_value_mask, self.segment)
         segment = masking.last_segment(segments, key_value_mask, self.segment, length)
         phi = masking.select_tokens(phi_k.astype(self.mass.dtype), key_value_mask)
         value = masking.select_tokens(value.astype(self.numerator.dtype), key_value_mask)
-        gate = masking.bound_log_decay(log_decay, key_value_mask)
+        gate = masking.bound_log_decay(log_decay, key_value_mask, self.mass.dtype)
         total = jnp.zeros_like(self.log_decay) if gate is None else gate.sum(axis=1)
         if gate is not None:
             # What is still to come after a token, summed from the end: exact where it matters.
@@ -190,7 +191,8 @@ class RACEState:
                 f"query heads {heads} must be a multiple of the state's {kv_heads} key/value heads"
             )
         masking.check_segment_ids(segment_ids, (batch, length), None)
-        phi = phi_q.astype(self.mass.dtype).reshape(batch, length, kv_heads, -1, features)
+        phi = jnp.asarray(phi_q).astype(self.mass.dtype)
+        phi = phi.reshape(batch, length, kv_heads, heads // kv_heads, features)
         if segment_ids is not None:
             same = segment_ids == self.segment[:, None]
             phi = jnp.where(same[..., None, None, None], phi, 0.0)
@@ -202,7 +204,7 @@ class RACEState:
         else:
             numerator = jnp.einsum("btkgf,bkfv->btkgv", phi, self.numerator)
             out = normalize(numerator, jnp.einsum("btkgf,bkf->btkg", phi, self.mass))
-        return out.reshape(batch, length, heads, -1)
+        return out.reshape(batch, length, heads, out.shape[-1])
 
 
 def merge(earlier: RACEState, later: RACEState) -> RACEState:

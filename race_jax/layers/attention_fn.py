@@ -202,4 +202,4 @@ def _visible_keys(
 
 def _present(lengths: jax.Array, length: int) -> jax.Array:
     """From lengths ``(B,)`` to ``(B, length)``, True below them."""
-    return jnp.arange(length) < lengths.reshape(lengths.size, 1)
+    return jnp.arange(length)[None] < lengths.reshape(lengths.size, 1)

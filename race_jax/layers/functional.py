@@ -261,7 +261,10 @@ def _linear(
         precision=precision,
         preferred_element_type=out_dtype,
     )
-    return out + weights["bias"].astype(out.dtype) if "bias" in weights else out
+    if "bias" not in weights:
+        return out
+    bias = weights["bias"].astype(out.dtype)
+    return out + jnp.expand_dims(bias, range(out.ndim - bias.ndim))
 
 
 def _layer_norm(heads: jax.Array, scale: jax.Array) -> jax.Array:
@@ -269,7 +272,7 @@ def _layer_norm(heads: jax.Array, scale: jax.Array) -> jax.Array:
     wide = heads.astype(jnp.promote_types(heads.dtype, jnp.float32))
     wide -= wide.mean(axis=-1, keepdims=True)
     wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + EPSILON)
-    return (wide * scale).astype(heads.dtype)
+    return (wide * jnp.expand_dims(scale, range(wide.ndim - 1))).astype(heads.dtype)
 
 
 def _sharpness(params: Mapping[str, Any], settings: LayerSettings) -> jax.Array | float:

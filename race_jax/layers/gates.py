@@ -71,7 +71,8 @@ def log_decay(
         logits = params["gate_bias"].astype(dtype)
         if forget_gate == "data":
             kernel = params["gate_kernel"].astype(x.dtype)
-            logits += jnp.matmul(x, kernel, precision=precision, preferred_element_type=dtype)
+            from_data = jnp.matmul(x, kernel, precision=precision, preferred_element_type=dtype)
+            logits = logits[None, None] + from_data
         rates = jax.nn.log_sigmoid(logits)
     return jnp.broadcast_to(rates, (*x.shape[:2], num_kv_heads))
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+import race_jax.layers.serialization  # noqa: F401  (flax.serialization of states)
 from race_jax.layers.functional import LayerState, init_state, race_layer
 from race_jax.layers.settings import PAPER, LayerSettings
 

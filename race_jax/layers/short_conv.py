@@ -69,13 +69,13 @@ def short_convolution(
 
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     kernel = kernel.astype(dtype)
-    mixed = kernel[0] * tokens[:, TAPS:].astype(dtype)
+    mixed = kernel[:1, None] * tokens[:, TAPS:].astype(dtype)
     new_taps = []
     for back in range(1, WIDTH):
         tap = earlier(tokens, back)  # (B, T + 1, D)
         if segment_ids is not None:
             tap = jnp.where((earlier(ids, back) == own_ids)[..., None], tap, 0)
-        mixed += kernel[back] * tap[:, :-1].astype(dtype)
+        mixed += kernel[back : back + 1, None] * tap[:, :-1].astype(dtype)
         new_taps.insert(0, tap[:, -1])
     mixed = masking.select_tokens(mixed.astype(x.dtype), mask)
     return mixed, jnp.stack(new_taps, axis=1).astype(taps.dtype)
@@ -87,7 +87,7 @@ def _earlier_slots(mask: jax.Array) -> list[jax.Array]:
     Slots are counted from the oldest tap; since the taps count as real, every slot has three.
     """
     real = jnp.pad(mask, ((0, 0), (TAPS, 0)), constant_values=True)
-    latest = jax.lax.cummax(jnp.where(real, jnp.arange(real.shape[1]), 0), axis=1)
+    latest = jax.lax.cummax(jnp.where(real, jnp.arange(real.shape[1])[None], 0), axis=1)
     slots = [latest[:, TAPS - 1 :]]
     while len(slots) < TAPS:
         slots.append(jnp.take_along_axis(latest, slots[-1] - 1, axis=1))

@@ -82,7 +82,7 @@ def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     """
     half = x.shape[-1] // 2
     frequencies = ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
     cosine, sine = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [first * cosine - second * sine, second * cosine + first * sine]
@@ -109,7 +109,7 @@ def alibi_bias(num_heads: int, positions: jax.Array) -> jax.Array:
     """
     slopes = 2.0 ** (-8.0 * jnp.arange(1, num_heads + 1, dtype=jnp.float32) / num_heads)
     distance = jnp.abs(positions[:, :, None] - positions[:, None, :]).astype(jnp.float32)
-    return -slopes[:, None, None] * distance[:, None]
+    return -slopes[None, :, None, None] * distance[:, None]
 
 
 class TokenEmbedding(nnx.Module):

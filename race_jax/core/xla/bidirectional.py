@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from race_jax.core import state
+from race_jax.core.shapes import Size
 from race_jax.core.xla import chunk as chunks
 from race_jax.core.xla.chunk import Sums
-from race_jax.core.xla.sweep import Layout, Tiling, layout, pad_time, sweep
+from race_jax.core.xla.sweep import Layout, Tiling, is_known, layout, pad_time, sweep
 
 PARALLEL_BLOCK = 4096  # tokens that one lane of a wide machine sums by itself
 
@@ -66,7 +67,8 @@ def forward(operands: Operands, *, tiling: Tiling) -> tuple[jax.Array, Sums]:
         return carry, jnp.moveaxis(state.normalize(numerator, mass), 3, 1)
 
     z_q = group(operands.z_q, operands.value.shape[2])
-    out = jnp.zeros((*z_q.shape[:4], operands.value.shape[-1]), operands.value.dtype)
+    shape = (*z_q.shape[:4], operands.value.shape[-1])
+    out = jnp.zeros_like(operands.value, shape=shape)
     _, out = _walk(read, (), z_q, out, tiling)
     return out.reshape(*operands.z_q.shape[:3], operands.value.shape[-1]), totals
 
@@ -122,8 +124,9 @@ def backward(
     return Operands(d_z_q.reshape(operands.z_q.shape), d_z_k, d_value, d_sharpness, None, d_sums)
 
 
-def _plan(length: int, tiling: Tiling) -> Layout:
-    blocks = -(-length // PARALLEL_BLOCK) if tiling.parallel else 1
+def _plan(length: Size, tiling: Tiling) -> Layout:
+    parallel = tiling.parallel and is_known(length)
+    blocks = -(-length // PARALLEL_BLOCK) if parallel else 1
     return layout(length, blocks, tiling.chunk)
 
 
@@ -154,8 +157,9 @@ def _key_arrays(
     """Keys, values and their mask, which has to exist where slots are appended."""
     batch, length = operands.value.shape[:2]
     mask = operands.mask
-    if mask is None and length and _plan(length, tiling).length != length:
-        mask = jnp.ones((batch, length), bool)
+    even = is_known(length) and (not length or _plan(length, tiling).length == length)
+    if mask is None and not even:
+        mask = jnp.ones_like(operands.value, bool, shape=(batch, length))
     return operands.z_k, operands.value, mask
 
 

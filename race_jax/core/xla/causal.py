@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from race_jax.core import state
+from race_jax.core.shapes import Size
 from race_jax.core.xla import chunk as chunks
 from race_jax.core.xla import prefix
 from race_jax.core.xla.chunk import Sums, Tokens
 from race_jax.core.xla.sweep import (
     Layout,
     Tiling,
+    is_known,
     join_blocks,
     layout,
     pad_time,
@@ -32,6 +34,7 @@ from race_jax.core.xla.sweep import (
 BLOCK = (
     1024  # tokens between two saved sums: 2 % of the bytes of float32 q, k, v at F = 64, V = 128
 )
+SYMBOLIC_BLOCK = 128  # the same where the length is a symbol of jax.export
 
 
 class Operands(NamedTuple):
@@ -69,12 +72,21 @@ class _Written(NamedTuple):
     log_decay: jax.Array | None
 
 
-def block_count(length: int) -> int:
+def block_count(length: Size) -> Size:
     """Blocks of a sequence: the same on every platform, since residuals hold the sums of each."""
-    return -(-length // BLOCK)
+    return -(-length // (BLOCK if is_known(length) else SYMBOLIC_BLOCK))
 
 
-def forward(operands: Operands, *, blocks: int, tiling: Tiling) -> tuple[jax.Array, Sums, Sums]:
+def _layout(length: Size, blocks: Size, chunk: int) -> Layout:
+    """The layout of the blocks; a block has a known size even where their number is symbolic."""
+    return (
+        layout(length, blocks, chunk)
+        if is_known(length)
+        else Layout(blocks, SYMBOLIC_BLOCK // chunk, chunk)
+    )
+
+
+def forward(operands: Operands, *, blocks: Size, tiling: Tiling) -> tuple[jax.Array, Sums, Sums]:
     """Causal attention.
 
     Args:
@@ -86,13 +98,14 @@ def forward(operands: Operands, *, blocks: int, tiling: Tiling) -> tuple[jax.Arr
       The output ``(B, T, N, V)``, the final sums, and the sums at the start of every block,
       ``(B, K, blocks, F, V)`` and ``(B, K, blocks, F)``.
     """
-    plan = layout(operands.value.shape[1], blocks, tiling.chunk)
+    plan = _layout(operands.value.shape[1], blocks, tiling.chunk)
     tokens = pad_operands(operands, plan)
-    out = jnp.zeros((*tokens.z_q.shape[:4], tokens.value.shape[-1]), operands.value.dtype)
+    shape = (*tokens.z_q.shape[:4], tokens.value.shape[-1])
+    out = jnp.zeros_like(tokens.value, shape=shape)
     walk = functools.partial(
         sweep, _forward_chunk(operands.sharpness), chunk=plan.chunk, count=plan.chunks
     )
-    if tiling.parallel and blocks > 1:
+    if tiling.parallel and is_known(blocks) and blocks > 1:
         tokens, out = jax.tree.map(lambda x: split_blocks(x, blocks), (tokens, out))
         starts, final = _block_starts(operands.sharpness, tokens, operands.sums, plan)
         out = join_blocks(walk(prefix.fold(starts), tokens, out)[1], blocks)
@@ -108,7 +121,7 @@ def forward(operands: Operands, *, blocks: int, tiling: Tiling) -> tuple[jax.Arr
         final, starts, out = jax.lax.fori_loop(0, blocks, block, loop)
     starts = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), starts)
     batch, length, heads = operands.z_q.shape[:3]
-    return out[:, :length].reshape(batch, length, heads, -1), final, starts
+    return out[:, :length].reshape(batch, length, heads, out.shape[-1]), final, starts
 
 
 def backward(
@@ -125,14 +138,16 @@ def backward(
     """
     blocks = starts.mass.shape[2]
     length = operands.value.shape[1]
-    plan = layout(length, blocks, tiling.chunk)
+    plan = _layout(length, blocks, tiling.chunk)
     tokens = pad_operands(operands, plan)
     starts = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), starts)
-    d_out = pad_time(d_out.reshape(*d_out.shape[:2], *tokens.z_q.shape[2:4], -1), plan.length)
+    d_out = pad_time(
+        d_out.reshape(*d_out.shape[:2], *tokens.z_q.shape[2:4], d_out.shape[-1]), plan.length
+    )
     written = _Written(*(x if x is None else jnp.zeros_like(x) for x in tokens[:4]))
     d_sharpness = jnp.zeros_like(operands.sharpness)
     step = functools.partial(_backward_block, operands.sharpness, plan)
-    if tiling.parallel and blocks > 1:
+    if tiling.parallel and is_known(blocks) and blocks > 1:
         tokens, d_out, written = jax.tree.map(
             lambda x: split_blocks(x, blocks), (tokens, d_out, written)
         )
@@ -166,10 +181,11 @@ def backward(
 def pad_operands(operands: Operands, plan: Layout) -> Tokens:
     """The operands as padded tokens with query heads grouped under their key/value head."""
     batch, length, kv_heads = operands.value.shape[:3]
-    z_q = operands.z_q.reshape(batch, length, kv_heads, -1, *operands.z_q.shape[3:])
+    groups = operands.z_q.shape[2] // kv_heads
+    z_q = operands.z_q.reshape(batch, length, kv_heads, groups, *operands.z_q.shape[3:])
     mask, segment, before = operands.mask, operands.segment, None
-    if plan.length != length and mask is None:
-        mask = jnp.ones((batch, length), bool)
+    if mask is None and not (is_known(length) and plan.length == length):
+        mask = jnp.ones_like(operands.value, bool, shape=(batch, length))
     if segment is not None:
         segment = pad_time(segment, plan.length, mode="edge")
         before = jnp.concatenate([operands.initial_segment[:, None], segment[:, :-1]], axis=1)
@@ -267,8 +283,8 @@ def _add_keys(sharpness: jax.Array, sums: Sums, tokens: Tokens) -> Sums:
     return chunks.add_keys(phi_k, value, chunks.decay_factors(tokens), sums)
 
 
-def _history(sums: Sums, count: int) -> Sums:
-    return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), sums)
+def _history(sums: Sums, count: Size) -> Sums:
+    return jax.tree.map(lambda x: jnp.zeros_like(x, shape=(count, *x.shape)), sums)
 
 
 def _store(history: Sums, index: jax.Array, sums: Sums) -> Sums:
@@ -286,7 +302,7 @@ def _block_starts(
         return (chunks.scale(across, factor, 0), _add_keys(sharpness, sums, tokens)), ()
 
     local = _fresh(initial, plan.blocks)
-    carry = jnp.ones(local.mass.shape[:2], local.mass.dtype), local
+    carry = jnp.ones_like(local.mass, shape=local.mass.shape[:2]), local
     carry, _ = sweep(step, carry, tokens, (), chunk=plan.chunk, count=plan.chunks)
     return prefix.exclusive(*prefix.unfold(carry, plan.blocks), initial)
 
@@ -314,13 +330,16 @@ def _block_ends(
         return (factor, chunks.add_keys(phi_k, value, decay, sums), d_start), ()
 
     d_local = _fresh(d_final, plan.blocks)
-    carry = jnp.ones(d_local.mass.shape[:2], d_local.mass.dtype), prefix.fold(starts), d_local
+    factor = jnp.ones_like(d_local.mass, shape=d_local.mass.shape[:2])
+    carry = factor, prefix.fold(starts), d_local
     (factor, _, d_local), _ = sweep(
         step, carry, (tokens, d_out), (), chunk=plan.chunk, count=plan.chunks
     )
     return prefix.exclusive_reverse(*prefix.unfold((factor, d_local), plan.blocks), d_final)
 
 
-def _fresh(sums: Sums, blocks: int) -> Sums:
+def _fresh(sums: Sums, blocks: Size) -> Sums:
     """Zero sums for every block of every row of the batch."""
-    return jax.tree.map(lambda x: jnp.zeros((x.shape[0] * blocks, *x.shape[1:]), x.dtype), sums)
+    return jax.tree.map(
+        lambda x: jnp.zeros_like(x, shape=(x.shape[0] * blocks, *x.shape[1:])), sums
+    )

@@ -134,7 +134,7 @@ def pull_features(
 
 def _heads_first(z: jax.Array, sharpness: jax.Array) -> tuple[jax.Array, jax.Array]:
     z = jnp.moveaxis(z, 1, -1).astype(sharpness.dtype)
-    return z, sharpness.reshape(-1, *(1,) * (z.ndim - 2))
+    return z, sharpness.reshape(1, -1, *(1,) * (z.ndim - 2))
 
 
 def head_values(value: jax.Array, dtype: jnp.dtype) -> HeadValues:

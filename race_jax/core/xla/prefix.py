@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from race_jax.core.shapes import Size
 from race_jax.core.xla.chunk import Sums
 
 
@@ -60,6 +61,6 @@ def fold(sums: Sums) -> Sums:
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), sums)
 
 
-def unfold(sums: Any, blocks: int) -> Any:
+def unfold(sums: Any, blocks: Size) -> Any:
     """The inverse of ``fold``."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, blocks, *x.shape[1:]), 1, 0), sums)

@@ -82,7 +82,9 @@ def bidirectional_bucket(operands: bidirectional.Operands) -> tuple[jax.Array, S
         return jax.tree.map(jnp.add, sums, own), ()
 
     batch, length, kv_heads = operands.value.shape[:3]
-    mask = jnp.ones((batch, length), bool) if operands.mask is None else operands.mask
+    mask = operands.mask
+    if mask is None:
+        mask = jnp.ones_like(operands.value, bool, shape=(batch, length))
     totals, _ = _scan(add, operands.sums, (operands.z_k, operands.value, mask))
 
     def read(carry: tuple, z_q: jax.Array) -> tuple[tuple, jax.Array]:
@@ -92,7 +94,7 @@ def bidirectional_bucket(operands: bidirectional.Operands) -> tuple[jax.Array, S
 
     z_q = bidirectional.group(operands.z_q, kv_heads)
     _, out = _scan(read, (), z_q)
-    out = out.reshape(*operands.z_q.shape[:3], -1)
+    out = out.reshape(*operands.z_q.shape[:3], out.shape[-1])
     return out.astype(operands.value.dtype), totals
 
 
@@ -111,7 +113,7 @@ def _scan(step: Callable, carry: Any, arrays: Any) -> tuple[Any, Any]:
         return step(carry, piece)
 
     carry, out = jax.lax.scan(body, carry, jnp.arange(plan.chunks))
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])  # noqa: E731
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], plan.length, *x.shape[3:])  # noqa: E731
     return carry, jax.tree.map(lambda x: join(x)[:, :length], out)
 
 
@@ -146,7 +148,7 @@ def _both_directions(operands: causal.Operands, rows: Callable, *extra: jax.Arra
 
 def _join_heads(rows: jax.Array) -> jax.Array:
     """``(B, T, K, G, V)`` as ``(B, T, N, V)``."""
-    return rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
+    return rows.reshape(*rows.shape[:2], rows.shape[2] * rows.shape[3], rows.shape[-1])
 
 
 def _per_bucket(phi_q: jax.Array, mass: jax.Array, tables: int) -> jax.Array:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from race_jax.core.shapes import Size
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
@@ -37,23 +39,33 @@ class Layout(NamedTuple):
       chunk: tokens of a chunk.
     """
 
-    blocks: int
-    chunks: int
+    blocks: Size
+    chunks: Size
     chunk: int
 
     @property
-    def block(self) -> int:
+    def block(self) -> Size:
         """Tokens of a block."""
         return self.chunks * self.chunk
 
     @property
-    def length(self) -> int:
+    def length(self) -> Size:
         """Tokens of the whole, padding included."""
         return self.blocks * self.block
 
 
-def layout(length: int, blocks: int, chunk: int) -> Layout:
-    """The most even layout of ``length`` tokens: 65 of them give two chunks of 33, not 64 and 1."""
+def is_known(length: Any) -> bool:
+    """Whether a length is a number, rather than a symbol of ``jax.export``."""
+    return isinstance(length, int)
+
+
+def layout(length: Size, blocks: Size, chunk: int) -> Layout:
+    """The most even layout of ``length`` tokens: 65 of them give two chunks of 33, not 64 and 1.
+
+    A symbolic length (``jax.export``) is cut into full chunks; their number is symbolic.
+    """
+    if not is_known(length):
+        return Layout(blocks, -(-length // (blocks * chunk)), chunk)
     block = -(-length // blocks)
     count = -(-block // chunk)
     return Layout(blocks, count, -(-block // count))
@@ -66,7 +78,7 @@ def sweep(
     buffers: Any,
     *,
     chunk: int,
-    count: int,
+    count: Size,
     start: jax.typing.ArrayLike = 0,
     reverse: bool = False,
 ) -> tuple[Any, Any]:
@@ -107,19 +119,19 @@ def sweep(
     return jax.lax.fori_loop(0, count, body, (carry, buffers))
 
 
-def pad_time(x: jax.Array, length: int, mode: str = "constant") -> jax.Array:
+def pad_time(x: jax.Array, length: Size, mode: str = "constant") -> jax.Array:
     """Appends zeros (or the last element, ``mode="edge"``) up to ``length`` on axis 1."""
     missing = length - x.shape[1]
-    if not missing:
+    if is_known(missing) and not missing:
         return x
     return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2), mode=mode)
 
 
-def split_blocks(x: jax.Array, blocks: int) -> jax.Array:
+def split_blocks(x: jax.Array, blocks: Size) -> jax.Array:
     """``(B, blocks * t, ...)`` as ``(B * blocks, t, ...)``: blocks become part of the batch."""
     return x.reshape(x.shape[0] * blocks, x.shape[1] // blocks, *x.shape[2:])
 
 
-def join_blocks(x: jax.Array, blocks: int) -> jax.Array:
+def join_blocks(x: jax.Array, blocks: Size) -> jax.Array:
     """The inverse of ``split_blocks``."""
     return x.reshape(x.shape[0] // blocks, x.shape[1] * blocks, *x.shape[2:])
