@@ -31,7 +31,7 @@ class RACEAttention(nn.Module):
     The same layer as the NNX `race_jax.RACEAttention`, whose documentation tells what each option
     means. The ``params`` collection is the tree of its parameters; fixed planes are ``planes`` in
     the collection ``hash_planes``, which `apply` needs beside ``params``. Widths of inputs are
-    taken from the inputs. Sums are kept in float32 at least. The projections are ``nn.DenseGeneral``
+    taken from the inputs. Sums are kept in float32 at least. Projections are ``nn.DenseGeneral``
     submodules that `nn.intercept_methods` sees; ``query`` and ``key`` are plain parameters where
     planes are folded into them.
 
