@@ -24,7 +24,10 @@ _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Tokens to draw.", lower_b
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; positive.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Draw among this many likeliest tokens.")
 _TOP_P = flags.DEFINE_float("top_p", None, "Draw among the likeliest of this probability.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws, 0 to 2**32 - 1.")
+_STOP = flags.DEFINE_multi_string(
+    "stop", [], "Text of one token that ends the continuation, and is not written; may be repeated."
+)
 _GREEDY = flags.DEFINE_bool("greedy", False, "Take the likeliest token each time.")
 
 _UNFINISHED = "\ufffd"  # what a tokenizer shows for bytes that are no whole character
@@ -63,7 +66,15 @@ def main(arguments: Sequence[str]) -> None:
         model, tokenizer, _ = load_for_inference(_CHECKPOINT.value)
         prompt = np.asarray(tokenizer.encode(_PROMPT.value), np.int32)
         count = _count(model, len(prompt))
-        tokens = stream(model, prompt[None], max_tokens=count, sampling=sampling, seed=_SEED.value)
+        stops = [_stop_token(tokenizer, text) for text in _STOP.value]
+        tokens = stream(
+            model,
+            prompt[None],
+            max_tokens=count,
+            sampling=sampling,
+            seed=_SEED.value,
+            stop_token=stops,
+        )
     except (ValueError, RuntimeError) as error:
         _fail(str(error))
     if not model.trunk.carries_state:
@@ -71,9 +82,12 @@ def main(arguments: Sequence[str]) -> None:
     clock: list[float] = []
     try:
         _write(_PROMPT.value)
-        for piece in text_pieces(tokenizer, prompt, _timed(tokens, clock)):
+        for piece in text_pieces(tokenizer, prompt, _timed(tokens, clock, stops)):
             _write(piece)
         _write("\n")
+    except FloatingPointError as error:
+        _write("\n")
+        _fail(str(error))
     except KeyboardInterrupt:
         _say("\nstopped")
     except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
@@ -95,9 +109,20 @@ def _count(model: TransformerLM, length: int) -> int:
     return room
 
 
-def _timed(tokens: Iterator[np.ndarray], clock: list[float]) -> Iterator[int]:
+def _stop_token(tokenizer, text: str) -> int:
+    ids = tokenizer.encode(text).tolist()
+    if len(ids) != 1:
+        raise ValueError(
+            f"--stop={text!r} is {len(ids)} tokens of this model; give a text of exactly one"
+        )
+    return ids[0]
+
+
+def _timed(tokens: Iterator[np.ndarray], clock: list[float], stops: Sequence[int]) -> Iterator[int]:
     for token in tokens:
         clock.append(time.perf_counter())
+        if token[0] in stops:
+            return
         yield int(token[0])
 
 

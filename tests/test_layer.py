@@ -54,6 +54,19 @@ def make(rng, **options):
     return s, params, normal(s.num_tables, s.num_planes, s.head_dim)
 
 
+def layer_of(params, *args, **options):
+    """`race_layer` with the norms as the functions that Flax's modules are to it."""
+
+    def norm(scale, x):
+        x -= x.mean(axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
+
+    norms = {
+        name: functools.partial(norm, params[name]["scale"]) for name in params if "_ln" in name
+    }
+    return race_layer(params | norms, *args, **options)
+
+
 def naive_features(x, planes, beta):
     corners = np.array(list(itertools.product((-1, 1), repeat=planes.shape[1])))
     phi = np.exp(beta * np.tanh(np.einsum("th,lph->tlp", x, planes)) @ corners.T)
@@ -135,7 +148,7 @@ def test_layer_is_its_definition(rng, assert_close, case):
     options, call = CASES[case]
     s, params, planes = make(rng, **options)
     x = rng.normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
-    got = jax.jit(functools.partial(race_layer, settings=s, is_causal="is_causal" in call))(
+    got = jax.jit(functools.partial(layer_of, settings=s, is_causal="is_causal" in call))(
         params, planes, x, **{name: call[name] for name in call if name != "is_causal"}
     )
     mask = MASK if "mask" in call else np.ones_like(MASK)

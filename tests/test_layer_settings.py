@@ -20,7 +20,8 @@ def test_sizes_are_filled_in_as_flax_fills_them():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_heads": 3}, "qkv_features=8 must be num_heads=3 times the head_dim"),
+        ({"num_heads": 3}, "num_heads=3 does not divide in_features=8.*or give head_dim"),
+        ({"num_heads": 3, "qkv_features": 16}, "num_heads=3 does not divide qkv_features=16"),
         ({"qkv_features": 8, "head_dim": 3}, "leave one of the two out"),
         ({"num_heads": 4, "num_kv_heads": 3}, "num_heads=4 must be divisible by num_kv_heads=3"),
         ({"num_tables": 0}, "num_tables must be at least 1, got 0"),

@@ -226,15 +226,49 @@ def test_normalization_is_passed_through():
     assert not np.allclose(*outs)
 
 
-@pytest.mark.parametrize(
-    ("streams", "message"),
-    [({"params": 0}, "lacks the stream 'planes'"), ({"planes": 0}, "lacks the stream 'params'")],
-)
-def test_a_missing_stream_is_named(streams, message):
-    with pytest.raises(ValueError, match=message):
-        RACEAttention(2, WIDTH, rngs=nnx.Rngs(**streams))
+def test_a_missing_stream_is_named():
+    with pytest.raises(ValueError, match="lacks the stream 'params'"):
+        RACEAttention(2, WIDTH, rngs=nnx.Rngs(planes=0))
     with pytest.raises(ValueError, match="lacks the stream 'dropout'"):
         RACEAttention(2, WIDTH, dropout_rate=0.1, rngs=nnx.Rngs(params=0, planes=1))
+
+
+def test_streams_that_flax_modules_ask_for_are_enough():
+    """Without a stream of their own, planes come from that of the parameters."""
+    first, second, dropping = (
+        RACEAttention(2, WIDTH, dropout_rate=rate, rngs=nnx.Rngs(params=seed, dropout=1))
+        for seed, rate in ((0, 0.0), (2, 0.0), (0, 0.1))
+    )
+    np.testing.assert_array_equal(first.planes[...], dropping.planes[...])
+    assert not np.array_equal(first.planes[...], second.planes[...])
+
+
+def test_seeds_of_planes_and_parameters_share_no_numbers():
+    """planes=1 beside params=0 draws nothing that params=1 draws."""
+
+    def unit(planes):
+        return np.asarray(planes).ravel() / np.std(planes)
+
+    planes = RACEAttention(1, 16, num_tables=1, rngs=nnx.Rngs(params=0, planes=1)).planes[...]
+    stream = nnx.Rngs(params=1).params
+    for _ in range(12):  # more than a layer draws
+        drawn = jax.random.normal(stream(), planes.shape)
+        assert not np.allclose(unit(drawn), unit(planes), atol=1e-3)
+
+
+def test_one_set_of_planes_for_layers_made_together_is_warned_of():
+    def stack(**options):
+        rngs = nnx.Rngs(params=0, planes=1)
+        make = nnx.vmap(lambda rngs: RACEAttention(2, WIDTH, rngs=rngs), in_axes=(axes,))
+        with nnx.split_rngs(rngs, splits=2, **options):
+            return make(rngs)
+
+    axes = nnx.StateAxes({"planes": None, ...: 0})
+    with pytest.warns(UserWarning, match="the same hash planes"):
+        stack(only="params")
+    axes = 0
+    planes = stack().planes[...]
+    assert not np.array_equal(*planes)
 
 
 def test_partitioned_initialisers_keep_their_names():

@@ -8,7 +8,8 @@ hidden states, and the state after the call. For every head, with x after the sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from race_jax.layers.attention_fn import key_padding
 from race_jax.layers.settings import LayerSettings
 from race_jax.layers.short_conv import TAPS, short_convolution
 
-EPSILON = 1e-6  # of the query and key norms, as in Flax's LayerNorm
+Projection = Mapping[str, Any] | Callable[[jax.Array], jax.Array]
 
 
 class LayerState(NamedTuple):
@@ -64,13 +65,16 @@ def race_layer(
     is_causal: bool = False,
     state: LayerState | None = None,
     dropout_key: jax.Array | None = None,
+    kernel_dtype: Any = None,
 ) -> jax.Array | tuple[jax.Array, LayerState]:
     """Applies the layer.
 
     Args:
       params: ``query``, ``key``, ``value`` with ``kernel`` ``(D, heads, H or V)`` and ``bias``;
-        ``out`` with ``kernel`` ``(N, V, D)`` and ``bias``; ``query_ln`` and ``key_ln`` with
-        ``scale`` ``(H,)`` if queries and keys are normalised; and `LayerSettings.own_parameters`.
+        ``out`` with ``kernel`` ``(N, V, D)`` and ``bias``; and `LayerSettings.own_parameters`.
+        Each of the four may also be a function of its input, such as a Flax module; then nothing
+        is folded into it. ``query_ln`` and ``key_ln`` are functions of heads ``(..., H)``, needed
+        if queries and keys are normalised.
       planes: ``(L, P, H)``.
       inputs_q: ``(B, T, D)``.
       inputs_k: ``(B, S, D)``; None for self-attention.
@@ -81,6 +85,8 @@ def race_layer(
       is_causal: whether a token sees only itself and what stands before it.
       state: of earlier calls; needs `is_causal`.
       dropout_key: a key drops out entries of the output, None does not.
+      kernel_dtype: dtype of the projections' kernels, where ``query`` is a function;
+        ``settings.param_dtype`` if None.
 
     Returns:
       ``(B, T, D)``, and with a `state` also the state after the call.
@@ -89,6 +95,7 @@ def race_layer(
       ValueError: shapes that do not fit, or arguments that exclude each other.
       TypeError: a state of another kind.
     """
+    check_static(is_causal=is_causal)
     inputs = _complete_inputs(inputs_q, inputs_k, inputs_v)
     _check_call(inputs, settings, is_causal=is_causal, has_state=state is not None)
     batch, length = inputs[1].shape[:2]
@@ -98,7 +105,9 @@ def race_layer(
         mask = key_padding(mask[:, None, None] if mask.ndim == 2 else mask, (batch,), length)
     dtype = settings.dtype
     if dtype is None:
-        dtype = jnp.result_type(*inputs, params["query"]["kernel"])
+        if isinstance(params["query"], Mapping):
+            kernel_dtype = params["query"]["kernel"].dtype
+        dtype = jnp.result_type(*inputs, kernel_dtype or settings.param_dtype)
 
     with jax.named_scope("race_layer/inputs"):
         x_q, x_k, x_v = (x.astype(dtype) for x in inputs)
@@ -135,7 +144,7 @@ def race_layer(
         return_state=state is not None,
         implementation=settings.implementation,
     )
-    value = _linear(x_v, params["value"], settings.precision)
+    value = _project(x_v, "value", params, settings)
     heads = attend(project, _shapes(x_q, x_k, settings), value, options)
     if state is not None:
         heads, race = heads
@@ -143,9 +152,20 @@ def race_layer(
         if settings.output_gate:
             kernel = params["out_gate_kernel"]
             heads = gates.output_gate(heads, x_q, kernel, settings.precision)
-        out = _linear(heads, params["out"], settings.precision, axes=2)
+        out = _project(heads, "out", params, settings)
         out = _dropout(out, settings.dropout_rate, dropout_key)
     return out if state is None else (out, LayerState(race, taps))
+
+
+def check_static(**flags: Any) -> None:
+    """Raises TypeError for a flag that a transform, such as remat, has made an array."""
+    for name, flag in flags.items():
+        if isinstance(flag, jax.Array):
+            raise TypeError(
+                f"{name} must be a Python bool, got {flag}: a transform such as remat turns the "
+                f"arguments of a call into arrays; say it where the layer is made, "
+                f"RACEAttention(..., {name}=True)"
+            )
 
 
 def _complete_inputs(
@@ -233,16 +253,41 @@ def _hash(
 ) -> jax.Array:
     """Hash projections ``(B, T, heads, L, P)`` of the queries or the keys."""
     weights = params[name]
-    if settings.fold_planes:
+    if settings.fold_planes and isinstance(weights, Mapping):
         # Weights times weights, once a call: a GPU's TF32 would keep ten bits of each.
         with jax.default_matmul_precision("highest"):
             folded = {part: hashing.fold_planes(array, planes) for part, array in weights.items()}
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         return _linear(x, folded, settings.precision, out_dtype=dtype)
-    heads = _linear(x, weights, settings.precision)
+    heads = _project(x, name, params, settings)
     if settings.normalize_qk:
-        heads = _layer_norm(heads, params[f"{name}_ln"]["scale"])
+        heads = params[f"{name}_ln"](heads).astype(heads.dtype)
     return hashing.hash_projections(heads, planes)
+
+
+def _project(
+    x: jax.Array, name: str, params: Mapping[str, Any], settings: LayerSettings
+) -> jax.Array:
+    """The projection `name` of x, in x's dtype: heads, or the output of the layer."""
+    projection: Projection = params[name]
+    shape = {
+        "query": (settings.num_heads, settings.head_dim),
+        "key": (settings.num_kv_heads, settings.head_dim),
+        "value": (settings.num_kv_heads, settings.value_dim),
+        "out": (settings.out_features,),
+    }[name]
+    if isinstance(projection, Mapping):
+        return _linear(x, projection, settings.precision, axes=2 if name == "out" else 1)
+    out = projection(x)
+    wanted = *x.shape[:2], *shape
+    if out.shape == (*x.shape[:2], math.prod(shape)):  # heads side by side, as nnx.Linear gives
+        out = out.reshape(wanted)
+    if out.shape != wanted:
+        raise ValueError(
+            f"the projection {name!r} gave shape {out.shape} for an input of shape {x.shape}; the "
+            f"layer needs {wanted}"
+        )
+    return out.astype(x.dtype)
 
 
 def _linear(
@@ -263,16 +308,7 @@ def _linear(
     )
     if "bias" not in weights:
         return out
-    bias = weights["bias"].astype(out.dtype)
-    return out + jnp.expand_dims(bias, range(out.ndim - bias.ndim))
-
-
-def _layer_norm(heads: jax.Array, scale: jax.Array) -> jax.Array:
-    """LayerNorm without bias over the head dim, its statistics in float32 at least."""
-    wide = heads.astype(jnp.promote_types(heads.dtype, jnp.float32))
-    wide -= wide.mean(axis=-1, keepdims=True)
-    wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + EPSILON)
-    return (wide * jnp.expand_dims(scale, range(wide.ndim - 1))).astype(heads.dtype)
+    return out + jnp.expand_dims(weights["bias"].astype(out.dtype), (0, 1))
 
 
 def _sharpness(params: Mapping[str, Any], settings: LayerSettings) -> jax.Array | float:

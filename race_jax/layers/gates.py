@@ -68,11 +68,12 @@ def log_decay(
     if forget_gate == "fixed":
         rates = jnp.asarray(-math.log(2.0) / half_lives(num_kv_heads, half_life), dtype)
     else:
-        logits = params["gate_bias"].astype(dtype)
+        logits = params["gate_bias"].astype(dtype)[None, None]
         if forget_gate == "data":
             kernel = params["gate_kernel"].astype(x.dtype)
-            from_data = jnp.matmul(x, kernel, precision=precision, preferred_element_type=dtype)
-            logits = logits[None, None] + from_data
+            logits = logits + jnp.tensordot(
+                x, kernel, axes=1, precision=precision, preferred_element_type=dtype
+            )
         rates = jax.nn.log_sigmoid(logits)
     return jnp.broadcast_to(rates, (*x.shape[:2], num_kv_heads))
 

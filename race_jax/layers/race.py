@@ -9,6 +9,8 @@ For every head, with planes W and projections A,
 from __future__ import annotations
 
 import functools
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,9 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 import race_jax.layers.serialization  # noqa: F401  (flax.serialization of states)
-from race_jax.layers.functional import LayerState, init_state, race_layer
-from race_jax.layers.settings import PAPER, LayerSettings
+from race_jax.layers.functional import LayerState, check_static, init_state, race_layer
+from race_jax.layers.settings import PAPER, LayerSettings, warn_of_shared_planes
 
+_log = logging.getLogger("race_jax")
 default_kernel_init = nnx.initializers.lecun_normal()
 default_bias_init = nnx.initializers.zeros_init()
 
@@ -52,6 +55,11 @@ class RACEAttention(nnx.Module):
     need them, and ``planes`` ``(L, P, H)``: a `HashPlanes` variable, a parameter only if learned.
     Sums are kept in float32 at least.
 
+    The projections are modules that the layer calls, so each may be replaced or wrapped: by a
+    low-rank adapter, a quantised module, or another projection (``layer.key = layer.query``). A
+    replacement takes ``(B, T, D)`` and gives heads ``(B, T, N, H)``, or ``(B, T, N * H)``; that of
+    ``out`` takes ``(B, T, N, V)``, an ``nnx.Linear`` (``nnx.LoRALinear`` is one) ``(B, T, N * V)``.
+
     Args:
       num_heads: N, query heads.
       in_features: D, the width of the queries' inputs.
@@ -64,7 +72,10 @@ class RACEAttention(nnx.Module):
       dtype: dtype of the computation; promoted from inputs and parameters if None.
       param_dtype: dtype of parameters and planes.
       dropout_rate: share of the output's entries that are dropped, in [0, 1).
-      deterministic: turns dropout off; a call's own argument goes first.
+      deterministic: turns dropout off; overridden by the call's argument.
+      is_causal: whether a token sees only itself and what stands before it; overridden by the
+        call's argument. Say it here where the call is transformed: ``nnx.remat`` and its like turn
+        the arguments of a call into arrays.
       decode: only for Flax's signature: RACE decodes with ``state=``.
       precision: of the projections.
       kernel_init: of the projections' kernels.
@@ -91,13 +102,14 @@ class RACEAttention(nnx.Module):
         the identity at the start. Self-attention only.
       output_gate: normalises each head (RMS) and multiplies it by ``silu(x W_g)`` before ``out``.
       fold_planes: computes ``x (A W)`` instead of ``(x A) W``: the same to rounding, with less work
-        and memory. Not with `normalize_qk`.
+        and memory. Not with `normalize_qk`. A query or key projection that is not the
+        ``nnx.LinearGeneral`` made here is called instead, and a log line says so once.
       normalization: ``"global"`` (the paper) or ``"bucket"`` (its released code).
       implementation: None (the best that works), ``"xla"`` or ``"pallas"``.
       keep_rngs: keeps a fork of the dropout stream in the module, as in Flax.
-      rngs: streams ``params``, ``planes``, and with dropout ``dropout``, or a default for them.
-        With a stream of their own, the planes depend on no other seed and differ from layer to
-        layer.
+      rngs: streams ``params``, with dropout ``dropout``, or a default for them. Planes are drawn
+        from the stream ``planes`` if there is one, else from the default, else from ``params``.
+        With a stream of their own, they depend on no other seed and differ from layer to layer.
 
     Raises:
       ValueError: sizes that do not divide, a value that is not allowed, options that exclude each
@@ -115,6 +127,12 @@ class RACEAttention(nnx.Module):
       >>> second, state = layer(x[:, 5:], is_causal=True, state=state)
       >>> bool(jnp.allclose(whole, jnp.concatenate([first, second], axis=1), atol=1e-5))
       True
+
+      Causal from the start, for a call that is computed again in the backward pass:
+
+      >>> layer = race_jax.RACEAttention(4, 32, is_causal=True, rngs=nnx.Rngs(0))
+      >>> nnx.remat(race_jax.RACEAttention.__call__)(layer, x).shape
+      (2, 10, 32)
 
     Source: arXiv 2510.04008, Algorithms 1 and 2 (`RACEAttention.paper`); the forget gate, the
     convolution, the output gate, the scale of the planes, a sharpness per head and folding go
@@ -136,6 +154,7 @@ class RACEAttention(nnx.Module):
         param_dtype: Any = jnp.float32,
         dropout_rate: float = 0.0,
         deterministic: bool | None = None,
+        is_causal: bool = False,
         decode: bool | None = None,
         precision: Any = None,
         kernel_init: nnx.Initializer = default_kernel_init,
@@ -166,15 +185,18 @@ class RACEAttention(nnx.Module):
         for name in LayerSettings.names():
             setattr(self, name, getattr(settings, name))
         self.deterministic = deterministic
+        self.is_causal = is_causal
         keep_rngs = keep_rngs and settings.dropout_rate > 0
-        _check_streams(rngs, "params", "planes", *["dropout"] * keep_rngs)
+        _check_streams(rngs, "params", *["dropout"] * keep_rngs)
 
         linear = functools.partial(
             nnx.LinearGeneral,
             kernel_init=kernel_init,
             bias_init=bias_init,
             use_bias=use_bias,
+            dtype=dtype,
             param_dtype=param_dtype,
+            precision=precision,
             rngs=rngs,
         )
         self.query = linear(in_features, (num_heads, self.head_dim))
@@ -188,12 +210,20 @@ class RACEAttention(nnx.Module):
             bias_init=out_bias_init or bias_init,
         )
         if normalize_qk:
-            norm = functools.partial(nnx.LayerNorm, use_bias=False, param_dtype=param_dtype)
+            norm = functools.partial(
+                nnx.LayerNorm,
+                use_bias=False,
+                use_fast_variance=False,  # it would lose digits of heads that have a mean
+                dtype=dtype,
+                param_dtype=param_dtype,
+            )
             self.query_ln = norm(self.head_dim, rngs=rngs)
             self.key_ln = norm(self.head_dim, rngs=rngs)
         for name, init in settings.own_parameters().items():
             setattr(self, name, nnx.Param(init(rngs.params())))
-        planes = settings.draw_planes(rngs.planes())
+        key = _planes_stream(rngs)()
+        warn_of_shared_planes(rngs.params.key[...], key)
+        planes = settings.draw_planes(key)
         self.planes = nnx.Param(planes) if learn_planes else HashPlanes(planes)
         self.rngs = rngs.dropout.fork() if keep_rngs else None
 
@@ -251,10 +281,9 @@ class RACEAttention(nnx.Module):
         inputs_q: jax.Array,
         inputs_k: jax.Array | None = None,
         inputs_v: jax.Array | None = None,
-        *,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        is_causal: bool = False,
+        is_causal: bool | None = None,
         state: LayerState | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
@@ -268,11 +297,12 @@ class RACEAttention(nnx.Module):
           mask: key padding, ``(B, S)`` or ``(B, 1, 1, S)``, nonzero where there is a token. In
             causal calls a padded slot gives the bias of ``out``, whatever stands in it.
           segment_ids: ``(B, T)`` int >= 0, one contiguous run a document: tokens see only theirs.
-          is_causal: whether a token sees only itself and what stands before it; needs T == S.
+          is_causal: whether a token sees only itself and what stands before it; needs T == S. The
+            constructor's if None.
           state: from `init_state` or an earlier call, for any T: prefill, decoding by one or many
             tokens, and resuming are this one argument. Needs `is_causal`.
-          deterministic: turns dropout off; goes before the constructor's.
-          rngs: for dropout; goes before the constructor's.
+          deterministic: turns dropout off; the constructor's if None.
+          rngs: for dropout; the constructor's if None.
 
         Returns:
           ``(B, T, D)`` in `dtype`; with a `state` also the state after the call.
@@ -280,21 +310,22 @@ class RACEAttention(nnx.Module):
         Raises:
           ValueError: shapes that do not fit, arguments that exclude each other, or dropout without
             `deterministic` or a random stream.
-          TypeError: a state of another kind.
+          TypeError: a state of another kind, or a flag that is no Python bool.
         """
-        variables = nnx.to_pure_dict(nnx.state(self))
+        settings = LayerSettings.of(self)
         return race_layer(
-            variables,
-            variables["planes"],
+            self._parameters(settings),
+            self.planes[...],
             inputs_q,
             inputs_k,
             inputs_v,
-            settings=LayerSettings.of(self),
+            settings=settings,
             mask=mask,
             segment_ids=segment_ids,
-            is_causal=is_causal,
+            is_causal=self.is_causal if is_causal is None else is_causal,
             state=state,
             dropout_key=self._dropout_key(deterministic, rngs),
+            kernel_dtype=getattr(getattr(self.query, "kernel", None), "dtype", None),
         )
 
     def set_view(self, deterministic: bool | None = None) -> None:
@@ -306,12 +337,24 @@ class RACEAttention(nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
+    def _parameters(self, settings: LayerSettings) -> dict[str, Any]:
+        parameters = {name: getattr(self, name)[...] for name in settings.own_parameters()}
+        for name in ("query", "key"):
+            module = getattr(self, name)
+            if self.fold_planes:
+                module = _foldable(name, module)
+            parameters[name] = module
+            if self.normalize_qk:
+                parameters[f"{name}_ln"] = getattr(self, f"{name}_ln")
+        return parameters | {"value": self.value, "out": _of_heads(self.out)}
+
     def _dropout_key(
         self, deterministic: bool | None, rngs: nnx.Rngs | nnx.RngStream | None
     ) -> jax.Array | None:
         if self.dropout_rate == 0:
             return None
         deterministic = self.deterministic if deterministic is None else deterministic
+        check_static(deterministic=deterministic)
         if deterministic is None:
             raise ValueError(
                 f"dropout_rate={self.dropout_rate} needs deterministic=True or False, in the call "
@@ -334,3 +377,40 @@ def _check_streams(rngs: nnx.Rngs, *names: str) -> None:
             f"rngs lacks the stream {missing[0]!r}, it has {sorted(rngs)}; pass nnx.Rngs(0), or "
             "nnx.Rngs(params=0, planes=1, dropout=2)"
         )
+
+
+def _planes_stream(rngs: nnx.Rngs) -> nnx.RngStream:
+    return rngs.planes if "planes" in rngs or "default" in rngs else rngs.params
+
+
+def _foldable(name: str, module: Callable) -> Mapping[str, jax.Array] | Callable:
+    """The weights of a plain projection, into which planes can be folded; else the module."""
+    plain = (
+        type(module) is nnx.LinearGeneral
+        and (module.axis, dict(module.batch_axis)) == ((-1,), {})
+        and module.dot_general is None
+        and module.dot_general_cls is None
+        and module.preferred_element_type is None
+    )
+    if not plain:
+        _say_unfolded(name, type(module).__name__)
+        return module
+    weights = {"kernel": module.kernel, "bias": module.bias}
+    return {part: array[...] for part, array in weights.items() if array is not None}
+
+
+@functools.cache
+def _say_unfolded(name: str, kind: str) -> None:
+    _log.warning(
+        "fold_planes=True: the %s projection is a %s, not the plain nnx.LinearGeneral that the "
+        "layer made, so it is called and nothing is folded into it",
+        name,
+        kind,
+    )
+
+
+def _of_heads(out: Callable) -> Callable:
+    """`out` as a function of heads (B, T, N, V); an nnx.Linear takes them side by side."""
+    if not isinstance(out, nnx.Linear):
+        return out
+    return lambda heads: out(heads.reshape(*heads.shape[:2], -1))

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 import race_jax.layers.serialization  # noqa: F401  (flax.serialization of states)
-from race_jax.layers.functional import LayerState, init_state, race_layer
-from race_jax.layers.settings import PAPER, LayerSettings
+from race_jax.layers.functional import LayerState, check_static, init_state, race_layer
+from race_jax.layers.settings import PAPER, LayerSettings, warn_of_shared_planes
 
 Initializer = Callable[..., Any]
 
@@ -32,7 +32,15 @@ class RACEAttention(nn.Module):
     The same layer as the NNX `race_jax.RACEAttention`, whose documentation tells what each option
     means. The ``params`` collection is the tree of its parameters; fixed planes are ``planes`` in
     the collection ``hash_planes``, which `apply` needs beside ``params``. Widths of inputs are
-    taken from the inputs. Sums are kept in float32 at least.
+    taken from the inputs. Sums are kept in float32 at least. Projections are ``nn.DenseGeneral``
+    submodules that `nn.intercept_methods` sees; ``query`` and ``key`` are plain parameters where
+    planes are folded into them.
+
+    Transforms over layers (``nn.scan``, ``nn.vmap``) must carry the collection ``hash_planes`` as
+    they carry ``params``, and split the stream ``planes`` as they split ``params``: see the second
+    example. A stream that is not split gives all layers the same planes, whose hashing errors then
+    add up instead of averaging out; a warning says so unless the initialisation runs under
+    ``jax.jit``.
 
     Attributes:
       num_heads: N, query heads.
@@ -45,6 +53,9 @@ class RACEAttention(nn.Module):
       param_dtype: dtype of parameters and planes.
       dropout_rate: share of the output's entries that are dropped, in [0, 1).
       deterministic: turns dropout off; a call may say it instead, but not both.
+      is_causal: whether a token sees only itself and what stands before it; overridden by the
+        call's argument. Say it here where the call is transformed: ``nn.remat`` and its like turn
+        the arguments of a call into arrays.
       decode: only for Flax's signature: RACE decodes with ``state=``.
       precision: of the projections.
       kernel_init: of the projections' kernels.
@@ -70,6 +81,7 @@ class RACEAttention(nn.Module):
 
     Example:
       >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
       >>> from race_jax.linen import RACEAttention
       >>> layer = RACEAttention(num_heads=4, forget_gate="data")
       >>> x = jax.random.normal(jax.random.key(1), (2, 10, 32))
@@ -78,6 +90,26 @@ class RACEAttention(nn.Module):
       >>> variables["params"]["query"]["kernel"].shape, variables["hash_planes"]["planes"].shape
       ((32, 4, 8), (4, 4, 8))
       >>> layer.apply(variables, x, is_causal=True).shape
+      (2, 10, 32)
+
+      Four layers that compile as one and are computed again in the backward pass:
+
+      >>> class Layers(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x):
+      ...         layer = nn.remat(RACEAttention)(num_heads=4, is_causal=True)
+      ...         scan = nn.scan(
+      ...             lambda layer, x, _: (x + layer(x), None),
+      ...             variable_axes={"params": 0, "hash_planes": 0},
+      ...             split_rngs={"params": True, "planes": True},
+      ...             length=4,
+      ...         )
+      ...         return scan(layer, x, None)[0]
+      >>> variables = Layers().init(streams, x)
+      >>> planes = jax.tree.leaves(variables["hash_planes"])[0]
+      >>> planes.shape, bool((planes[0] == planes[1]).all())
+      ((4, 4, 4, 8), False)
+      >>> Layers().apply(variables, x).shape
       (2, 10, 32)
 
     Source: arXiv 2510.04008, Algorithms 1 and 2 (`RACEAttention.paper`); the rest goes beyond it.
@@ -93,6 +125,7 @@ class RACEAttention(nn.Module):
     param_dtype: Any = jnp.float32
     dropout_rate: float = 0.0
     deterministic: bool | None = None
+    is_causal: bool = False
     decode: bool | None = None
     precision: Any = None
     kernel_init: Initializer = nn.initializers.lecun_normal()
@@ -153,7 +186,7 @@ class RACEAttention(nn.Module):
         *,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        is_causal: bool = False,
+        is_causal: bool | None = None,
         state: LayerState | None = None,
         deterministic: bool | None = None,
         dropout_rng: jax.Array | None = None,
@@ -166,7 +199,8 @@ class RACEAttention(nn.Module):
           inputs_v: ``(B, S, D)``; None for `inputs_k`.
           mask: key padding, ``(B, S)`` or ``(B, 1, 1, S)``, nonzero where there is a token.
           segment_ids: ``(B, T)`` int >= 0, one contiguous run a document.
-          is_causal: whether a token sees only itself and what stands before it; needs T == S.
+          is_causal: whether a token sees only itself and what stands before it; needs T == S. The
+            field's value if None.
           state: from `init_state` or an earlier call. Needs `is_causal`.
           deterministic: turns dropout off.
           dropout_rng: a key for dropout; the stream ``dropout`` if None.
@@ -176,7 +210,7 @@ class RACEAttention(nn.Module):
 
         Raises:
           ValueError: shapes that do not fit, or arguments that exclude each other.
-          TypeError: a state of another kind.
+          TypeError: a state of another kind, or a flag that is no Python bool.
         """
         keys_from = inputs_q if inputs_k is None else inputs_k
         settings = self._settings(inputs_q.shape[-1], keys_from.shape[-1])
@@ -189,9 +223,10 @@ class RACEAttention(nn.Module):
             settings=settings,
             mask=mask,
             segment_ids=segment_ids,
-            is_causal=is_causal,
+            is_causal=self.is_causal if is_causal is None else is_causal,
             state=state,
             dropout_key=self._dropout_key(deterministic, dropout_rng),
+            kernel_dtype=self._kernel_dtype(),
         )
 
     def _settings(self, in_features: int, in_kv_features: int) -> LayerSettings:
@@ -200,47 +235,78 @@ class RACEAttention(nn.Module):
     def _parameters(self, settings: LayerSettings) -> dict[str, Any]:
         heads, kv_heads = settings.num_heads, settings.num_kv_heads
         head_dim, value_dim = settings.head_dim, settings.value_dim
-        shapes = {
-            "query": ((settings.in_features,), (heads, head_dim)),
-            "key": ((settings.in_kv_features,), (kv_heads, head_dim)),
-            "value": ((settings.in_kv_features,), (kv_heads, value_dim)),
-            "out": ((heads, value_dim), (settings.out_features,)),
-        }
-        groups = {}
-        for name, (inputs, outputs) in shapes.items():
-            is_out = name == "out"
-            kernel_init = (is_out and self.out_kernel_init) or self.kernel_init
-            bias_init = (is_out and self.out_bias_init) or self.bias_init
-            groups[name] = {"kernel": _flat(kernel_init, inputs, outputs)}
-            if self.use_bias:
-                groups[name]["bias"] = _flat(bias_init, (), outputs)
+        shapes = {"query": (heads, head_dim), "key": (kv_heads, head_dim)}
+        widths = {"query": settings.in_features, "key": settings.in_kv_features}
+        parameters: dict[str, Any] = {}
+        for name, shape in shapes.items():
+            if self.fold_planes:
+                parameters[name] = self._weights(name, widths[name], shape)
+            else:
+                parameters[name] = self._dense(name, shape)
+        parameters["value"] = self._dense("value", (kv_heads, value_dim))
+        parameters["out"] = self._dense(
+            "out",
+            (settings.out_features,),
+            axis=(-2, -1),
+            kernel_init=self.out_kernel_init or self.kernel_init,
+            bias_init=self.out_bias_init or self.bias_init,
+        )
         if self.normalize_qk:
-            ones = _flat(nn.initializers.ones_init(), (), (head_dim,))
-            groups |= {"query_ln": {"scale": ones}, "key_ln": {"scale": ones}}
-        parameters = {
-            name: ParameterGroup(inits, self.param_dtype, name=name)()
-            for name, inits in groups.items()
-        }
+            for name in ("query_ln", "key_ln"):
+                parameters[name] = nn.LayerNorm(
+                    use_bias=False,
+                    use_fast_variance=False,
+                    dtype=self.dtype,
+                    param_dtype=self.param_dtype,
+                    name=name,
+                )
         for name, init in settings.own_parameters().items():
             parameters[name] = self.param(name, init)
         return parameters
 
+    def _dense(self, name: str, features: tuple[int, ...], **options: Any) -> nn.DenseGeneral:
+        defaults = {"axis": -1, "kernel_init": self.kernel_init, "bias_init": self.bias_init}
+        return nn.DenseGeneral(
+            features=features,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            name=name,
+            **defaults | options,
+        )
+
+    def _weights(self, name: str, width: int, shape: tuple[int, int]) -> dict[str, jax.Array]:
+        inits = {"kernel": _flat(self.kernel_init, (width,), shape)}
+        if self.use_bias:
+            inits["bias"] = _flat(self.bias_init, (), shape)
+        return ParameterGroup(inits, self.param_dtype, name=name)()
+
+    def _kernel_dtype(self) -> Any:
+        """Of the query projection's kernel, which may have been cast since it was made."""
+        kernel = self.variables.get("params", {}).get("query", {}).get("kernel")
+        return None if kernel is None else nn.unbox(kernel).dtype
+
     def _planes(self, settings: LayerSettings) -> jax.Array:
         if not self.learn_planes:
-            variable = self.variable(
-                "hash_planes", "planes", lambda: settings.draw_planes(self.make_rng("planes"))
-            )
-            return variable.value
+            return self.variable("hash_planes", "planes", self._draw_planes, settings).value
         # Flax also runs the initialiser of a parameter that exists, to compare shapes; then there
         # is no stream to draw from.
-        own = self.make_rng("planes") if self.is_initializing() else None
-        return self.param("planes", lambda key: settings.draw_planes(key if own is None else own))
+        if not self.is_initializing():
+            return self.param("planes", settings.draw_planes)
+        return self.param("planes", lambda key: self._draw_planes(settings))
+
+    def _draw_planes(self, settings: LayerSettings) -> jax.Array:
+        key = self.make_rng("planes")
+        warn_of_shared_planes(self.make_rng("params"), key)
+        return settings.draw_planes(key)
 
     def _dropout_key(
         self, deterministic: bool | None, dropout_rng: jax.Array | None
     ) -> jax.Array | None:
         if self.dropout_rate == 0:
             return None
+        check_static(deterministic=deterministic)
         if nn.merge_param("deterministic", self.deterministic, deterministic):
             return None
         return self.make_rng("dropout") if dropout_rng is None else dropout_rng

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 
 from race_jax.core import dispatch, hashing, state
 from race_jax.layers import gates, short_conv
+
+PLANES = 0x9A7E5  # any constant: what keys of planes are folded with
 
 # Exactly the paper's Algorithms 1 and 2, with its one trained sharpness.
 PAPER = {
@@ -90,19 +93,29 @@ class LayerSettings:
         self._fill("in_kv_features", self.in_features)
         self._fill("out_features", self.in_features)
         self._check_sizes()
-        if self.head_dim is None:
-            self._fill("qkv_features", self.in_features)
-        else:
-            self._fill("qkv_features", self.num_heads * self.head_dim)
-        self._fill("head_dim", self.qkv_features // self.num_heads)
-        if self.qkv_features != self.num_heads * self.head_dim:
-            raise ValueError(
-                f"qkv_features={self.qkv_features} must be num_heads={self.num_heads} times the "
-                f"head_dim, got head_dim={self.head_dim}; leave one of the two out"
-            )
+        self._fill_head_dim()
         self._fill("value_dim", self.head_dim)
         self._fill("planes_scale", self.head_dim**-0.5)
         self._check_choices()
+
+    def _fill_head_dim(self) -> None:
+        if self.head_dim is not None:
+            self._fill("qkv_features", self.num_heads * self.head_dim)
+            if self.qkv_features != self.num_heads * self.head_dim:
+                raise ValueError(
+                    f"qkv_features={self.qkv_features} is not num_heads={self.num_heads} times "
+                    f"head_dim={self.head_dim}; leave one of the two out"
+                )
+            return
+        given = "qkv_features" if self.qkv_features is not None else "in_features"
+        self._fill("qkv_features", self.in_features)
+        if self.qkv_features % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide {given}={self.qkv_features}, the "
+                "width that the heads share; choose another number of heads or another "
+                "qkv_features, or give head_dim, the width of one head"
+            )
+        self._fill("head_dim", self.qkv_features // self.num_heads)
 
     def _fill(self, name: str, value: Any) -> None:
         if getattr(self, name) is None:
@@ -168,9 +181,13 @@ class LayerSettings:
         return self.num_tables * 2**self.num_planes
 
     def draw_planes(self, key: jax.Array) -> jax.Array:
-        """The hash planes ``(L, P, H)``."""
+        """The hash planes ``(L, P, H)``.
+
+        The key is folded first, so that a seed of planes which is also the seed of some
+        parameters draws other numbers than they are made of.
+        """
         return hashing.init_planes(
-            key,
+            jax.random.fold_in(key, PLANES),
             num_tables=self.num_tables,
             num_planes=self.num_planes,
             head_dim=self.head_dim,
@@ -211,3 +228,19 @@ class LayerSettings:
 def _check_among(name: str, value: Any, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def warn_of_shared_planes(key_of_parameters: jax.Array, key_of_planes: jax.Array) -> None:
+    """Warns where layers made together, by a scan or vmap, get one set of planes.
+
+    There the key of the parameters varies (it is traced), while that of the planes does not. Under
+    an outer ``jax.jit`` both are traced, and nothing can be seen.
+    """
+    traced = isinstance(key_of_parameters, jax.core.Tracer)
+    if traced and not isinstance(key_of_planes, jax.core.Tracer):
+        warnings.warn(
+            "several layers are being made with the same hash planes, so their hashes err alike: "
+            "split the stream 'planes' (or leave it out) as 'params' is split, in Linen "
+            "nn.scan(..., split_rngs={'params': True, 'planes': True}), in NNX nnx.split_rngs",
+            stacklevel=3,
+        )

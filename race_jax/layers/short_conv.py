@@ -68,8 +68,8 @@ def short_convolution(
         own_ids = jnp.concatenate([segment_ids, earlier(ids, 1)[:, -1:]], axis=1)
 
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    kernel = kernel.astype(dtype)
-    mixed = kernel[:1, None] * tokens[:, TAPS:].astype(dtype)
+    kernel = kernel.astype(dtype)[:, None, None]  # (4, 1, 1, D), beside (B, T, D)
+    mixed = kernel[0] * tokens[:, TAPS:].astype(dtype)
     new_taps = []
     for back in range(1, WIDTH):
         tap = earlier(tokens, back)  # (B, T + 1, D)

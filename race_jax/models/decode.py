@@ -7,8 +7,9 @@ Equation: x_{t+1} ~ softmax(logits_t / temperature), cut to the top k and the to
 import dataclasses
 import functools
 import math
+import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
         sampling: how to draw.
 
     Returns:
-        Shape (B,) int32.
+        Shape (B,) int32; -1 where the logits hold NaN or infinity, so that no token is likeliest.
 
     Example:
         >>> import jax
@@ -76,8 +77,14 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
         >>> sample(jnp.array([[0.0, 3.0, 1.0]]), jax.random.key(0), Sampling(top_k=1)).tolist()
         [1]
     """
+    # -inf excludes a token; NaN, +inf or nothing but -inf is no distribution.
+    possible = jnp.isfinite(logits.max(axis=-1))
+    return jnp.where(possible, _choose(logits, key, sampling), -1).astype(jnp.int32)
+
+
+def _choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     if sampling.greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jnp.argmax(logits, axis=-1)
     logits = logits / sampling.temperature
     order = jnp.argsort(logits, axis=-1, descending=True)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
@@ -89,7 +96,7 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
         likelier = jnp.cumsum(probabilities, axis=-1) - probabilities
         ranked = jnp.where(likelier < sampling.top_p, ranked, -jnp.inf)
     rank = jax.random.categorical(key, ranked, axis=-1)
-    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
 
 
 def stream(
@@ -100,6 +107,7 @@ def stream(
     key_value_mask: np.ndarray | None = None,
     sampling: Sampling = Sampling(),
     seed: int = 0,
+    stop_token: int | Sequence[int] = (),
 ) -> Iterator[np.ndarray]:
     """The continuation of each prompt, token by token as it comes.
 
@@ -115,15 +123,21 @@ def stream(
         key_value_mask: shape (B, T) bool, True where there is a token: prompts of unequal length
             are padded left or right; each needs at least one token. None for no padding.
         sampling: how to draw.
-        seed: of the draws; the same seed gives the same tokens.
+        seed: of the draws, 0 to 2**32 - 1; the same seed gives the same tokens.
+        stop_token: a token, or several, after which a row ends. The stop token itself is given,
+            and again at every later step while other rows go on; once every row has stopped the
+            iterator ends. The other rows draw the same tokens as without it.
 
     Returns:
         An iterator of arrays of shape (B,) int32, at most ``max_tokens`` of them.
 
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, a mask of wrong shape,
-            ``max_tokens`` below 1, or a prompt that already fills the learned positions.
-        TypeError: a prompt that is not integers.
+            ``max_tokens`` below 1, a prompt that already fills the learned positions, or a seed
+            out of range.
+        TypeError: a prompt, a seed or a stop token that is not integers.
+        FloatingPointError: from the iterator, where the logits of a row that has not stopped are
+            NaN or infinite; the tokens before it have been given.
 
     Example:
         >>> import numpy as np
@@ -137,6 +151,8 @@ def stream(
         4
     """
     prompt, mask = _checked_prompt(model, prompt, key_value_mask, max_tokens)
+    stops = _checked_stops(model, stop_token)
+    key = _checked_key(seed)
     count = max_tokens
     room = remaining_positions(model, int(mask.sum(axis=1).max()))
     if room is not None and room < max_tokens:
@@ -147,11 +163,13 @@ def stream(
         )
         count = room
     draw = _carry_state if model.trunk.carries_state else _read_again
-    return draw(model, prompt, mask, count, sampling, jax.random.key(seed))
+    return _until_stopped(draw(model, prompt, mask, count, sampling, key), stops)
 
 
 def generate(model: TransformerLM, prompt: np.ndarray, **options: Any) -> np.ndarray:
     """All of `stream` at once: the continuations, shape (B, n) int32.
+
+    A row that stopped before others is filled up with its stop token.
 
     Example:
         >>> import numpy as np
@@ -212,6 +230,50 @@ def _checked_prompt(model, prompt, key_value_mask, max_tokens) -> tuple[np.ndarr
     return prompt, mask
 
 
+def _checked_stops(model: TransformerLM, stop_token: int | Sequence[int]) -> np.ndarray:
+    stops = np.atleast_1d(np.asarray(stop_token))
+    if stops.size == 0:
+        return stops.astype(np.int32)
+    if not np.issubdtype(stops.dtype, np.integer):
+        raise TypeError(f"stop_token must be a token id or several, integers; got {stop_token!r}.")
+    vocab_size = model.embedding.shape[0]
+    if stops.min() < 0 or stops.max() >= vocab_size:
+        raise ValueError(f"{stop_token=} is outside the vocabulary, 0 to {vocab_size - 1}.")
+    return stops
+
+
+def _checked_key(seed: int) -> jax.Array:
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed must be an integer; got {seed!r}.") from None
+    if not 0 <= seed < 2**32:
+        raise ValueError(
+            f"seed={seed} must lie from 0 to 2**32 - 1: JAX's keys hold 32 bits of a seed, so that "
+            "another would draw what one of these draws."
+        )
+    return jax.random.key(seed)
+
+
+def _until_stopped(tokens: Iterator[np.ndarray], stops: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows that stopped repeat their stop token; ends when all have, raises at a failed draw."""
+    last = stopped = None
+    for index, drawn in enumerate(tokens):
+        if last is not None:
+            drawn = np.where(stopped, last, drawn)
+        failed = np.flatnonzero(drawn < 0)
+        if failed.size:
+            raise FloatingPointError(
+                f"the model's logits are NaN or infinite for row(s) {failed.tolist()} at token "
+                f"{index} of the continuation: look for NaN in its parameters (did training "
+                "diverge?), or, with bfloat16, for an overflow that dtype='float32' avoids."
+            )
+        yield drawn
+        last, stopped = drawn, np.isin(drawn, stops)
+        if stopped.all():
+            return
+
+
 def _carry_state(model, prompt, mask, count, sampling, key) -> Iterator[np.ndarray]:
     graph, variables = nnx.split(model)
     masked = None if mask.all() else mask
@@ -226,7 +288,10 @@ def _carry_state(model, prompt, mask, count, sampling, key) -> Iterator[np.ndarr
 def _prefill(graph, variables, prompt, mask, key, sampling):
     model = nnx.merge(graph, variables)
     hidden, state = model.hidden(
-        prompt, key_value_mask=mask, state=model.init_state(prompt.shape[0])
+        prompt,
+        key_value_mask=mask,
+        state=model.init_state(prompt.shape[0]),
+        deterministic=True,
     )
     last = _last_hidden(hidden, jnp.ones(prompt.shape, bool) if mask is None else mask)
     return sample(model.logits(last), jax.random.fold_in(key, 0), sampling), state
@@ -235,7 +300,7 @@ def _prefill(graph, variables, prompt, mask, key, sampling):
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=3)
 def _step(graph, variables, tokens, state, key, i, sampling):
     model = nnx.merge(graph, variables)
-    logits, state = model(tokens[:, None], state=state)
+    logits, state = model(tokens[:, None], state=state, deterministic=True)
     return sample(logits[:, 0], jax.random.fold_in(key, i), sampling), state
 
 
@@ -255,7 +320,7 @@ def _read_again(model, prompt, mask, count, sampling, key) -> Iterator[np.ndarra
 @functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=(2, 3))
 def _reread(graph, variables, buffer, mask, key, i, slot, sampling):
     model = nnx.merge(graph, variables)
-    last = _last_hidden(model.hidden(buffer, key_value_mask=mask), mask)
+    last = _last_hidden(model.hidden(buffer, key_value_mask=mask, deterministic=True), mask)
     tokens = sample(model.logits(last), jax.random.fold_in(key, i), sampling)
     # The last of `count` tokens falls beyond the buffer and is dropped: nothing reads it.
     return (

@@ -20,7 +20,9 @@ class TransformerLM(nnx.Module):
     Args:
         config: sizes and choices.
         vocab_size: number of tokens.
-        rngs: streams "params" and, for the hash planes, "planes".
+        rngs: streams "params", for the hash planes "planes", and with dropout "dropout".
+        keep_rngs: keep a fork of the dropout stream, where there is dropout and a stream, as
+            Flax's modules do.
 
     Raises:
         ValueError: as `ModelConfig.validate`, or an empty vocabulary.
@@ -42,8 +44,10 @@ class TransformerLM(nnx.Module):
     Source: tied tables after Press and Wolf 2017; the rest is `Transformer`.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs):
-        self.trunk = Transformer(config, vocab_size, is_causal=True, rngs=rngs)
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, *, keep_rngs: bool = True, rngs: nnx.Rngs
+    ):
+        self.trunk = Transformer(config, vocab_size, is_causal=True, keep_rngs=keep_rngs, rngs=rngs)
 
     @property
     def embedding(self) -> nnx.Param:

@@ -44,14 +44,26 @@ class Transformer(nnx.Module):
         config: sizes and choices; validated here.
         vocab_size: number of tokens.
         is_causal: True for language models, False for encoders (which take no forgetting gate).
-        rngs: streams "params" and "planes".
+        keep_rngs: keep a fork of the dropout stream, where there is dropout and a stream, as
+            Flax's modules do.
+        rngs: streams "params", "planes" and, with dropout, "dropout", or a default for them.
+
+    Dropout is off until ``model.train()``, and off again after ``model.eval()``.
 
     Raises:
         ValueError: a config field is out of range, the vocabulary is empty, or an encoder is
             given a forgetting gate.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, *, is_causal: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        *,
+        is_causal: bool,
+        keep_rngs: bool = True,
+        rngs: nnx.Rngs,
+    ):
         config.validate()
         if vocab_size < 1:
             raise ValueError(f"{vocab_size=} must be at least 1.")
@@ -74,6 +86,10 @@ class Transformer(nnx.Module):
         )
         self.norm = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(config.dropout_rate)
+        self.deterministic = True
+        keep_rngs = keep_rngs and config.dropout_rate > 0
+        has_stream = "dropout" in rngs or "default" in rngs
+        self.rngs = rngs.dropout.fork() if keep_rngs and has_stream else None
         self.carries_state = config.attention == "race" and is_causal
         self.max_length = config.max_length if learned else None
         self.remat = config.remat
@@ -97,8 +113,8 @@ class Transformer(nnx.Module):
         positions: jax.Array | None = None,
         key_value_mask: jax.Array | None = None,
         state: TransformerState | None = None,
-        deterministic: bool = True,
-        rngs: nnx.Rngs | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> jax.Array | tuple[jax.Array, TransformerState]:
         """Hidden states after the last norm, and the new state where one came in.
 
@@ -109,15 +125,15 @@ class Transformer(nnx.Module):
                 from the state's position on.
             key_value_mask: shape (B, T) bool, True where there is a token; or None.
             state: what `init_state` or an earlier call returned.
-            deterministic: whether dropout is off.
-            rngs: stream "dropout", needed where dropout is on.
+            deterministic: whether dropout is off; None for what ``train()`` or ``eval()`` said.
+            rngs: stream "dropout"; None for the one that the model keeps.
 
         Returns:
             Shape (B, T, D) of the compute dtype, or that and a `TransformerState`.
 
         Raises:
             ValueError: tokens of wrong rank, vectors of another shape, more tokens than learned
-                positions, or dropout without rngs.
+                positions, or dropout without a stream of random numbers.
             TypeError: tokens that are not integers.
             NotImplementedError: a state is given to a model that carries none.
         """
@@ -148,16 +164,28 @@ class Transformer(nnx.Module):
             return x
         return x, TransformerState(tuple(layers), _next_position(positions, start, key_value_mask))
 
-    def _dropout_keys(self, deterministic: bool, rngs: nnx.Rngs | None) -> list:
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Serves ``nnx.view``.
+
+        Args:
+            deterministic: if given, whether dropout is off.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def _dropout_keys(self, deterministic: bool | None, rngs) -> list:
         count = len(self.blocks) + 1
+        deterministic = self.deterministic if deterministic is None else deterministic
         if deterministic or self.dropout.rate == 0.0:
             return [None] * count
+        rngs = self.rngs if rngs is None else rngs
         if rngs is None:
             raise ValueError(
                 f"dropout_rate={self.dropout.rate} with deterministic=False needs random numbers; "
                 "pass rngs=nnx.Rngs(dropout=seed)."
             )
-        return list(jax.random.split(rngs.dropout(), count))
+        key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs()
+        return list(jax.random.split(key, count))
 
     def _check(self, tokens, segment_ids, positions, key_value_mask, state) -> None:
         if tokens.ndim != 2:

@@ -47,7 +47,9 @@ def make_model(config: ModelConfig, vocab_size: int, seed: int) -> TransformerLM
     Returns:
         The model, on the default device; under `nnx.eval_shape` only its shapes.
     """
-    return TransformerLM(config, vocab_size, rngs=nnx.Rngs(seed, planes=seed + 1))
+    # A step brings its own dropout key, so that no stream has to be saved with the parameters.
+    rngs = nnx.Rngs(seed, planes=seed + 1)
+    return TransformerLM(config, vocab_size, keep_rngs=False, rngs=rngs)
 
 
 def init_state(

@@ -60,7 +60,7 @@ def draw(make: Callable[[], nnx.Module]) -> nnx.Module:
 def build(vocab_size: int = VOCAB, **changes) -> TransformerLM:
     """A language model of `SIZES` and the changes."""
     config = ModelConfig(**SIZES | changes)
-    return draw(lambda: TransformerLM(config, vocab_size, rngs=nnx.Rngs(0)))
+    return draw(lambda: TransformerLM(config, vocab_size, keep_rngs=False, rngs=nnx.Rngs(0)))
 
 
 @functools.cache

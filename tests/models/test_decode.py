@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from race_jax.models import decode
 from race_jax.models.decode import Sampling, generate, sample, stream
 from tests.models.small import VOCAB, build, compiled
 
@@ -64,6 +66,68 @@ def test_seeds_decide_the_draws():
 
     assert draw(0) == draw(0)
     assert draw(0) != draw(1)
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**32 + 5, 2**63, -1])
+def test_a_seed_that_would_draw_as_another_is_refused(seed):
+    with pytest.raises(ValueError, match=rf"seed={seed} must lie from 0 to 2\*\*32 - 1"):
+        stream(compiled("race").model, np.array([[1]]), max_tokens=1, seed=seed)
+    with pytest.raises(TypeError, match=r"seed must be an integer; got 1\.5"):
+        stream(compiled("race").model, np.array([[1]]), max_tokens=1, seed=1.5)
+
+
+@pytest.mark.parametrize("name", ["race", "softmax learned"])
+def test_rows_end_at_their_stop_token_and_are_filled_with_it(name):
+    model, prompt = compiled(name).model, np.array([[1, 2, 3], [4, 5, 6]])
+    free = generate(model, prompt, max_tokens=8)
+    stop = int(free[0, 2])
+    got = generate(model, prompt, max_tokens=8, stop_token=[stop])
+    for row, whole in zip(got, free, strict=True):
+        ends = np.flatnonzero(whole == stop)
+        kept = ends[0] + 1 if ends.size else 8
+        np.testing.assert_array_equal(row[:kept], whole[:kept])
+        assert (row[kept:] == stop).all()
+    alone = generate(model, prompt[:1], max_tokens=8)
+    ended = generate(model, prompt[:1], max_tokens=8, stop_token=int(alone[0, 2]))
+    assert ended.shape[1] == alone[0].tolist().index(alone[0, 2]) + 1
+
+
+@pytest.mark.parametrize(
+    ("stop", "kind", "words"),
+    [(VOCAB, ValueError, "stop_token=11 is outside the vocabulary, 0 to 10"),
+     ([1.0], TypeError, "stop_token must be a token id")],
+)  # fmt: skip
+def test_a_stop_token_that_cannot_be_is_refused(stop, kind, words):
+    with pytest.raises(kind, match=words):
+        stream(compiled("race").model, np.array([[1]]), max_tokens=1, stop_token=stop)
+
+
+@pytest.mark.parametrize("name", ["race", "softmax learned"])
+@pytest.mark.parametrize("sampling", [Sampling(), GREEDY], ids=["drawn", "greedy"])
+def test_a_model_that_is_not_a_number_draws_nothing(name, sampling):
+    graph, variables = nnx.split(compiled(name).model)
+    model = nnx.merge(graph, jax.tree.map(lambda leaf: leaf * jnp.nan, variables))
+    with pytest.raises(
+        FloatingPointError, match=r"NaN or infinite for row\(s\) \[0, 1\] at token 0"
+    ):
+        generate(model, np.array([[1], [2]]), max_tokens=2, sampling=sampling)
+
+
+def test_a_row_that_fails_is_named_and_what_came_before_is_given():
+    """A row that has stopped is not looked at again."""
+    draws = [[3, 4], [5, -1], [-1, -1]]
+    given = decode._until_stopped(map(np.array, draws), np.array([4]))
+    assert next(given).tolist() == [3, 4]
+    assert next(given).tolist() == [5, 4]
+    with pytest.raises(FloatingPointError, match=r"row\(s\) \[0\] at token 2"):
+        next(given)
+
+
+@pytest.mark.parametrize("bad", [[0.0, np.nan], [0.0, np.inf], [-np.inf, -np.inf]])
+def test_logits_without_a_likeliest_token_give_none(bad):
+    rows = jnp.array([[0.0, -jnp.inf], bad])
+    for sampling in (Sampling(), GREEDY, Sampling(top_k=1, top_p=0.5)):
+        assert sample(rows, jax.random.key(0), sampling).tolist() == [0, -1]
 
 
 def frequencies(sampling, logits, draws=4000):

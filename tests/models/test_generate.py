@@ -102,9 +102,26 @@ def test_softmax_says_that_it_reads_again_and_positions_where_they_end(script, s
     assert "the learned positions end at 8 tokens: 7 are drawn instead of 20" in err
 
 
+def test_a_stop_ends_the_text_and_is_not_written(script, race_run, capsys):
+    options = {"checkpoint": race_run, "prompt": "a", "max_tokens": 9, "greedy": True}
+    run(script, **options)
+    whole, _ = capsys.readouterr()
+    prompt = ByteTokenizer().encode("a")
+    drawn = draw(build(256), prompt[None], max_tokens=9, sampling=Sampling(greedy=True))[0]
+    index = next(i for i, token in enumerate(drawn) if token < 128)  # a byte that is a character
+    first = drawn.tolist().index(drawn[index])
+    run(script, **options, stop=[chr(drawn[index])])
+    stopped, _ = capsys.readouterr()
+    assert stopped == ByteTokenizer().decode([*prompt, *drawn[:first]]) + "\n"
+    assert len(stopped) < len(whole)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"stop": ["the cat"], "max_tokens": 1}, "--stop='the cat' is 2 tokens"),
+        ({"seed": 2**40, "max_tokens": 1}, r"seed=1099511627776 must lie from 0 to 2\*\*32 - 1"),
+        ({"seed": -1, "max_tokens": 1}, "seed=-1 must lie from 0"),
         ({"checkpoint": "nowhere"}, "no checkpoints in nowhere"),
         ({"prompt": ""}, "--prompt is empty"),
         ({"prompt": " "}, "holds no token"),

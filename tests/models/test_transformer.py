@@ -9,6 +9,7 @@ from flax import nnx
 from race_jax.layers.race import HashPlanes
 from race_jax.models import ModelConfig, Transformer, TransformerLM, parameter_count
 from race_jax.models.block import Block
+from race_jax.models.decode import Sampling, generate
 from tests.models.small import CONFIGS, SIZES, VOCAB, build, compiled, draw
 
 DTYPES = {name: changes.get("dtype", "float32") for name, changes in CONFIGS.items()}
@@ -236,9 +237,39 @@ def test_states_that_do_not_fit_are_refused():
 
 
 def test_dropout_asks_for_random_numbers():
-    model = build(attention="softmax", dropout_rate=0.1)
+    config = ModelConfig(**SIZES | {"attention": "softmax", "dropout_rate": 0.1})
+    model = TransformerLM(config, VOCAB, rngs=nnx.Rngs(params=0))
     with pytest.raises(ValueError, match=r"pass rngs=nnx.Rngs\(dropout=seed\)"):
         model(jnp.array([[1, 2]]), deterministic=False)
+
+
+def test_train_and_eval_switch_dropout():
+    config = ModelConfig(**SIZES | {"attention": "softmax", "dropout_rate": 0.5})
+    model = TransformerLM(config, VOCAB, rngs=nnx.Rngs(0))
+    tokens = jnp.array([[1, 2, 3]])
+    fresh = model(tokens)
+    model.train()
+    first, second = model(tokens), model(tokens)
+    assert not np.allclose(first, fresh)
+    assert not np.allclose(first, second)
+    np.testing.assert_array_equal(model(tokens, deterministic=True), fresh)
+    np.testing.assert_array_equal(nnx.view(model, deterministic=True)(tokens), fresh)
+    drawn = generate(model, np.array([[1, 2, 3]]), max_tokens=3, sampling=Sampling(greedy=True))
+    model.eval()
+    np.testing.assert_array_equal(model(tokens), fresh)
+    again = generate(model, np.array([[1, 2, 3]]), max_tokens=3, sampling=Sampling(greedy=True))
+    np.testing.assert_array_equal(drawn, again)
+    bare = TransformerLM(config, VOCAB, keep_rngs=False, rngs=nnx.Rngs(0))
+    assert not nnx.state(bare, nnx.RngState)
+    bare.train()
+    with pytest.raises(ValueError, match=r"pass rngs=nnx.Rngs\(dropout=seed\)"):
+        bare(tokens)
+
+
+@pytest.mark.parametrize("name", ["race with everything", "softmax rope"])
+def test_a_batch_of_no_sequences_gives_none(name):
+    tokens = jnp.zeros((0, 5), jnp.int32)
+    assert jax.eval_shape(compiled(name).model, tokens).shape == (0, 5, VOCAB)
 
 
 def test_a_token_outside_the_vocabulary_is_not_a_number():
