@@ -60,9 +60,9 @@ def main(arguments: Sequence[str]) -> None:
     """Checks the flags, loads the model, writes the continuation and its speed."""
     if len(arguments) > 1:
         _fail(f"unknown arguments {arguments[1:]}; quote a prompt of several words")
-    for stream in (sys.stdout, sys.stderr):
+    for output in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a stream that is no file, as in a test
-            stream.reconfigure(errors="backslashreplace")  # shows what its encoding lacks
+            output.reconfigure(errors="backslashreplace")  # shows what its encoding lacks
     logging.set_verbosity(logging.ERROR)  # absl's app shows all that Orbax logs of a restore
     if not _PROMPT.value:
         _fail("--prompt is empty: the model continues a text and needs at least one token of it")

@@ -1,10 +1,12 @@
 """TensorBoard event files, written by tensorboardX in this thread.
 
 tensorboardX's own `SummaryWriter` writes in another thread, where an error such as a full disk
-reaches nobody. Its `EventsWriter` raises it here.
+reaches nobody. Its `RecordWriter` raises it here.
 """
 
 import importlib.util
+import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,16 @@ class Events:
     """
 
     def __init__(self, directory: Path, step: int):
-        writers = importlib.import_module("tensorboardX.event_file_writer")
+        records = importlib.import_module("tensorboardX.record_writer")
         self._summary = importlib.import_module("tensorboardX.summary")
         self._event = importlib.import_module("tensorboardX.proto.event_pb2")
         folder = directory / "tensorboard"
         folder.mkdir(exist_ok=True)
-        self._file = writers.EventsWriter(str(folder / "events"))
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self._file = records.RecordWriter(str(folder / name))
         start = self._event.SessionLog(status=self._event.SessionLog.START)
-        self._file.write_event(self._event.Event(step=step + 1, session_log=start))
+        self._add(file_version="brain.Event:2")
+        self._add(step=step + 1, session_log=start)
         self._file.flush()
 
     def write(self, records: list[dict[str, Any]]) -> None:
@@ -39,15 +43,16 @@ class Events:
         for record in records:
             for name in record.keys() - {"kind", "step"}:
                 summary = self._summary.scalar(f"{record['kind']}/{name}", record[name])
-                event = self._event.Event(
-                    step=record["step"], wall_time=time.time(), summary=summary
-                )
-                self._file.write_event(event)
+                self._add(step=record["step"], summary=summary)
         self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+    def _add(self, **fields: Any) -> None:
+        event = self._event.Event(wall_time=time.time(), **fields)
+        self._file.write(event.SerializeToString())
 
 
 def event_file(directory: Path, step: int) -> Events | None:

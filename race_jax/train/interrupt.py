@@ -78,11 +78,11 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._give_back()
         if self._wake is not None:
             signal.set_wakeup_fd(self._former_fd)
             self._wake.close()
             self._watcher.join()
+        self._give_back()
 
     def _watch(self) -> None:
         """Starts the thread that hears of a signal while the main thread waits inside XLA."""

@@ -3,6 +3,7 @@
 Equations: bits per byte = nats / (ln 2 · bytes); perplexity = exp(nats per token).
 """
 
+import contextlib
 import json
 import math
 import os
@@ -97,7 +98,10 @@ class MetricsLog:
         try:
             act()
         except Exception as error:  # noqa: BLE001 (a decoration must not end the run)
-            self._events = None
+            events, self._events = self._events, None
+            if events is not None:
+                with contextlib.suppress(OSError):
+                    events.close()
             say(f"TensorBoard events are left out from here on: {one_line(error)}")
 
 

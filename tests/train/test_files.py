@@ -1,5 +1,6 @@
 """A run's folder: one process, one configuration, enough space; files whole or absent."""
 
+import errno
 import os
 
 import pytest
@@ -26,6 +27,30 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         run_directory(tmp_path / "file" / "run"),
     ):
         pass
+
+
+def lock_error(number):
+    def flock(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    return flock
+
+
+def test_a_file_system_without_locks_is_used_with_a_word(tmp_path, monkeypatch, capsys):
+    for number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        monkeypatch.setattr("race_jax.train.files.fcntl.flock", lock_error(number))
+        with run_directory(tmp_path / "run"):
+            assert "has no locks" in capsys.readouterr().out
+
+
+def test_a_damaged_record_of_the_run_is_named(tmp_path):
+    start(tmp_path, resuming=False)
+    for damage in (b"\0" * 40, b"\xff", b"[]", b'{"half'):
+        (tmp_path / "config.json").write_bytes(damage)
+        with pytest.raises(ValueError, match=r"config\.json, which .* cannot be read .* remove it"):
+            start(tmp_path)
+    (tmp_path / "config.json").unlink()
+    start(tmp_path)
 
 
 def test_too_little_space_is_refused_before_training(tmp_path):
