@@ -74,6 +74,7 @@ def train(config: Config, *, exit_at_once: bool = False) -> Result:
             final = None
             if trainer.step == run.steps:
                 final = trainer.finish(lambda: stop.signalled)
-            if final is None:
-                trainer.say_stopped(stop.reason)
-            return Result(trainer.step, None if final else stop.reason, final, directory)
+            stopped = (stop.signalled or stop.reason) if final is None else None
+            if stopped:
+                trainer.say_stopped(stopped)
+            return Result(trainer.step, stopped, final, directory)
