@@ -5,6 +5,7 @@
 In: a run's directory and a prompt. Out: text. Equation: that of `race_jax.models.decode`.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -16,7 +17,11 @@ from absl import app, flags, logging
 
 from race_jax.models.decode import Sampling, remaining_positions, stream
 from race_jax.models.heads import TransformerLM
-from race_jax.train.checkpoint import load_for_inference
+
+try:
+    from race_jax.train.checkpoint import load_for_inference
+except ImportError as error:  # the extra "train" is not installed; the message says how
+    sys.exit(f"generate.py: {error}")
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a training run.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.", required=True)
@@ -58,6 +63,9 @@ def main(arguments: Sequence[str]) -> None:
     """Checks the flags, loads the model, writes the continuation and its speed."""
     if len(arguments) > 1:
         _fail(f"unknown arguments {arguments[1:]}; quote a prompt of several words")
+    for output in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a stream that is no file, as in a test
+            output.reconfigure(errors="backslashreplace")  # shows what its encoding lacks
     logging.set_verbosity(logging.ERROR)  # absl's app shows all that Orbax logs of a restore
     if not _PROMPT.value:
         _fail("--prompt is empty: the model continues a text and needs at least one token of it")

@@ -1,31 +1,59 @@
-"""Trains a language model: `python scripts/train_lm.py --config configs/NAME.py`.
+"""Trains a language model: --config configs/NAME.py [--config.SECTION.FIELD=VALUE ...].
 
-In: a config module and overrides such as `--config.model.num_layers=2`. Out: a run directory.
-The same command again goes on where the last one ended. `--traceback` shows where an error arose.
+The same command again continues the run where it ended. SIGTERM, SIGHUP, Ctrl-C and
+config.run.max_seconds end it after the step at hand, with a checkpoint; a second Ctrl-C or SIGTERM
+ends it at once.
+
+Exit status:
+    0    the run is finished
+    1    it failed; the message says why, and the last checkpoint stands
+    2    nothing was started: the command line, the configuration, the data or the run directory
+         cannot be used
+    75   it was stopped before its end, and its state is saved: the same command continues it
+    128 + the number of a signal   it was stopped at once, by a second signal
+
+Options:
+    --help          shows this text and every field of the configuration
+    --traceback     shows where an error arose
 """
 
 import sys
 
-from race_jax.train.flags import parse_config
-from race_jax.train.loop import train
+FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL: try again
 
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
     try:
-        train(parse_config([word for word in argv if word != "--traceback"]))
-    except (ValueError, ImportError, FloatingPointError, RuntimeError) as error:
+        from race_jax.train import console
+    except ImportError as error:
+        print(f"train_lm: {error}", file=sys.stderr)
+        return REFUSED
+    try:
+        status = _run(argv)
+    except (ValueError, ImportError, FloatingPointError, OSError, RuntimeError) as error:
         if "--traceback" in argv:
             raise
-        print(f"train_lm: {error}", file=sys.stderr)
-        return 1
+        status = REFUSED if isinstance(error, (ValueError, ImportError)) else FAILED
+        console.warn(f"train_lm: {error}")
     except KeyboardInterrupt:
-        print("train_lm: interrupted outside the loop; the last checkpoint stands", file=sys.stderr)
-        return 130
-    return 0
+        status = 130
+        console.warn("train_lm: interrupted outside the loop; the last checkpoint stands")
+    console.settle()
+    return status
+
+
+def _run(argv: list[str]) -> int:
+    from race_jax.train.console import say
+    from race_jax.train.flags import help_lines, parse_config
+    from race_jax.train.loop import train
+
+    if {"-h", "--help"} & set(argv):
+        say(__doc__ + "\n".join(help_lines(argv)))
+        return FINISHED
+    words = [word for word in argv if word != "--traceback"]
+    result = train(parse_config(words), exit_at_once=True)
+    return FINISHED if result.stopped is None else STOPPED
 
 
 if __name__ == "__main__":

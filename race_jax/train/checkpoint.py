@@ -1,7 +1,7 @@
 """Checkpoints: the state of a run, whole or not at all, and what is needed to use it.
 
-In: a `TrainState`, the data iterator's state, configuration and tokenizer. Out: the same, on any
-number of devices. Equation: none. Orbax writes; a digest of every file tells a damaged one.
+Orbax writes the files, and restores them on any number of devices. A digest of every file tells a
+damaged checkpoint.
 """
 
 import dataclasses
@@ -18,7 +18,9 @@ from flax import nnx
 
 from race_jax.models import TransformerLM
 from race_jax.train.config import Config
-from race_jax.train.files import write_text
+from race_jax.train.console import one_line
+from race_jax.train.console import say as print_line
+from race_jax.train.files import unused_path, write_text
 from race_jax.train.state import TrainState, make_model
 from race_jax.train.tokenizer import Tokenizer, from_dict
 
@@ -59,7 +61,7 @@ class Checkpoints:
         *,
         keep: int = 2,
         read_only: bool = False,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = print_line,
     ):
         self._directory = directory.absolute()
         self._read_only = read_only
@@ -96,16 +98,18 @@ class Checkpoints:
             about=ocp.args.JsonSave(about),
         )
         try:
+            self._marker.write_text(str(step))
             self._manager.save(step, args=items, force=True)
             write_text(self._folder(step) / _DIGESTS, json.dumps(self._digests(step)))
+            self._marker.unlink()
         except Exception as error:  # Orbax raises many kinds; none may pass as a saved step
             raise RuntimeError(
                 f"the checkpoint of step {step} could not be written to {self._directory}; those "
-                f"of steps {self._whole_steps()} are untouched. The reason: {error}"
+                f"of steps {self._whole_steps()} are untouched. The reason: {one_line(error)}"
             ) from error
 
     def restore(self, like: TrainState) -> Restored | None:
-        """The newest whole checkpoint, or None where there is none at all.
+        """The newest whole checkpoint, or None where no save was ever finished.
 
         A damaged one is reported and set aside, and the one before it is taken.
 
@@ -115,9 +119,9 @@ class Checkpoints:
         Raises:
             RuntimeError: there are checkpoints, but all are damaged.
         """
-        if not self.steps():
-            return None
         step = self.newest_whole()
+        if step is None:
+            return None
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         items = ocp.args.Composite(
             model=ocp.args.StandardRestore({"params": abstract.params, "fixed": abstract.fixed}),
@@ -142,25 +146,53 @@ class Checkpoints:
         items = ocp.args.Composite(model=ocp.args.StandardRestore(like))
         return self._manager.restore(step, args=items)["model"]
 
-    def newest_whole(self) -> int:
+    def newest_whole(self) -> int | None:
         """The last step whose checkpoint is whole; reports newer ones and sets them aside.
 
+        Returns:
+            The step; None where there is none and none was lost: the folder is empty, or a kill
+            cut off the first save.
+
         Raises:
-            RuntimeError: there is none.
+            RuntimeError: there were checkpoints, and all are damaged. Nothing is moved.
         """
+        damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             damage = self._damage(step)
             if damage is None:
-                return step
-            moved = "" if self._read_only else f"; moved to {self._set_aside(step)}"
-            self._say(f"the checkpoint of step {step} is damaged ({damage}){moved}")
-        raise RuntimeError(
-            f"no whole checkpoint in {self._directory}; train again into another directory"
-        )
+                break
+            damaged[step] = damage
+        else:
+            if damaged.keys() - {self._unfinished()}:
+                raise RuntimeError(self._none_whole(damaged))
+            step = None
+        for bad, damage in damaged.items():
+            moved = "" if self._read_only else f"; moved to {self._set_aside(bad)}"
+            self._say(f"the checkpoint of step {bad} is damaged ({damage}){moved}")
+        return step
 
     def close(self) -> None:
         """Releases Orbax's threads."""
         self._manager.close()
+
+    @property
+    def _marker(self) -> Path:
+        """Holds the step of a save while it is written."""
+        return self._directory.with_name(f"{self._directory.name}-saving")
+
+    def _unfinished(self) -> int | None:
+        """The step of a save that a kill cut off, or None."""
+        text = self._marker.read_text("utf-8", "replace") if self._marker.is_file() else ""
+        return int(text) if text.isdecimal() else None
+
+    def _none_whole(self, damaged: dict[int, str]) -> str:
+        reasons = "; ".join(f"step {step}: {damage}" for step, damage in damaged.items())
+        run = self._directory.parent
+        return (
+            f"no whole checkpoint in {self._directory} ({reasons}). Restore a copy of one; or "
+            f"train anew beside it with --config.run.directory={unused_path(run)}, or from step 0 "
+            f"here after removing {self._directory}"
+        )
 
     def _folder(self, step: int) -> Path:
         return self._directory / str(step)
@@ -206,7 +238,7 @@ def load_for_inference(directory: str | os.PathLike) -> tuple[TransformerLM, Tok
     """The model of a run's newest whole checkpoint, ready to be called.
 
     Args:
-        directory: the run's directory; a run may be writing to it.
+        directory: the run's directory, `~` allowed; a run may be writing to it.
 
     Returns:
         The NNX model on the default device, its tokenizer and the run's configuration.
@@ -217,12 +249,14 @@ def load_for_inference(directory: str | os.PathLike) -> tuple[TransformerLM, Tok
 
     Source: beyond the paper.
     """
-    folder = checkpoint_folder(Path(directory))
+    folder = checkpoint_folder(Path(directory).expanduser())
     if not folder.is_dir():
         raise ValueError(f"no checkpoints in {directory}; give the directory of a training run")
     checkpoints = Checkpoints(folder, read_only=True)
     try:
         step = checkpoints.newest_whole()
+        if step is None:
+            raise ValueError(f"no checkpoint in {directory} yet; the run has to save one first")
         about = checkpoints.about(step)
         config = Config.from_dict(about["config"])
         tokenizer = from_dict(about["tokenizer"])

@@ -176,11 +176,13 @@ class RunConfig:
     """Length of the run and what it leaves behind.
 
     Attributes:
-        directory: folder of checkpoints, metrics and plots; None is `runs/<config file's name>`.
+        directory: folder of checkpoints, metrics and plots, `~` allowed; None is `runs/NAME`, where
+            NAME is the config file's, with the overrides that change what is learned.
         steps: optimizer steps.
         batch_size: sequences per optimizer step, over all devices and accumulation parts.
         seed: seed of parameters, planes, data order and dropout.
-        max_seconds: stop cleanly (checkpoint saved, resumable) after this time; None never does.
+        max_seconds: stop cleanly (checkpoint saved, resumable) so long after the first step, which
+            comes once everything is compiled; None never does.
         log_every: steps between two lines of metrics.
         eval_every: steps between two evaluations; 0 evaluates at the end only.
         eval_batches: batches in an evaluation before the last; None takes the whole split. The
@@ -191,6 +193,8 @@ class RunConfig:
         compare_xz: at the end also print what xz -9e makes of the held-out text.
         sample_tokens: length of the sample printed at the end; 0 prints none.
         sample_prompt: text that the sample goes on from.
+        compilation_cache: folder in which JAX keeps compiled programs from one start to the next,
+            `~` allowed; None leaves JAX's own setting, JAX_COMPILATION_CACHE_DIR.
     """
 
     directory: str | None = None
@@ -207,6 +211,7 @@ class RunConfig:
     compare_xz: bool = False
     sample_tokens: int = 0
     sample_prompt: str = "\n"
+    compilation_cache: str | None = None
 
     def validate(self) -> None:
         """Raises ValueError naming the first field that cannot be used."""

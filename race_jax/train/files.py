@@ -1,10 +1,7 @@
-"""Files that are whole or absent, and the folder of a run.
-
-In: paths, text, a configuration. Out: files written in one stroke; a run directory that only one
-process and one configuration use. Equation: none.
-"""
+"""Files that are whole or absent, and the folder of a run: one process and one configuration."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -13,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from race_jax.train.config import Config
+from race_jax.train.console import say
 
 try:
     import fcntl
@@ -25,8 +23,10 @@ FREE_FIELDS = frozenset(
     for name in "model.implementation model.remat data.root data.num_workers mesh.data "
     "run.directory run.max_seconds run.log_every run.eval_every run.eval_batches "
     "run.checkpoint_every run.keep_checkpoints run.tensorboard run.compare_xz run.sample_tokens "
-    "run.sample_prompt".split()
+    "run.sample_prompt run.compilation_cache".split()
 )
+# What a digest in the record of a run stands for.
+_DIGESTS = {"text_digest": "the training text", "tokenizer_digest": "the tokenizer"}
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -74,7 +74,8 @@ def check_space(path: Path, bytes_needed: int) -> None:
     if free < bytes_needed:
         raise ValueError(
             f"config.run.directory {path} has {free / 1e6:.0f} MB of disk left; the checkpoints of "
-            f"this run need about {bytes_needed / 1e6:.0f} MB"
+            f"this run need about {bytes_needed / 1e6:.0f} MB more: free some, keep fewer with "
+            "--config.run.keep_checkpoints, or give another --config.run.directory"
         )
 
 
@@ -83,8 +84,16 @@ def _take(lock: IO[str], where: str) -> None:
         return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"{where} is in use by another process; wait or give another") from None
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            raise ValueError(
+                f"{where} is in use by another process; wait or give another"
+            ) from None
+        # Some mounts of Lustre, NFS and FUSE have no locks (ENOLCK, ENOSYS, EOPNOTSUPP).
+        say(
+            f"{where}: the file system has no locks ({error.strerror}); the run goes on. Take care "
+            "that no second process trains there"
+        )
 
 
 def claim(path: Path, config: Config, about: dict[str, Any], *, resuming: bool) -> None:
@@ -102,21 +111,49 @@ def claim(path: Path, config: Config, about: dict[str, Any], *, resuming: bool) 
     record = path / "config.json"
     now = {"config": config.to_dict(), **about}
     if resuming and record.is_file():
-        then = json.loads(record.read_text())
-        changed = [name for name in _differences(then, now) if not _is_free(name, config)]
+        then = _read_record(record)
+        changed = [name for name in _differences(then, now) if not is_free(name, config)]
         if changed:
-            values = "; ".join(
-                f"{name} was {_look_up(then, name)} and is now {_look_up(now, name)}"
-                for name in changed
-            )
+            values = "; ".join(_change(name, then, now) for name in changed)
             raise ValueError(
-                f"{path} holds another run: {values}. Give the same values, or another "
-                "--config.run.directory"
+                f"{path} holds another run: {values}. Give the same values and files; or, to train "
+                f"with the new ones, add --config.run.directory={unused_path(path)} to the command"
             )
     write_text(record, json.dumps(now, indent=2))
 
 
-def _is_free(name: str, config: Config) -> bool:
+def unused_path(path: Path) -> Path:
+    """The first of `path`-2, `path`-3 and so on that does not exist."""
+    number = 2
+    while (free := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return free
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_bytes())
+        if isinstance(record, dict):
+            return record
+        reason = "it holds no JSON object"
+    except ValueError as error:
+        reason = str(error)
+    raise ValueError(
+        f"{path}, which says what the run in this folder is, cannot be read ({reason}). Restore it "
+        "from a copy; or remove it, and the same command goes on without comparing"
+    )
+
+
+def _change(name: str, then: dict[str, Any], now: dict[str, Any]) -> str:
+    """What the user has changed since the run began, with both values."""
+    old, new = _look_up(then, name), _look_up(now, name)
+    if name in _DIGESTS:
+        return f"{_DIGESTS[name]} has changed (sha256 {old} then, {new} now)"
+    return f"{name} was {old} and is now {new}"
+
+
+def is_free(name: str, config: Config) -> bool:
+    """Whether a field may change between two starts of the run that `config` describes."""
     # A constant rate does not depend on the length of the run, so such a run may be extended.
     extends = name == "config.run.steps" and config.optimizer.schedule == "constant"
     return name in FREE_FIELDS or extends

@@ -1,15 +1,18 @@
-"""The command line of a training script.
+"""The command line of a training script: `--config FILE [--config.section.field=value ...]`.
 
-In: `--config FILE [--config.section.field=value ...]`. Out: a checked `Config`, or a ValueError of
-one sentence that names the file or the field. Equation: none.
+A wrong word gives a ValueError of one sentence that names the file or the field.
 """
 
 import ast
 import contextlib
+import copy
 import dataclasses
 import functools
+import hashlib
 import importlib.util
+import inspect
 import re
+import textwrap
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from race_jax.train.config import Config
+from race_jax.train.files import is_free
 from race_jax.train.records import as_names, check_fields, unknown_field
 from race_jax.train.sources import expand
 
@@ -32,20 +36,95 @@ def parse_config(argv: Sequence[str]) -> Config:
             commas are written as a Python tuple, `("a,b.txt",)`.
 
     Returns:
-        A checked `Config`; `run.directory` is `runs/<name of the config file>` unless given.
+        A checked `Config`. Unless given, `run.directory` is `runs/` and the name of the config
+        file; overrides that change what is learned are added to it, as in
+        `runs/lm_default-steps=300`, so that each experiment has its own folder.
 
     Raises:
         ValueError: a missing file, an unknown field or a value that does not fit.
     """
     path, words = _config_file(argv)
     words, values = _split_overrides(words)
-    config = _override(_load(path), words)
+    config = _load(path)
+    given = copy.deepcopy(config)
+    config = _override(config, words)
     for field, value in values.items():
         *sections, name = field.split(".")
         setattr(functools.reduce(getattr, sections, config), name, value)
+    config = config.validate()
     if config.run.directory is None:
-        config.run.directory = f"runs/{path.stem}"
-    return config.validate()
+        config.run.directory = f"runs/{path.stem}{_suffix(argv, given, config)}"
+    return config
+
+
+def help_lines(argv: Sequence[str]) -> list[str]:
+    """One entry for each field of the configuration: its name, kind, value and meaning.
+
+    Args:
+        argv: the words of the command line. The values are those of its `--config`, if it names
+            one that can be read, and the defaults of `Config` otherwise.
+    """
+    try:
+        words = [word for word in argv if word not in ("-h", "--help")]
+        config = _load(_config_file(words)[0])
+    except ValueError:
+        config = Config()
+    lines = []
+    for section in dataclasses.fields(config):
+        record = getattr(config, section.name)
+        meanings = _meanings(type(record))
+        kinds = typing.get_type_hints(type(record))
+        lines += ["", inspect.getdoc(record).splitlines()[0]]
+        for field in dataclasses.fields(record):
+            kind, value = _kind_name(kinds[field.name]), getattr(record, field.name)
+            shown = "none" if value is None else repr(value)
+            lines.append(f"  --config.{section.name}.{field.name}={shown} ({kind})")
+            lines += textwrap.wrap(
+                meanings[field.name], 94, initial_indent=" " * 6, subsequent_indent=" " * 6
+            )
+    return lines
+
+
+def _meanings(kind: type) -> dict[str, str]:
+    """What each field of a record means, from the section "Attributes" of its docstring."""
+    _, _, text = inspect.getdoc(kind).partition("Attributes:\n")
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in text.split("\n"):
+        entry = re.fullmatch(r"    (\w+(?:, \w+)*): (.*)", line)
+        if entry is not None:
+            names = entry[1].split(", ")
+            found |= dict.fromkeys(names, entry[2])
+        elif line.startswith(" " * 8):
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+        elif line.strip():
+            break  # the docstring's next section
+    return found
+
+
+def _kind_name(kind: Any) -> str:
+    """The name of an annotation: `int`, `float or none`, `tuple`."""
+    parts = [part for part in typing.get_args(kind) if part is not type(None)]
+    if type(None) not in typing.get_args(kind):
+        return getattr(kind, "__name__", str(kind))
+    return " or ".join([*(part.__name__ for part in parts), "none"])
+
+
+def _suffix(argv: Sequence[str], given: Config, config: Config) -> str:
+    """What the overrides that change the result add to the name of the run's folder."""
+    fields = sorted(set(re.findall(r"^--?config\.([\w.]+)", "\n".join(argv), re.MULTILINE)))
+    said = []
+    for field in fields:
+        before, now = (functools.reduce(getattr, field.split("."), c) for c in (given, config))
+        if before != now and not is_free(f"config.{field}", config):
+            value = ",".join(now) if isinstance(now, tuple) else now
+            said.append(f"-{field.split('.')[-1]}={'none' if value is None else value}")
+    text = "".join(said)
+    safe = re.sub(r"[^\w.,=+-]", "_", text)
+    if safe == text and len(text) <= 100:
+        return text
+    # A name with letters that a file's must not have, or too long for one.
+    return f"{safe[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _config_file(argv: Sequence[str]) -> tuple[Path, list[str]]:

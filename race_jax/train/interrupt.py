@@ -1,24 +1,34 @@
-"""Ways to ask a run to stop between two steps.
+"""Ways to ask a run to stop between two steps: signals and a time limit."""
 
-In: SIGTERM, Ctrl-C, a time limit. Out: the reason to stop, once there is one. Equation: none.
-"""
-
+import contextlib
+import os
 import signal
+import socket
 import threading
 import time
 from types import FrameType, TracebackType
 
-_SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+from race_jax.train.console import warn
+
+# SIGHUP comes when the terminal closes; Windows has none.
+_NAMES = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM", "SIGHUP": "SIGHUP"}
+_SIGNALS = {getattr(signal, name): word for name, word in _NAMES.items() if hasattr(signal, name)}
+# make, timeout and job schedulers deliver one request twice, to a process and to its group.
+_SAME_REQUEST_SECONDS = 0.3
 
 
 class StopRequest:
     """Notes a request to stop, for the loop to honour after the step at hand.
 
-    Inside `with`, SIGTERM and Ctrl-C only set `reason`. A second signal acts as usual, so that a
-    step that hangs can still be ended.
+    Inside `with`, SIGTERM, SIGHUP and Ctrl-C set `reason`, and one line on standard error says so
+    at once, also while a step runs. A second SIGTERM or Ctrl-C stops at once. A signal that the
+    process was started to ignore, as under `nohup`, stays ignored.
 
     Args:
-        max_seconds: time after which to stop, from now on; None for no limit.
+        max_seconds: time after which to stop, counted from `start_clock`; None for no limit.
+        exit_at_once: whether a second signal ends the whole process, even in the middle of a step,
+            with status 128 + its number. Otherwise it acts as it did before `with`, once Python
+            has the word: after the step.
 
     Example:
         >>> with StopRequest(max_seconds=1000.0) as stop:
@@ -26,11 +36,26 @@ class StopRequest:
         None
     """
 
-    def __init__(self, max_seconds: float | None = None):
+    def __init__(self, max_seconds: float | None = None, *, exit_at_once: bool = False):
         self._signal: str | None = None
         self._max_seconds = max_seconds
-        self._end = None if max_seconds is None else time.monotonic() + max_seconds
+        self._exit_at_once = exit_at_once
+        self._end: float | None = None
         self._former: dict[int, object] = {}
+        self._former_fd = -1
+        self._wake: socket.socket | None = None
+        self._watcher: threading.Thread | None = None
+        self._first: float | None = None
+
+    def start_clock(self) -> None:
+        """Starts to count `max_seconds`, the first time that it is called."""
+        if self._end is None and self._max_seconds is not None:
+            self._end = time.monotonic() + self._max_seconds
+
+    @property
+    def signalled(self) -> str | None:
+        """The signal that asked to stop, or None."""
+        return self._signal
 
     @property
     def reason(self) -> str | None:
@@ -42,7 +67,9 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         # Python allows handlers in the main thread only; elsewhere the caller owns the signals.
         if threading.current_thread() is threading.main_thread():
-            self._former = {name: signal.signal(name, self._note) for name in _SIGNALS}
+            self._watch()
+            heard = [name for name in _SIGNALS if signal.getsignal(name) is not signal.SIG_IGN]
+            self._former = {name: signal.signal(name, self._note) for name in heard}
         return self
 
     def __exit__(
@@ -51,13 +78,56 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._wake is not None:
+            signal.set_wakeup_fd(self._former_fd)
+            self._wake.close()
+            self._watcher.join()
         self._give_back()
 
+    def _watch(self) -> None:
+        """Starts the thread that hears of a signal while the main thread waits inside XLA."""
+        # A signal's Python handler runs in the main thread, between two of its instructions. The
+        # interpreter also writes the signal's number to this socket, from wherever it is.
+        heard, self._wake = socket.socketpair()
+        self._wake.setblocking(False)
+        self._former_fd = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        self._watcher = threading.Thread(target=self._listen, args=(heard,), daemon=True)
+        self._watcher.start()
+
+    def _listen(self, heard: socket.socket) -> None:
+        with heard:
+            while numbers := heard.recv(64):
+                for number in numbers:
+                    self._hear(number)
+
+    def _hear(self, number: int) -> None:
+        """Answers one signal, in the watching thread."""
+        name = _SIGNALS.get(number)
+        if name is None or number not in self._former:
+            return
+        if self._first is None:
+            self._first = time.monotonic()
+            again = "press again" if number == signal.SIGINT else "send it again"
+            warn(f"{name}: stopping after this step, saving; {again} to stop at once")
+        elif self._exit_at_once and self._is_second(number):
+            warn(f"{name} again: stopped at once; the last checkpoint stands")
+            os._exit(128 + number)
+
+    def _is_second(self, number: int) -> bool:
+        """Whether a further signal is a second request, not the first one delivered twice."""
+        # A closing terminal sends SIGHUP several times, and nobody is there to ask twice.
+        hangs_up = number == getattr(signal, "SIGHUP", None)
+        return not hangs_up and time.monotonic() - self._first >= _SAME_REQUEST_SECONDS
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signal = _SIGNALS[signal.Signals(number)]
-        self._give_back()
+        if self._signal is None:
+            self._signal = _SIGNALS[signal.Signals(number)]
+        elif self._first is not None and self._is_second(number) and not self._exit_at_once:
+            self._give_back()
+            signal.raise_signal(number)
 
     def _give_back(self) -> None:
         for name, handler in self._former.items():
-            signal.signal(name, handler)
+            with contextlib.suppress(TypeError):  # a handler set from C cannot be set again
+                signal.signal(name, handler)
         self._former = {}

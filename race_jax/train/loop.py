@@ -1,7 +1,6 @@
 """The training run on one page: set-up, loop, evaluation, checkpoint.
 
-In: a `Config`. Out: a run directory with checkpoints, metrics and a picture, and a `Result`.
-Equation: state <- step(state, batch), once per batch in the data's order.
+The run directory holds `config.json`, `checkpoints/`, `metrics.jsonl` and `loss.png`.
 """
 
 import dataclasses
@@ -11,7 +10,7 @@ from race_jax.train.config import Config
 from race_jax.train.data import build_data
 from race_jax.train.files import run_directory
 from race_jax.train.interrupt import StopRequest
-from race_jax.train.mesh import prepare_cpu_devices
+from race_jax.train.mesh import keep_compiled_programs, prepare_cpu_devices
 from race_jax.train.metrics import Record
 from race_jax.train.trainer import Trainer
 
@@ -33,30 +32,38 @@ class Result:
     directory: Path
 
 
-def train(config: Config) -> Result:
+def train(config: Config, *, exit_at_once: bool = False) -> Result:
     """Trains a language model; the same call again goes on where the last one ended.
 
     Args:
         config: the whole run; checked and copied here.
+        exit_at_once: whether a second SIGTERM or Ctrl-C ends the whole process, for scripts. In a
+            notebook it would end the notebook.
 
     Returns:
-        How it ended. SIGTERM, Ctrl-C and `run.max_seconds` end it early, with a checkpoint.
+        How it ended. SIGTERM, SIGHUP, Ctrl-C and `run.max_seconds` end it early, with a checkpoint.
 
     Raises:
         ValueError: a field, a file or the run directory cannot be used; said before any training.
         FloatingPointError: a loss or gradient is not finite; the last good checkpoint stands.
         RuntimeError: a checkpoint cannot be written, or none can be read.
+        OSError: a file of the run directory cannot be written at the start.
 
     Source: beyond the paper.
     """
     config = config.validate()
     run = config.run
     prepare_cpu_devices(config)
-    with run_directory(Path(run.directory or "runs/lm")) as directory:
+    keep_compiled_programs(config)
+    with run_directory(Path(run.directory or "runs/lm").expanduser()) as directory:
         data = build_data(config.data, batch_size=run.batch_size, seed=run.seed)
-        with StopRequest(run.max_seconds) as stop, Trainer(config, data, directory) as trainer:
+        with (
+            StopRequest(run.max_seconds, exit_at_once=exit_at_once) as stop,
+            Trainer(config, data, directory) as trainer,
+        ):
             while trainer.step < run.steps and stop.reason is None:
                 trainer.take_step()
+                stop.start_clock()
                 if trainer.is_due(run.log_every):
                     trainer.log()
                 if trainer.is_due(run.eval_every):
@@ -64,7 +71,10 @@ def train(config: Config) -> Result:
                 if trainer.is_due(run.checkpoint_every):
                     trainer.save()
             trainer.save()
-            if trainer.step < run.steps:
-                trainer.say_stopped(stop.reason)
-                return Result(trainer.step, stop.reason, None, directory)
-            return Result(trainer.step, None, trainer.finish(), directory)
+            final = None
+            if trainer.step == run.steps:
+                final = trainer.finish(lambda: stop.signalled)
+            stopped = (stop.signalled or stop.reason) if final is None else None
+            if stopped:
+                trainer.say_stopped(stopped)
+            return Result(trainer.step, stopped, final, directory)

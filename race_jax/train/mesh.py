@@ -1,13 +1,11 @@
-"""Which devices share a run, and what is spread over them.
-
-In: the mesh settings and the sequences of a batch. Out: a mesh with the axis "data", shardings,
-batches on the devices. Equation: none.
-"""
+"""Which devices share a run, what is spread over them, and where compiled programs are kept."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -36,6 +34,21 @@ def prepare_cpu_devices(config: Config) -> None:
         jax.config.update("jax_num_cpu_devices", wanted)
     except RuntimeError:
         return  # JAX is already running
+
+
+def keep_compiled_programs(config: Config) -> None:
+    """Makes JAX keep its compiled programs in the folder that the configuration names, if any.
+
+    A later start of the same run, or of one with the same shapes, then reads them from there. This
+    is JAX's persistent compilation cache, for the whole process.
+
+    Args:
+        config: the checked configuration.
+    """
+    if config.run.compilation_cache is not None:
+        folder = Path(config.run.compilation_cache).expanduser().absolute()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        compilation_cache.reset_cache()  # JAX looks at the folder's name once
 
 
 def make_mesh(config: Config) -> Mesh:

@@ -1,16 +1,18 @@
-"""What a run measures, as records that survive it.
+"""What a run measures: `metrics.jsonl`, one JSON object a line, and TensorBoard events.
 
-In: values by step. Out: `metrics.jsonl`, one JSON object a line, and TensorBoard events where
-tensorboardX is installed. Equations: bits per byte = nats / (ln 2 · bytes); perplexity = exp(nats).
+Equations: bits per byte = nats / (ln 2 · bytes); perplexity = exp(nats per token).
 """
 
-import importlib
+import contextlib
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from race_jax.train.console import one_line, say
+from race_jax.train.events import Events, event_file
 from race_jax.train.files import write_text
 
 Record = dict[str, Any]
@@ -21,6 +23,9 @@ class MetricsLog:
 
     Records hold `kind` ("train", "speed", "eval", "final" or "test"), `step` and numbers. On going
     on from a checkpoint, records of later steps and of an earlier end are dropped: they come again.
+
+    A file that cannot be written, as on a full disk, does not lose records: they are kept and
+    written by the next call that can.
 
     Args:
         directory: the run's folder.
@@ -35,34 +40,86 @@ class MetricsLog:
             for record in (read_records(self._path) if self._path.is_file() else [])
             if record["step"] <= step and record["kind"] not in ("final", "test")
         ]
-        write_text(self._path, "".join(_line(record) for record in self.records))
-        self._events = _event_writer(directory, step) if tensorboard else None
+        text = "".join(_line(record) for record in self.records)
+        write_text(self._path, text)
+        self._end = len(text.encode())  # bytes of the file that are known to be whole lines
+        self._kept: list[Record] = []  # records that are not in the file yet
+        self._events: Events | None = None
+        if tensorboard:
+            self._decorate(lambda: setattr(self, "_events", event_file(directory, step)))
 
-    def write(self, records: list[Record]) -> None:
-        """Adds records and puts them on the disk."""
+    def write(self, records: list[Record]) -> bool:
+        """Adds records and puts them on the disk.
+
+        Args:
+            records: what was measured since the last call.
+
+        Returns:
+            False where the file has just become one that cannot be written; a sentence says so.
+        """
         self.records += records
-        with open(self._path, "a") as file:
-            file.write("".join(_line(record) for record in records))
-            file.flush()
-            os.fsync(file.fileno())
+        could = not self._kept
+        self._kept += records
         if self._events is not None:
-            for record in records:
-                for name in record.keys() - {"kind", "step"}:
-                    self._events.add_scalar(
-                        f"{record['kind']}/{name}", record[name], record["step"]
-                    )
-            self._events.flush()
+            self._decorate(lambda: self._events.write(records))
+        try:
+            self._append("".join(_line(record) for record in self._kept).encode())
+        except OSError as error:
+            if could:
+                say(f"{self._path} cannot be written ({error.strerror}); its lines are kept")
+            return not could
+        self._kept = []
+        if not could:
+            say(f"{self._path} can be written again; nothing of it is lost")
+        return True
 
     def close(self) -> None:
-        """Closes the event file."""
+        """Closes the event file; says what could not be written."""
         if self._events is not None:
-            self._events.close()
+            self._decorate(self._events.close)
+        if self._kept:
+            steps = f"{self._kept[0]['step']} to {self._kept[-1]['step']}"
+            say(f"{self._path} lacks the records of steps {steps}")
+
+    def _append(self, data: bytes) -> None:
+        """Writes `data` after the last whole line, over what a failed call left there."""
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        with open(descriptor, "r+b", buffering=0) as file:
+            end = min(self._end, os.fstat(descriptor).st_size)
+            file.truncate(end)
+            file.seek(end)
+            while data:
+                data = data[file.write(data) :]
+            os.fsync(descriptor)
+            self._end = file.tell()
+
+    def _decorate(self, act: Callable[[], None]) -> None:
+        """Does something for TensorBoard; after an error there are no more events."""
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 (a decoration must not end the run)
+            events, self._events = self._events, None
+            if events is not None:
+                with contextlib.suppress(OSError):
+                    events.close()
+            say(f"TensorBoard events are left out from here on: {one_line(error)}")
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a log; a last line that a kill cut off is left out."""
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """The records of a log.
+
+    A last line that a kill cut off is left out, and so are lines that are no records, as a power
+    cut or a full disk leave them; a sentence names the file and the first of these.
+
+    Args:
+        path: the file, one JSON object a line.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1]
+    found = [_record(line) for line in lines]
+    damaged = [number for number, record in enumerate(found, start=1) if record is None]
+    if damaged:
+        say(f"{path}: {len(damaged)} damaged line(s) are left out, the first is line {damaged[0]}")
+    return [record for record in found if record is not None]
 
 
 def evaluation_record(
@@ -102,10 +159,11 @@ def _line(record: Record) -> str:
     return json.dumps(record) + "\n"
 
 
-def _event_writer(directory: Path, step: int) -> Any:
+def _record(line: bytes) -> Record | None:
+    """The record of a line; None where it holds none."""
     try:
-        tensorboard = importlib.import_module("tensorboardX")
-    except ImportError:
+        record = json.loads(line)
+    except ValueError:  # also what is no UTF-8
         return None
-    # Events of later steps were written by a process that was killed.
-    return tensorboard.SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+    whole = isinstance(record, dict) and isinstance(record.get("kind"), str)
+    return record if whole and isinstance(record.get("step"), int) else None

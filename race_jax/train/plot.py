@@ -1,8 +1,6 @@
-"""The loss curve of a run as a picture.
+"""The loss curve of a run as a PNG file."""
 
-In: the records of a `MetricsLog`. Out: a PNG file, whole or not at all. Equation: none.
-"""
-
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +14,7 @@ def plot_losses(records: Sequence[Record], path: Path, title: str) -> None:
     Args:
         records: what the run measured.
         path: the PNG file.
-        title: the text above the axes.
+        title: the text above the axes, shown letter by letter.
 
     Raises:
         ValueError: there is no training record.
@@ -42,10 +40,13 @@ def plot_losses(records: Sequence[Record], path: Path, title: str) -> None:
             color="tab:orange",
             label=f"held out, last {held_out[-1]['loss']:.3f}",
         )
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.set_title(title, parse_math=False)  # else $...$ in a folder's name would be a formula
     axes.grid(alpha=0.3)
     axes.legend()
-    write_whole(path, FigureCanvasAgg(figure).print_png)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # it draws a box
+        write_whole(path, FigureCanvasAgg(figure).print_png)
 
 
 def _running_mean(losses: Sequence[float], keep: float = 0.9) -> list[float]:

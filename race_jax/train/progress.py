@@ -1,14 +1,16 @@
-"""How a run shows where it is.
+"""How a run shows where it is: a progress bar on a terminal, else one line now and then.
 
-In: steps and losses. Out: a progress bar on a terminal, else one line now and then, for log files.
-Equation: time left = steps left · mean time of a step.
+The time left is the number of steps left times the mean time of a step.
 """
 
 import math
 import sys
 import time
+from collections.abc import Callable
 
 from tqdm import tqdm
+
+from race_jax.train.console import say
 
 
 class Progress:
@@ -54,23 +56,32 @@ class Progress:
         )
         if self._bar is None:
             width = len(str(self._steps))
-            print(f"step {step:{width}}/{self._steps}  {text}", flush=True)
+            say(f"step {step:{width}}/{self._steps}  {text}")
         else:
             self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(steps)
+            self._draw(lambda: self._bar.update(steps))
         return rate
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the bar."""
-        if self._bar is None:
-            print(text, flush=True)
-        else:
-            self._bar.write(text)
+        if self._bar is not None:
+            self._draw(self._bar.clear)
+        say(text)
+        if self._bar is not None:
+            self._draw(self._bar.refresh)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
         if self._bar is not None:
-            self._bar.close()
+            self._draw(self._bar.close)
+
+    def _draw(self, act: Callable[[], object]) -> None:
+        """Changes the bar; a terminal that has closed ends the bar, not the run."""
+        try:
+            act()
+        except (OSError, ValueError):
+            self._bar.disable = True
+            self._bar = None
 
 
 def _duration(seconds: float) -> str:

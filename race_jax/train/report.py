@@ -1,10 +1,11 @@
-"""What a run says of itself at its start and at its end.
+"""What a run says of itself at its start and at its end, as lines of text.
 
-In: configuration, data, mesh, the compiled step, the last evaluation. Out: lines of text.
-Equation: bits per byte of a compressor = 8 · compressed bytes / bytes.
+The bits per byte of a compressor are 8 · compressed bytes / bytes.
 """
 
 import lzma
+import shlex
+import sys
 from pathlib import Path
 
 import jax
@@ -27,7 +28,6 @@ def start_lines(
     data: Data,
     mesh: Mesh,
     state: TrainState,
-    compiled: jax.stages.Compiled,
     directory: Path,
 ) -> list[str]:
     """The lines that say what is about to run.
@@ -37,7 +37,6 @@ def start_lines(
         data: the text and its tokenizer.
         mesh: the devices.
         state: the state at the start.
-        compiled: the compiled training step.
         directory: the run's folder.
 
     Returns:
@@ -56,7 +55,6 @@ def start_lines(
         + ", ".join(f"{name}={size}" for name, size in mesh.shape.items()),
         "step": f"{run.batch_size} x {config.data.sequence_length} = "
         f"{run.batch_size * config.data.sequence_length:,} tokens, {parts} part(s)",
-        "memory": _memory(compiled),
         "data": data.description,
         "steps": f"{run.steps:,}, a checkpoint every {run.checkpoint_every:,}",
         "directory": str(directory),
@@ -64,9 +62,25 @@ def start_lines(
     return [f"{name:10} {text}" for name, text in facts.items()]
 
 
-def end_lines(
-    config: Config, data: Data, final: Record, test: Record | None, picture: Path
-) -> list[str]:
+def compiled_lines(compiled: jax.stages.Compiled, seconds: float, cache: str | None) -> list[str]:
+    """The lines that say what the compilation of the training step gave.
+
+    Args:
+        compiled: the compiled training step.
+        seconds: how long it took.
+        cache: the folder of compiled programs, if there is one.
+
+    Returns:
+        One line a fact, its name first.
+    """
+    kept = "" if cache is None else f" (programs are kept in {cache})"
+    return [
+        f"{'memory':10} {_memory(compiled)}",
+        f"{'compiled':10} the training step in {seconds:.1f} s{kept}",
+    ]
+
+
+def end_lines(config: Config, data: Data, final: Record, test: Record | None) -> list[str]:
     """The lines that say what came out.
 
     Args:
@@ -74,7 +88,6 @@ def end_lines(
         data: the text and its tokenizer.
         final: the last evaluation, over the whole validation split.
         test: the same over the test split, if there is one.
-        picture: the loss curve.
 
     Returns:
         One line a fact, its name first.
@@ -85,7 +98,6 @@ def end_lines(
         facts["xz -9e"] = f"{xz_bits_per_byte(data.valid.text):.3f} bits per byte, {same}"
     if test is not None and data.test is not None:
         facts["test"] = score_text(test, data.test)
-    facts["picture"] = str(picture)
     return [f"{name:10} {text}" for name, text in facts.items()]
 
 
@@ -133,8 +145,21 @@ def sample_lines(
     return [
         f"{'sample':10} {drawn.shape[1]} tokens after {text!r}, temperature {TEMPERATURE}:",
         text + data.tokenizer.decode(drawn[0]),
-        f"{'next':10} python scripts/generate.py --checkpoint {directory} --prompt {text!r}",
+        f"{'next':10} {_generate_command(directory, text)}",
     ]
+
+
+def _generate_command(directory: Path, prompt: str) -> str:
+    """The command for more samples, with the interpreter that runs this one."""
+    python, script = Path(sys.executable), Path(sys.argv[0]).with_name("generate.py")
+    if not script.is_file():  # `train` was called by a program of the user's own
+        script = Path("scripts", "generate.py")
+    here = Path.cwd()
+    words = [
+        path.relative_to(here) if path.is_relative_to(here) else path for path in (python, script)
+    ]
+    words += ["--checkpoint", directory, "--prompt", prompt]
+    return shlex.join(map(str, words))
 
 
 def xz_bits_per_byte(text: bytes) -> float:

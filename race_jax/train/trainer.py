@@ -1,12 +1,9 @@
-"""The parts of a run, put together once, and what the loop does with them.
-
-In: a checked configuration, data, a run directory. Out: steps taken, records, checkpoints.
-Equation: none.
-"""
+"""The parts of a run, put together once, and what the loop does with them."""
 
 import contextlib
 import itertools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -18,6 +15,7 @@ from flax import nnx
 from race_jax.train import report
 from race_jax.train.checkpoint import Checkpoints, checkpoint_folder
 from race_jax.train.config import Config
+from race_jax.train.console import decorate, say
 from race_jax.train.data import Data, HeldOut
 from race_jax.train.files import check_space, claim
 from race_jax.train.mesh import make_mesh, put_batch, sharding
@@ -35,8 +33,8 @@ class Trainer:
 
     Setting up goes in this order: (1) mesh, optimizer and a fresh state; (2) the newest whole
     checkpoint, if there is one, into state and data iterator, after the configuration was found to
-    be the same; (3) metrics cut back to the step of that checkpoint; (4) the step compiled; (5) the
-    report of what is about to run.
+    be the same; (3) metrics cut back to the step of that checkpoint; (4) the report
+    of what is about to run; (5) the step compiled.
 
     Args:
         config: a checked configuration.
@@ -115,9 +113,11 @@ class Trainer:
             speed = self._progress.update(records[-1]["step"], loss)
             step = records[-1]["step"]
             records.append({"kind": "speed", "step": step, "tokens_per_second": speed})
-        self._log.write(records)
+        written = self._log.write(records)
         if len(finite) < len(measured):
             raise FloatingPointError(self._not_finite(*measured[len(finite)]))
+        if not written:
+            self._save()  # the disk may be full: while there is space for it, or an error
 
     def evaluate(self) -> Record:
         """Scores the held-out text, or the part of it that `run.eval_batches` allows."""
@@ -131,13 +131,16 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint of a state whose losses were all finite."""
         self.log()
+        self._save()
+        self._progress.resume()
+
+    def _save(self) -> None:
         about = {
             "data": self._batches.get_state(),
             "config": self._config.to_dict(),
             "tokenizer": self._data.tokenizer.to_dict(),
         }
         self._checkpoints.save(self._state, about)
-        self._progress.resume()
 
     def say_stopped(self, reason: str | None) -> None:
         """Says that the run ended early, and how to go on."""
@@ -146,24 +149,40 @@ class Trainer:
             "saved; the same command goes on from here"
         )
 
-    def finish(self) -> Record:
-        """Scores all held-out text, draws the losses and prints the outcome."""
+    def finish(self, stop: Callable[[], object] = lambda: None) -> Record | None:
+        """Scores all held-out text, prints the outcome and draws the losses.
+
+        Args:
+            stop: asked between two batches; a true value ends the work.
+
+        Returns:
+            The last evaluation; None if `stop` ended it.
+        """
         self._progress.close()
-        final = self._score("final", self._data.valid, None)
-        test = None if self._data.test is None else self._score("test", self._data.test, None)
+        final = self._score("final", self._data.valid, None, stop)
+        test = None
+        if final is not None and self._data.test is not None:
+            test = self._score("test", self._data.test, None, stop)
+        if final is None or stop():
+            return None
+        say("\n".join(report.end_lines(self._config, self._data, final, test)))
+        decorate("the picture", self._draw)
+        if self._config.run.sample_tokens:
+            decorate("the sample", self._show_sample)
+        return final
+
+    def _draw(self) -> None:
         picture = self._directory / "loss.png"
         plot_losses(self._log.records, picture, title=self._directory.name)
-        lines = report.end_lines(self._config, self._data, final, test, picture)
-        if self._config.run.sample_tokens:
-            params, fixed = jax.device_put(
-                (self._state.params, self._state.fixed), self._mesh.devices.flat[0]
-            )
-            model = nnx.merge(self._graph, params, fixed)
-            lines += report.sample_lines(
-                self._config, self._data, model, self._prompt, self._directory
-            )
-        print("\n".join(lines), flush=True)
-        return final
+        say(f"{'picture':10} {picture}")
+
+    def _show_sample(self) -> None:
+        params, fixed = jax.device_put(
+            (self._state.params, self._state.fixed), self._mesh.devices.flat[0]
+        )
+        model = nnx.merge(self._graph, params, fixed)
+        lines = report.sample_lines(self._config, self._data, model, self._prompt, self._directory)
+        say("\n".join(lines))
 
     def _resume(self) -> None:
         """Takes up the newest whole checkpoint, unless it belongs to another run."""
@@ -174,11 +193,21 @@ class Trainer:
             self._state = restored.state
             self._batches.set_state(restored.about["data"])
         self.step = int(self._state.step)
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
-        check_space(self._directory, needed * (1 + self._config.run.keep_checkpoints))
+        run = self._config.run
+        if self.step < run.steps:
+            # A new checkpoint is written before the oldest one goes; those present count.
+            more = max(1 + run.keep_checkpoints - len(self._checkpoints.steps()), 1)
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
+            check_space(self._directory, size * more)
 
     def _compile(self, optimizer) -> jax.stages.Compiled:
-        """The training step, compiled; prints what is about to run."""
+        """The training step, compiled; prints what is about to run before that takes its time."""
+        lines = report.start_lines(
+            self._config, self._data, self._mesh, self._state, self._directory
+        )
+        if self.step:
+            lines.append(f"{'resuming':10} after step {self.step}")
+        say("\n".join(lines))
         step = make_train_step(
             self._graph,
             optimizer,
@@ -194,13 +223,9 @@ class Trainer:
         }
         start = time.monotonic()
         compiled = step.lower(self._state, batch, self._key).compile()
-        lines = report.start_lines(
-            self._config, self._data, self._mesh, self._state, compiled, self._directory
-        )
-        lines.append(f"{'compiled':10} in {time.monotonic() - start:.0f} s")
-        if self.step:
-            lines.append(f"{'resuming':10} after step {self.step}")
-        print("\n".join(lines), flush=True)
+        seconds = time.monotonic() - start
+        cache = self._config.run.compilation_cache
+        say("\n".join(report.compiled_lines(compiled, seconds, cache)))
         return compiled
 
     @property
@@ -213,11 +238,22 @@ class Trainer:
         """What the model needs of a batch, on the devices."""
         return put_batch(self._mesh, {name: batch[name] for name in self._names})
 
-    def _score(self, kind: str, held_out: HeldOut, limit: int | None) -> Record:
-        """Evaluates the model on at most `limit` batches of a split, and records it."""
+    def _score(
+        self,
+        kind: str,
+        held_out: HeldOut,
+        limit: int | None,
+        stop: Callable[[], object] = lambda: None,
+    ) -> Record | None:
+        """Evaluates the model on at most `limit` batches of a split, and records it.
+
+        Returns None where `stop` gave a true value before the end.
+        """
         nats = weight = 0.0
         with contextlib.closing(read_ahead(held_out.batches, self._place)) as batches:
             for batch in itertools.islice(batches, limit):
+                if stop():
+                    return None
                 sums = self._eval_step(self._state.params, self._state.fixed, batch)
                 nats += float(sums["nats"])
                 weight += float(sums["weight"])
@@ -225,7 +261,8 @@ class Trainer:
         if held_out.encodes_text:
             num_bytes = held_out.num_bytes * weight / held_out.num_tokens
         record = evaluation_record(kind, self.step, nats, weight, num_bytes)
-        self._log.write([record])
+        if not self._log.write([record]):
+            self._save()
         return record
 
     def _not_finite(self, step: int, value: dict[str, np.ndarray]) -> str:

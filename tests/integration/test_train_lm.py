@@ -77,9 +77,9 @@ def start(folder: pathlib.Path, run: str) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: subprocess.Popen, status: int = 0) -> str:
     out, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, out
+    assert process.returncode == status, out
     return out
 
 
@@ -132,7 +132,8 @@ def test_stopped_and_killed_it_goes_on_to_the_bit(folder, undisturbed):
     process = start(folder, "disturbed")
     wait_for_step(process, directory, EVERY // 2)
     process.send_signal(signal.SIGTERM)
-    out = finish(process)
+    out = finish(process, status=75)
+    assert "SIGTERM: stopping after this step, saving" in out
     assert "(SIGTERM); checkpoint saved; the same command goes on from here" in out
 
     process = start(folder, "disturbed")
@@ -161,3 +162,58 @@ def test_a_checkpoint_of_two_devices_goes_on_on_one(
     assert "1 x cpu" in capsys.readouterr().out
     two, one = (list(losses(run).values())[-EVERY:] for run in (undisturbed[1], directory))
     assert_close("losses", one, two, kind="streamed")
+
+
+def test_the_reader_leaves_and_the_terminal_closes(folder):
+    """Nothing that is printed can be written from the first line on; SIGHUP still saves."""
+    process = start(folder, "unread")
+    process.stdout.close()
+    wait_for_step(process, folder / "unread", EVERY // 2)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=240) == 75
+    assert list(checkpoint_folder(folder / "unread").glob("[0-9]*/digests.json"))
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--config.run.step=5"], 2, "did you mean steps?"),
+        (["--config.run.directory=small.py/run"], 2, "cannot be written"),
+        (["--config.run.directory=taken"], 1, "Is a directory"),
+    ],
+)
+def test_what_cannot_start_says_so_in_one_sentence(folder, words, status, said):
+    (folder / "taken" / "metrics.jsonl.tmp").mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        [*command(folder, "none"), *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_missing_extra_is_a_sentence(folder):
+    """Without grain, as after `pip install race-jax` alone."""
+    program = (
+        "import runpy, sys, importlib.util as util\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'grain' else find(name, *rest)\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command(folder, "none")[1:]],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("train_lm: race_jax.train needs grain, which")
+    assert "pip install 'race-jax[train]'" in done.stderr
+    assert done.stderr.count("\n") == 1

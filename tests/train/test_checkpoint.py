@@ -108,13 +108,36 @@ def test_a_damaged_one_is_reported_and_the_one_before_is_used(
     checkpoints.close()
 
 
-def test_only_damaged_ones_are_an_error_not_a_fresh_start(tmp_path, parts):
+def test_only_damaged_ones_are_an_error_at_every_start_not_a_fresh_one(tmp_path, parts):
     _, state = parts
-    saved(tmp_path / "checkpoints", state, (7,)).close()
-    remove(largest_file(tmp_path / "checkpoints"))
-    checkpoints = Checkpoints(tmp_path / "checkpoints", say=lambda text: None)
-    with pytest.raises(RuntimeError, match=r"no whole checkpoint in .*checkpoints"):
-        checkpoints.restore(state)
+    folder = tmp_path / "checkpoints"
+    saved(folder, state, (6, 7)).close()
+    for step in (6, 7):
+        remove(largest_file(folder / str(step)))
+    for _ in range(2):
+        checkpoints = Checkpoints(folder, say=lambda text: None)
+        wrong = r"no whole checkpoint in .*checkpoints \(step 7: .* missing .*directory=.*-2, or"
+        with pytest.raises(RuntimeError, match=wrong):
+            checkpoints.restore(state)
+        checkpoints.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["6", "7"]
+
+
+def test_a_first_save_that_a_kill_cut_off_is_no_loss(tmp_path, parts, monkeypatch):
+    _, state = parts
+    folder = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("race_jax.train.checkpoint.write_text", lambda *_: 1 / 0)
+        with pytest.raises(RuntimeError, match="step 3 could not be written"):
+            checkpoints.save(at_step(state, 3), about(3))
+    checkpoints.close()
+    heard = []
+    checkpoints = Checkpoints(folder, say=heard.append)
+    assert checkpoints.restore(state) is None
+    assert "step 3 is damaged (it was not written to its end)" in heard[0]
+    checkpoints.save(at_step(state, 3), about(3))
+    assert checkpoints.newest_whole() == 3
     checkpoints.close()
 
 

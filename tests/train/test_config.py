@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import pytest
 
 from race_jax.train.config import Config
-from race_jax.train.flags import parse_config
+from race_jax.train.flags import help_lines, parse_config
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 DEFAULT = str(CONFIGS / "lm_default.py")
@@ -113,7 +114,44 @@ def test_overrides_reach_the_record():
     assert config.model.forget_gate is None
     assert config.data.train_files == ("a.txt", "b.txt")
     assert config.run.max_seconds == 60.0
-    assert config.run.directory == "runs/lm_default"
+
+
+@pytest.mark.parametrize(
+    ("words", "directory"),
+    [
+        ([], "runs/lm_default"),
+        (["--config.run.log_every=7", "--config.run.steps=500"], "runs/lm_default"),
+        (["--config.run.steps=300"], "runs/lm_default-steps=300"),
+        (
+            ["--config.model.forget_gate=none", "--config.data.valid_files=a.txt,b.txt"],
+            "runs/lm_default-valid_files=a.txt,b.txt-forget_gate=none",
+        ),
+        (
+            ["--config.optimizer.schedule=constant", "--config.run.steps", "9"],
+            "runs/lm_default-schedule=constant",
+        ),
+        (["--config.data.text_field=a b"], r"runs/lm_default-text_field=a_b-[0-9a-f]{8}"),
+        (["--config.run.directory=~/x", "--config.run.seed=3"], "~/x"),
+    ],
+)
+def test_what_changes_the_result_has_a_folder_of_its_own(words, directory):
+    short = ["--config.optimizer.warmup_steps=5"] if "9" in words else []
+    found = parse_config([f"--config={DEFAULT}", *words, *short]).run.directory
+    assert re.fullmatch(directory.replace("~", "[~]"), found.removesuffix("-warmup_steps=5"))
+
+
+def test_help_lists_every_field_with_its_meaning():
+    text = "\n".join(help_lines([f"--config={DEFAULT}", "--help"]))
+    for section in dataclasses.fields(Config):
+        for field in dataclasses.fields(section.type):
+            assert re.search(
+                rf"^  --config\.{section.name}\.{field.name}=.* \(.+\)\n      \S",
+                text,
+                re.MULTILINE,
+            ), field.name
+    assert "  --config.run.steps=500 (int)\n      optimizer steps." in text
+    assert "  --config.run.max_seconds=none (float or none)\n      stop cleanly" in text
+    assert "epsilon" not in help_lines(["--config=nowhere.py"])
 
 
 def test_a_list_of_files_written_as_text_can_be_overridden(tmp_path):

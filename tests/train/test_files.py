@@ -1,5 +1,6 @@
 """A run's folder: one process, one configuration, enough space; files whole or absent."""
 
+import errno
 import os
 
 import pytest
@@ -28,6 +29,30 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         pass
 
 
+def lock_error(number):
+    def flock(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    return flock
+
+
+def test_a_file_system_without_locks_is_used_with_a_word(tmp_path, monkeypatch, capsys):
+    for number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        monkeypatch.setattr("race_jax.train.files.fcntl.flock", lock_error(number))
+        with run_directory(tmp_path / "run"):
+            assert "has no locks" in capsys.readouterr().out
+
+
+def test_a_damaged_record_of_the_run_is_named(tmp_path):
+    start(tmp_path, resuming=False)
+    for damage in (b"\0" * 40, b"\xff", b"[]", b'{"half'):
+        (tmp_path / "config.json").write_bytes(damage)
+        with pytest.raises(ValueError, match=r"config\.json, which .* cannot be read .* remove it"):
+            start(tmp_path)
+    (tmp_path / "config.json").unlink()
+    start(tmp_path)
+
+
 def test_too_little_space_is_refused_before_training(tmp_path):
     check_space(tmp_path, 1)
     with pytest.raises(ValueError, match=r"MB of disk left; .* need about 1000000000000 MB"):
@@ -49,7 +74,8 @@ def test_another_configuration_is_refused_by_name(tmp_path):
         start(tmp_path, model__width=32)
     with pytest.raises(ValueError, match=r"b1 was 0\.9 and is now 0\.8; .*seed was 0 and is now 1"):
         start(tmp_path, optimizer__b1=0.8, run__seed=1)
-    with pytest.raises(ValueError, match=r"text_digest was a and is now b"):
+    changed = r"the training text has changed \(sha256 a then, b now\)\. .*directory=.*-2 to the"
+    with pytest.raises(ValueError, match=changed):
         start(tmp_path, digest="b")
     start(tmp_path)
 

@@ -5,13 +5,15 @@ import math
 import pathlib
 import re
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from race_jax.train.checkpoint import checkpoint_folder
 from race_jax.train.config import Config
 from race_jax.train.loop import train
-from race_jax.train.metrics import read_records
+from race_jax.train.metrics import MetricsLog, read_records
 from race_jax.train.report import xz_bits_per_byte
 from tests.train.small import small_config
 
@@ -72,7 +74,8 @@ def test_a_run_says_what_it_is_and_leaves_its_traces(config, capsys):
         "xz -9e     ",
         "loss.png",
         "20 tokens after 'the '",
-        "python scripts/generate.py --checkpoint",
+        "scripts/generate.py --checkpoint",
+        "compiled   the training step in ",
     ):
         assert fact in out, fact
     directory = result.directory
@@ -104,11 +107,11 @@ def test_every_option_together_and_a_time_limit(config, capsys):
     config.model.remat = True
     config.optimizer.accumulation_steps = 2
     config.optimizer.schedule = "linear"
-    config.run.max_seconds = 1e-3
+    config.run.max_seconds = 1e-9  # counted from the first step, so that every start takes one
     result = train(config)
-    assert (result.step, result.evaluation) == (0, None)
-    assert result.stopped == "config.run.max_seconds=0.001 is over"
-    assert "stopped at step 0 of 12" in capsys.readouterr().out
+    assert (result.step, result.evaluation) == (1, None)
+    assert result.stopped == "config.run.max_seconds=1e-09 is over"
+    assert "stopped at step 1 of 12" in capsys.readouterr().out
 
     config.run.max_seconds = None
     result = train(config)
@@ -144,6 +147,80 @@ def test_a_tokenizer_file_that_changed_is_refused(config, tmp_path):
     config.run.steps = 6
     with pytest.raises(ValueError, match="tokenizer"):
         train(config)
+
+
+def fail(*arguments, **options):
+    raise OSError(28, "No space left on device")
+
+
+def test_what_decorates_a_run_decides_nothing(config, capsys, monkeypatch):
+    """No TensorBoard, no picture, no sample, and metrics that cannot be written for a while."""
+    config.run.tensorboard = True
+    config.run.sample_tokens = 5
+    config.run.checkpoint_every = 100
+    config.run.log_every = 2
+    failures = iter([fail, fail, None])
+    append = MetricsLog._append
+    monkeypatch.setattr(MetricsLog, "_append", lambda *a: (next(failures, None) or append)(*a))
+    monkeypatch.setattr("race_jax.train.metrics.event_file", fail)
+    monkeypatch.setattr("race_jax.train.trainer.plot_losses", fail)
+    monkeypatch.setattr("race_jax.train.report.sample_lines", fail)
+    result = train(config)
+    assert result.evaluation["loss"] > 0
+    out = capsys.readouterr().out
+    for what in ("TensorBoard events are", "the picture is", "the sample is"):
+        assert f"{what} left out" in out
+    assert "metrics.jsonl cannot be written (No space left on device)" in out
+    assert "held out   " in out
+    assert steps_of("train", result.directory) == list(range(1, 13))
+    # A checkpoint is tried as soon as the disk seems full, and taken at the end.
+    assert saved_steps(result.directory) == [2, 12]
+
+
+def test_a_full_disk_ends_the_run_where_no_checkpoint_fits(config, monkeypatch):
+    monkeypatch.setattr(MetricsLog, "_append", fail)
+    monkeypatch.setattr("race_jax.train.checkpoint.write_text", fail)
+    with pytest.raises(
+        RuntimeError, match=r"step 4 could not be written .*: \[Errno 28\] No space"
+    ):
+        train(config)
+
+
+def test_present_checkpoints_count_towards_the_space_that_is_needed(config, monkeypatch):
+    config.run.checkpoint_every = 4
+    config.run.max_seconds = 1e-9
+    asked = []
+    monkeypatch.setattr("race_jax.train.trainer.check_space", lambda path, size: asked.append(size))
+    for _ in range(3):
+        train(config)
+    assert [round(size / asked[-1]) for size in asked] == [3, 2, 1]
+    config.run.max_seconds = None
+    train(config)
+    train(config)  # finished: nothing more is written
+    assert len(asked) == 4
+
+
+def test_a_signal_during_the_last_evaluation_leaves_it_to_the_next_start(config, monkeypatch):
+    monkeypatch.setattr("race_jax.train.interrupt.StopRequest.signalled", "SIGTERM")
+    monkeypatch.setattr("race_jax.train.interrupt.StopRequest.reason", None)
+    result = train(config)
+    assert (result.step, result.evaluation) == (12, None)
+    monkeypatch.undo()
+    result = train(config)
+    assert (result.stopped, result.evaluation["kind"]) == (None, "final")
+
+
+def test_compiled_programs_are_kept_where_the_flag_says(config, tmp_path, compiled_programs):
+    config.run.compilation_cache = str(tmp_path / "cache")
+    try:
+        before = jax.config.jax_persistent_cache_min_compile_time_secs
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        train(config)
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+        jax.config.update("jax_compilation_cache_dir", str(compiled_programs))
+        compilation_cache.reset_cache()
+    assert any((tmp_path / "cache").iterdir())
 
 
 def test_a_loss_that_is_not_finite_stops_and_saves_nothing_more(config):

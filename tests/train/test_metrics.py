@@ -32,6 +32,67 @@ def test_going_on_drops_later_steps_and_a_line_cut_off(tmp_path):
     assert records == log.records
 
 
+def test_damaged_lines_are_left_out_with_a_word(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    whole = [json.dumps(train_record(step)).encode() for step in (1, 2)]
+    bad = [b"\0" * 40, b"\xff\xfe", b"[1]", b'{"kind": "train"}', b'{"kind": 1, "step": 2}']
+    path.write_bytes(b"\n".join([whole[0], *bad, whole[1], b""]))
+    log = MetricsLog(tmp_path, 2)
+    log.close()
+    assert log.records == [train_record(1), train_record(2)]
+    said = capsys.readouterr().out
+    assert said == f"{path}: 5 damaged line(s) are left out, the first is line 2\n"
+    assert read_records(path) == log.records
+
+
+def test_lines_that_could_not_be_written_come_later(tmp_path, monkeypatch, capsys):
+    log = MetricsLog(tmp_path, 0)
+    assert log.write([train_record(1)])
+
+    def disk_full(*arguments):
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write('{"kind": "tr')  # what a full disk leaves of a line
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("race_jax.train.metrics.os.fsync", disk_full)
+        assert not log.write([train_record(2)])
+        assert log.write([train_record(3)])  # said once
+    assert log.write([train_record(4)])
+    log.close()
+    assert read_records(tmp_path / "metrics.jsonl") == [train_record(n) for n in (1, 2, 3, 4)]
+    said = capsys.readouterr().out
+    assert said.count("cannot be written (No space left on device)") == 1
+    assert "can be written again" in said
+
+
+def test_tensorboard_is_dropped_where_its_disk_is_full(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboardX")
+    log = MetricsLog(tmp_path, 0, tensorboard=True)
+
+    def disk_full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tensorboardX.record_writer.RecordWriter.flush", disk_full)
+        assert log.write([train_record(1)])
+    assert log.write([train_record(2)])
+    log.close()
+    said = capsys.readouterr()
+    assert said.out.count("TensorBoard events are left out from here on: [Errno 28]") == 1
+    assert said.err == ""
+    assert read_records(tmp_path / "metrics.jsonl") == [train_record(1), train_record(2)]
+
+
+def test_tensorboard_that_cannot_start_is_left_out(tmp_path, capsys):
+    pytest.importorskip("tensorboardX")
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    log = MetricsLog(tmp_path, 0, tensorboard=True)
+    log.write([train_record(1)])
+    log.close()
+    assert "TensorBoard events are left out" in capsys.readouterr().out
+
+
 def test_a_fresh_run_starts_an_empty_log(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(train_record(3)) + "\n")
     log = MetricsLog(tmp_path, 0)
@@ -66,7 +127,7 @@ def test_picture_is_drawn_or_refused(tmp_path):
     assert not path.exists()
     records = [train_record(step) for step in range(1, 20)]
     records.append(evaluation_record("final", 19, nats=2.0, weight=1.0, num_bytes=1))
-    plot_losses(records, path, "run")
+    plot_losses(records, path, "lr_$\\alph$_x 漢")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in tmp_path.iterdir()] == ["loss.png"]
 
@@ -82,6 +143,19 @@ def test_progress_prints_a_line_with_the_time_left(capsys, monkeypatch):
     first, second = capsys.readouterr().out.splitlines()
     assert first == "step 10/30  loss 0.6931 nats = 1.000 bits a token  5,000 tokens/s  4 s left"
     assert second.endswith("10,000 tokens/s  2 s left")
+
+
+def test_a_terminal_that_closes_ends_the_bar_not_the_run(capsys, monkeypatch):
+    progress = Progress(0, 30, 1000, terminal=True)
+
+    def closed(*arguments):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(progress._bar, "update", closed)
+    progress.update(10, math.log(2))
+    progress.update(20, math.log(2))
+    progress.close()
+    assert "step 20/30" in capsys.readouterr().out
 
 
 def test_progress_bar_shows_the_same_words(capsys):

@@ -1,0 +1,129 @@
+"""The shell commands of README and docs run as printed, in order, in a copy of the project.
+
+In the copy each configuration is replaced by one of the same name that trains a tiny model for a
+few steps on a small text; benchmarks get short lengths at the end of their command. The
+environment is the one that runs the tests.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.test_docs import ROOT, tracked_files
+
+pytestmark = pytest.mark.once
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"(?:[A-Z][A-Z_]*=\S+ )*(?:make|python3?|\.venv/bin/python|pip) ")
+CONFIG = '''"""A tiny stand-in, written by a test."""
+
+import pathlib
+
+from race_jax.train.config import Config
+
+
+def get_config():
+    config = Config()
+    config.model.num_layers, config.model.width, config.model.num_heads = 1, 16, 2
+    config.model.num_tables, config.model.num_planes = 2, 2
+    config.data.source, config.data.sequence_length = "files", 32
+    config.data.train_files = (str(pathlib.Path(__file__).parents[1] / "text.txt"),)
+    config.optimizer.warmup_steps = 1
+    config.mesh.data = 1
+    config.run.steps, config.run.batch_size, config.run.checkpoint_every = 4, 2, 2
+    config.run.sample_tokens, config.run.sample_prompt = 3, "def "
+    return config
+'''
+
+
+def shell_commands(page: str) -> list[str]:
+    """The commands of a page's indented and fenced shell blocks, in order, without comments."""
+    text = re.sub(r"```python\n.*?^```$", "", page, flags=re.DOTALL | re.MULTILINE)
+    lines = [line.strip() for line in re.sub(r"\\\n\s*", "", text).splitlines() if line[:1] == " "]
+    fences = re.findall(r"^```(?:sh|bash|console)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    lines += [line.strip() for fence in fences for line in fence.splitlines()]
+    return [re.sub(r"\s+# .*", "", line) for line in lines if COMMAND.match(line)]
+
+
+def in_small(command: str) -> str | None:
+    """The command as the copy can run it in seconds; None where something else tries it."""
+    if command.startswith(("make test", "pip ")):
+        return None
+    if "bench_kernels.py" in command:
+        return f"{command} --lengths 64 --repeats 1"
+    if "--config.run.steps" in command and not command.startswith("make"):
+        command += " --config.run.steps=4 --config.optimizer.warmup_steps=1"
+    return command.replace("FOLDER", "data")
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A fresh copy of the project, whose `.venv` is the environment of this process."""
+    copy = tmp_path_factory.mktemp("clone")
+    for file in tracked_files():
+        target = copy / file.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    for file in (copy / "configs").glob("lm_*.py"):
+        file.write_text(CONFIG)
+    (copy / "text.txt").write_text("def main(argument):\n    return argument + 1\n" * 20_000)
+    python = copy / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    stamp_environment(copy)
+    return copy
+
+
+def stamp_environment(copy: pathlib.Path) -> None:
+    """Marks `.venv` as made by `make`, so that `make` installs nothing."""
+    makefile = (copy / "Makefile").read_text()
+    base = re.search(r"^BASE := (.*)$", makefile, re.MULTILINE)[1]
+    script = (
+        f"version=$(python3 --version 2>&1); base=$(python3 -c '{base}'); "
+        'echo "$version, $base, in $(pwd), $(cksum < pyproject.toml)" > .venv/made-from'
+    )
+    subprocess.run(["sh", "-c", script], cwd=copy, check=True)
+
+
+def test_shell_commands_are_found():
+    page = (
+        "    make train ARGS=x   # a comment\n    python a.py \\\n        --b\n\ntext `make`\n"
+        "```python\n    make = 1\n```\n```sh\n.venv/bin/python c.py\n```\n    z = W x\n"
+    )
+    assert shell_commands(page) == [
+        "make train ARGS=x",
+        "python a.py --b",
+        ".venv/bin/python c.py",
+    ]
+
+
+def test_every_command_of_the_pages_runs_in_order(copy):
+    environment = os.environ | {
+        "PYTHONPATH": str(copy),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(copy / "compiled"),
+    }
+    found = [command for page in PAGES for command in shell_commands(page.read_text("utf-8"))]
+    found.insert(1, 'make train ARGS="--config.run.steps=3"')  # stands in the README's prose
+    assert len(found) > 5
+    for command in found:
+        small = in_small(command)
+        if small is None:
+            continue
+        done = subprocess.run(
+            ["sh", "-c", small],
+            cwd=copy,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{small}\n{done.stdout}\n{done.stderr}"
+        hint = re.search(r"^next +(.*scripts/generate\.py .*)$", done.stdout, re.MULTILINE)
+        assert ("train_lm.py" in small or "make train" in small) == (hint is not None)
