@@ -75,7 +75,7 @@ def short_convolution(
         tap = earlier(tokens, back)  # (B, T + 1, D)
         if segment_ids is not None:
             tap = jnp.where((earlier(ids, back) == own_ids)[..., None], tap, 0)
-        mixed += kernel[back : back + 1, None] * tap[:, :-1].astype(dtype)
+        mixed += kernel[back] * tap[:, :-1].astype(dtype)
         new_taps.insert(0, tap[:, -1])
     mixed = masking.select_tokens(mixed.astype(x.dtype), mask)
     return mixed, jnp.stack(new_taps, axis=1).astype(taps.dtype)
