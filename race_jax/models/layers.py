@@ -7,6 +7,7 @@ Equations: MLP(x) = W_down gelu(W_up x); rotary and linear-bias positions at the
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from race_jax.core import masking
 from race_jax.layers.softmax import softmax_attention
@@ -148,10 +149,19 @@ class TokenEmbedding(nnx.Module):
 
         An id or a position outside its table gives NaN: loud, where clamping would be silent.
         """
-        x = jnp.take(self.tokens[...], tokens, axis=0, mode="fill", fill_value=jnp.nan)
+        x = _look_up(self.tokens[...], tokens)
         if self.positions is not None:
-            x += jnp.take(self.positions[...], positions, axis=0, mode="fill", fill_value=jnp.nan)
+            x += _look_up(self.positions[...], positions)
         return x.astype(self.dtype)
+
+
+def _look_up(table: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows of a table ``(number, D)``, NaN outside it; sharded as the row numbers are."""
+    sharding = jax.typeof(rows).sharding
+    sharded = None
+    if any(sharding.spec):  # on an Explicit mesh JAX asks for the sharding of the result
+        sharded = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, None))
+    return table.at[rows].get(mode="fill", fill_value=jnp.nan, out_sharding=sharded)
 
 
 class MLP(nnx.Module):
