@@ -1,21 +1,10 @@
-"""Block sizes of the kernels: frozen records, a heuristic by shape, and a table of better ones.
+"""Block sizes of the kernels: frozen records, and a heuristic that chooses them by shape.
 
 In: the sizes of a call. Out: chunk, value block, warps and stages of each kernel, and how the
 sequence is split. No equation: every choice gives the same result, up to rounding.
 """
 
 import dataclasses
-import functools
-import itertools
-import json
-import pathlib
-from collections.abc import Mapping
-from typing import Any
-
-import jax
-
-# What `python -m pallas_kernels.tune --write` found to beat the heuristic.
-TABLE = pathlib.Path(__file__).with_name("tuned.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,27 +44,6 @@ class Blocks:
     value: Block | None = None  # None: the kernel of the keys makes the values' gradients too
 
 
-@dataclasses.dataclass(frozen=True)
-class ProblemClass:
-    """What the choice of blocks looks at; sizes are padded."""
-
-    features: int
-    value_dim: int
-    itemsize: int
-    is_causal: bool = True
-    gate: bool = False
-    warpgroups: bool = False  # whether the kernels of warpgroups take it
-
-    @property
-    def name(self) -> str:
-        """Its key in the table."""
-        sizes = f"F={self.features} V={self.value_dim} {DTYPES[self.itemsize]}"
-        form = "causal" if self.is_causal else "bidirectional"
-        return f"{form} {sizes}" + " gate" * self.gate + " warpgroups" * self.warpgroups
-
-
-DTYPES = {2: "bfloat16", 4: "float32"}  # of the values, by itemsize
-
 # Two full waves of an H200 (132 multiprocessors, two programs each), and never so many splits that
 # combining them, quadratic in their number, costs more than it hides.
 PROGRAMS = 528
@@ -99,19 +67,10 @@ def choose_blocks(
     itemsize: int,
     *,
     warpgroups: bool = False,
-    is_causal: bool = True,
     gate: bool = False,
 ) -> Blocks:
-    """Blocks for padded sizes F and V: the heuristic's, but where the table has better ones."""
-    problem = ProblemClass(features, value_dim, itemsize, is_causal, gate, warpgroups)
-    tuned = tuned_blocks().get(device_kind(), {}).get(problem.name, {})
-    return dataclasses.replace(heuristic_blocks(problem), **tuned)
-
-
-def heuristic_blocks(problem: ProblemClass) -> Blocks:
-    """Blocks by shape alone; a program's state F x value has to stay in registers."""
-    features, value_dim = problem.features, problem.value_dim
-    if problem.itemsize == 4:
+    """Blocks for padded sizes F and V; a program's state F x value has to stay in registers."""
+    if itemsize == 4:
         block = Block(max(16, min(value_dim, 2048 // features)), 4, 1)
         return Blocks(64, block, block, block, block, block, block)
     wide = max(16, min(value_dim, 8192 // features))
@@ -121,10 +80,10 @@ def heuristic_blocks(problem: ProblemClass) -> Blocks:
         outputs=Block(wide, 4, 3),
         query=Block(wide, 4, 2),
         reverse=Block(wide, 4, 3),
-        key=Block(wide, 4, 2, packed=not problem.gate),
+        key=Block(wide, 4, 2, packed=not gate),
         value=Block(wide, 4, 3),
     )
-    if not problem.warpgroups:
+    if not warpgroups:
         return blocks
     return dataclasses.replace(
         blocks,
@@ -132,76 +91,6 @@ def heuristic_blocks(problem: ProblemClass) -> Blocks:
         query=Pipeline(key_slots=4, query_slots=1, registers=(24, 136, 176)),
         key=Pipeline(key_slots=2, query_slots=3, registers=(24, 168, 160, 152)),
     )
-
-
-# All that tuning tries and the table may hold; a problem class takes the part that suits it.
-TRITON_SPACE = tuple(
-    Block(value, 4, stages, packed)
-    for value, stages, packed in itertools.product((128, 64, 32), (1, 2, 3), (False, True))
-)
-_FORWARD_REGISTERS = (24, 136, 176), (24, 144, 168), (24, 160, 160)
-_KEY_REGISTERS = (24, 168, 160, 152), (24, 160, 160, 160), (24, 168, 168, 144)
-PIPELINES = {
-    kernel: tuple(Pipeline(*depth, shares) for depth in slots for shares in registers)
-    for kernel, slots, registers in (
-        ("outputs", ((4, 2), (5, 2)), _FORWARD_REGISTERS),
-        ("query", ((3, 2), (4, 1)), _FORWARD_REGISTERS),
-        ("key", ((2, 3), (3, 2)), _KEY_REGISTERS),
-    )
-}
-
-
-def candidates(problem: ProblemClass, field: str) -> list[Block | Pipeline]:
-    """What one kernel of a class may take: the heuristic's block first, and none twice.
-
-    Widths stay within a factor of two of the heuristic's; only the kernel of the keys is packed.
-    """
-    chosen = getattr(heuristic_blocks(problem), field)
-    if isinstance(chosen, Pipeline):
-        space = PIPELINES[field]
-    else:
-        packable = field == "key" and problem.itemsize == 2 and not problem.gate
-        space = tuple(
-            block
-            for block in TRITON_SPACE
-            if chosen.value // 2 <= block.value <= min(2 * chosen.value, problem.value_dim)
-            and (packable or not block.packed)
-        )
-    return [chosen, *(block for block in space if block != chosen)]
-
-
-def device_kind() -> str:
-    """The device that a program is made for: of the mesh, where that names one, or the first."""
-    named = jax.sharding.get_abstract_mesh().abstract_device
-    return (named or jax.devices()[0]).device_kind
-
-
-@functools.cache
-def tuned_blocks() -> dict[str, dict[str, dict[str, Block | Pipeline]]]:
-    """The table: device kind, name of the problem class, field of Blocks."""
-    return read_table(json.loads(TABLE.read_text("utf-8")))
-
-
-def read_table(table: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Block | Pipeline]]]:
-    """The table with its JSON objects as records."""
-    return {
-        kind: {
-            name: {field: read_record(item) for field, item in fields.items()}
-            for name, fields in classes.items()
-        }
-        for kind, classes in table.items()
-    }
-
-
-def read_record(item: Mapping[str, Any]) -> Block | Pipeline:
-    """The record that a JSON object stands for: `kind` is its class, the rest its fields."""
-    fields = {key: tuple(x) if isinstance(x, list) else x for key, x in item.items()}
-    return {"Block": Block, "Pipeline": Pipeline}[fields.pop("kind")](**fields)
-
-
-def record_item(record: Block | Pipeline) -> dict[str, Any]:
-    """The JSON object that `read_record` reads."""
-    return {"kind": type(record).__name__, **dataclasses.asdict(record)}
 
 
 def split_length(length: int, rows: int, *, chunk: int = 64) -> int:

@@ -51,7 +51,6 @@ def plan(
         value_dim,
         value.dtype.itemsize,
         warpgroups=warpgroups and fits_warpgroups(*sizes),
-        is_causal=is_causal,
         gate=gate,
     )
     queries = Problem(

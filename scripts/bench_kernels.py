@@ -4,25 +4,25 @@
     XLA_PYTHON_CLIENT_MEM_FRACTION=.97 python scripts/bench_kernels.py --json bench.json
 
 The first, without a GPU: RACE against softmax, in percent of the machine's matrix product peak
-(scripts/peak_table.py). The second, on a GPU: RACE by kernels and by XLA and softmax by cuDNN, in
-percent of the floor by bytes (scripts/floor_table.py). In: options. Out: a markdown table.
+(benchmarks/peak_table.py). The second, on a GPU: RACE by kernels and by XLA and softmax by cuDNN,
+in percent of the floor by bytes (benchmarks/floor_table.py). Either prints a markdown table.
 """
 
 import argparse
+import dataclasses
 import math
 import pathlib
 import sys
 from collections.abc import Callable, Collection, Sequence
 
 import jax
-import jax.numpy as jnp
 
-import floor_table
-import peak_table
-from attention_variants import VARIANTS, Sizes, input_shapes, use_all_cores
-from floor_cases import IMPLEMENTATIONS, SWEEPS
-from peak_table import Limits, record
-from table_text import SUFFIXES, length_name
+from benchmarks import floor_table, peak_table
+from benchmarks.attention import METHODS, Problem, Sizes, input_arrays
+from benchmarks.floor_table import IMPLEMENTATIONS, SWEEPS
+from benchmarks.peak_table import ROWS, Limits, record, use_all_cores
+from benchmarks.plot import FORMATS
+from benchmarks.text import SUFFIXES, length_name
 
 LENGTHS = "256,512,1k,2k,4k,16k,64k,256k"
 TABLES = {"peak": peak_table, "floor": floor_table}
@@ -71,13 +71,14 @@ def names(choices: Collection[str], kind: str) -> Callable[[str], list[str]]:
     return read
 
 
-def output(suffix: str) -> Callable[[str], pathlib.Path]:
+def output(*suffixes: str) -> Callable[[str], pathlib.Path]:
     """A reader of file names, which refuses what could not be written after all the work."""
 
     def read(text: str) -> pathlib.Path:
         path = pathlib.Path(text)
-        if path.suffix != suffix or path.is_dir() or not path.parent.is_dir():
-            raise argparse.ArgumentTypeError(f"{text} is not a {suffix} file in an existing folder")
+        if path.suffix not in suffixes or path.is_dir() or not path.parent.is_dir():
+            kinds = " or ".join(suffixes)
+            raise argparse.ArgumentTypeError(f"{text} is not a {kinds} file in an existing folder")
         return path
 
     return read
@@ -105,8 +106,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--lengths", type=lengths, default=LENGTHS, help="T by commas; k is 1024, M is 1024 k")
     add(
         "--rows",
-        type=names(VARIANTS, "row"),
-        default=",".join(VARIANTS),
+        type=names(ROWS, "row"),
+        default=",".join(ROWS),
         help="what to time, by commas",
     )
     add("--batch", type=count, default=Sizes.batch, help="B, sequences")
@@ -124,7 +125,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         help="for the samples of a run; a longer run is left out",
     )
     add("--memory", type=amount, default=Limits.memory, help="GiB that one run may hold")
-    add("--plot", type=output(".png"), help="draw them here")
+    add("--plot", type=output(*FORMATS), help="draw time and memory here, .png or .svg")
     options = parser.parse_args(words)
     if options.value_dim != options.head_dim and any("softmax" in row for row in options.rows):
         parser.error(
@@ -132,8 +133,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
             f"{options.value_dim}: choose --rows 'race causal,race bidirectional'"
         )
     longest = options.lengths[-1]
-    shapes = input_shapes(record(Sizes, options), longest)
-    gib = 2 * sum(map(math.prod, shapes.values())) * jnp.dtype(options.dtype).itemsize / 2**30
+    problem = Problem(longest, **dataclasses.asdict(record(Sizes, options)))
+    arrays = input_arrays(problem, METHODS["race"], backward=True)
+    gib = 2 * sum(array.nbytes for array in arrays.values()) / 2**30
     if gib > options.memory:
         parser.error(
             f"T = {length_name(longest)} needs {gib:.1f} GiB for inputs and gradients alone, and "

@@ -12,9 +12,9 @@ from jax.experimental import pallas as pl
 import pallas_kernels
 from pallas_kernels import Block, Blocks, backend
 from pallas_kernels.backend import Output
-from pallas_kernels.blocks import PIPELINES, TRITON_SPACE
 from pallas_kernels.plan import plan
 from tests.kernels import dense
+from tests.kernels.block_sizes import BLOCKS, PIPELINES
 from tests.kernels.dense import Case
 
 pytestmark = pytest.mark.gpu
@@ -92,14 +92,14 @@ def test_causal_by_programs(case, assert_close):
     check(dense.causal_kernels, case, assert_close, dense.programs(case))
 
 
-TUNED = Case(length=600, tables=4, planes=4, value_dim=128, gate=True, dtype="bfloat16")
+TRIED = Case(length=600, tables=4, planes=4, value_dim=128, gate=True, dtype="bfloat16")
 
 
-@pytest.mark.parametrize("block", TRITON_SPACE, ids=str)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("apart", [False, True], ids=["fused", "apart"])
-def test_every_block_of_the_tuning_space(block, apart, assert_close):
+def test_every_block_size(block, apart, assert_close):
     config = Blocks(64, *[block] * (6 if apart else 5))
-    check(dense.causal_kernels, TUNED, assert_close, config)
+    check(dense.causal_kernels, TRIED, assert_close, config)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +107,8 @@ def test_every_block_of_the_tuning_space(block, apart, assert_close):
     [(kernel, x) for kernel, pipelines in PIPELINES.items() for x in pipelines],
     ids=str,
 )
-def test_every_pipeline_of_the_tuning_space(kernel, pipeline, assert_close):
-    case = TUNED._replace(value_dim=64)  # at 128 some have fewer slots than they ask for
+def test_every_pipeline(kernel, pipeline, assert_close):
+    case = TRIED._replace(value_dim=64)  # at 128 some have fewer slots than they ask for
     config = dataclasses.replace(chosen(case), **{kernel: pipeline})
     check(dense.causal_kernels, case, assert_close, config)
 

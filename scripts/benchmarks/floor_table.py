@@ -1,14 +1,14 @@
 """RACE and cuDNN's softmax on a GPU, in percent of the floor by bytes.
 
-In: sweeps and implementations by name. Out: the copy rate of the card, then a markdown table of
-median device times, of what part of each the floor is (scripts/floor_cases.py, at the copy rate of
-this run), and of temporary memory over that of the program's inputs and outputs. All programs are
-compiled first, side by side, so that nothing else runs while one is timed. A failure becomes a word
-of the table.
+Prints the copy rate of the card, then a markdown table of median device times, of what part of each
+the floor is (the fewest bytes at the copy rate of this run), and of temporary memory over that of
+the program's inputs and outputs. All programs are compiled first, side by side, so that nothing
+else runs while one is timed. A failure becomes a word of the table.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -19,22 +19,20 @@ from typing import NamedTuple
 import jax
 from tqdm import tqdm
 
-from device_time import Clock, copy_rate, find_clock, first_line, time_program
-from floor_cases import (
-    IMPLEMENTATIONS,
-    SWEEPS,
-    Case,
-    Inputs,
-    array_bytes,
-    draw,
-    floor_bytes,
-    input_shapes,
-    program,
+from benchmarks.attention import METHODS, K, M, Problem, program
+from benchmarks.programs import Inputs, Program
+from benchmarks.text import header, length_name, markdown, number, progress_bar
+from benchmarks.timing import (
+    GIB,
+    Clock,
+    Figures,
+    copy_rate,
+    find_clock,
+    memory_limit,
+    time_program,
+    words,
 )
-from random_arrays import normal
-from table_text import header, length_name, markdown, number, progress_bar
 
-GIB = 2**30
 WORKERS = 12
 LARGE = 2 * GIB  # XLA tries out products on arrays of their size: above it, one program at a time
 WORD = 60  # letters of an error in the table; the JSON file has its first line whole
@@ -53,85 +51,77 @@ COLUMNS = {
     "extra %, both": 13,
     "GiB, both": 9,
 }
+IMPLEMENTATIONS = ("pallas from z", "pallas from qkv", "xla from qkv", "cudnn softmax")
 LEGEND = """both: forward and backward; floor: the fewest bytes at the copy rate; extra: temporaries
 over inputs and outputs; GiB: all of these; resident: gradients of a loss of the outputs"""
 
 
-class Job(NamedTuple):
-    """One program of the table: a case, an implementation by name, and whether it goes back."""
+def case(length: int, *, width: int = 128, tables: int = 4, planes: int = 4, **rest) -> Problem:
+    """A problem of the table: B = 1, H = V, bfloat16."""
+    sizes = {"tables": tables, "planes": planes, "head_dim": width, "value_dim": width}
+    return Problem(length, dtype="bfloat16", **sizes, **rest)
 
-    case: Case
+
+three = functools.partial(case, tables=3, planes=3)
+
+# A star: each sweep leaves the base point, case(length), in one direction.
+SWEEPS = {
+    "lengths": [case(t) for t in (K, 2 * K, 4 * K, 16 * K, 64 * K, 256 * K, M, 4 * M, 16 * M)],
+    "features": [case(M, tables=2, planes=2), three(M)],
+    "heads": [case(t, heads=32) for t in (32 * K, 128 * K)],
+    "widths": [case(M, width=64)],
+    "gate": [three(M, decay=True), case(M, decay=True)],
+    "bidirectional": [
+        *(three(t, causal=False) for t in (M, 4 * M, 12 * M)),
+        case(M, causal=False),
+    ],
+    "resident": [three(t, resident=True) for t in (12 * M, 16 * M)],
+}
+
+
+class Job(NamedTuple):
+    """One program of the table."""
+
+    case: Problem
     attention: str
     backward: bool
-
-    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Those of its inputs."""
-        return input_shapes(self.case, IMPLEMENTATIONS[self.attention], backward=self.backward)
+    program: Program
 
     def compile(self) -> jax.stages.Compiled | str:
         """The program, or why there is none; the makers of its inputs as well."""
-        implementation, shapes = IMPLEMENTATIONS[self.attention], self.shapes()
         try:
-            for shape in shapes.values():
-                normal(shape.shape, shape.dtype)
-            run = program(self.case, implementation, backward=self.backward)
-            return jax.jit(run).lower(shapes).compile()
+            return self.program.compile()
         except Exception as error:  # noqa: BLE001 - whatever it is, the other lines still count
             return words(error)
-
-
-@dataclasses.dataclass
-class Figures:
-    """What is known of a program; `stopped` says why there is no time."""
-
-    floor_bytes: int
-    temporary_bytes: int | None = None
-    array_bytes: int | None = None
-    ms: float | None = None
-    wall_ms: float | None = None
-    kernels: dict[str, float] = dataclasses.field(default_factory=dict)
-    stopped: str = ""
-
-    @property
-    def held_bytes(self) -> int | None:
-        """All that is on the device at once: inputs, outputs and temporaries."""
-        return None if self.array_bytes is None else self.array_bytes + self.temporary_bytes
-
-    @property
-    def extra_percent(self) -> float | None:
-        """Temporary memory over that of inputs and outputs."""
-        return self.array_bytes and 100 * self.temporary_bytes / self.array_bytes
-
-    def floor_percent(self, rate: float) -> float | None:
-        """The time that the floor takes at this copy rate, over the time taken."""
-        return self.ms and 100 * self.floor_bytes / rate / (self.ms * 1e-3)
 
 
 @dataclasses.dataclass
 class Line:
     """A line of the table: figures by direction, True with the backward pass."""
 
-    case: Case
+    case: Problem
     attention: str
     figures: dict[bool, Figures]
 
 
-def plan(cases: Sequence[Case], attentions: Sequence[str]) -> list[list[Job]]:
+def form(problem: Problem) -> str:
+    """The form of a problem as the table names it."""
+    words = ["causal" if problem.causal else "bidirectional"]
+    return ", ".join(words + ["gate"] * problem.decay + ["resident"] * problem.resident)
+
+
+def plan(cases: Sequence[Problem], attentions: Sequence[str]) -> list[list[Job]]:
     """The programs of each line of the table, in order."""
     return [
-        [Job(case, name, backward) for backward in (False, True) if backward or not case.resident]
+        [
+            Job(case, name, backward, program(case, name, backward=backward))
+            for backward in (False, True)
+            if backward or not case.resident
+        ]
         for case in cases
         for name in attentions
-        if IMPLEMENTATIONS[name].runs(case)
+        if METHODS[name].runs(case)
     ]
-
-
-def words(error: Exception) -> str:
-    """An error as the table says it."""
-    text = str(error)
-    if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
-        return "out of memory"
-    return first_line(error)
 
 
 def compile_all(jobs: Sequence[Job], progress: tqdm) -> dict[Job, jax.stages.Compiled | str]:
@@ -140,7 +130,7 @@ def compile_all(jobs: Sequence[Job], progress: tqdm) -> dict[Job, jax.stages.Com
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(workers) as many:
         futures = {}
         for job in jobs:
-            pool = one if array_bytes(job.shapes()["query"]) > LARGE else many
+            pool = one if job.program.inputs["query"].nbytes > LARGE else many
             futures[pool.submit(job.compile)] = job
         found = {}
         for future in as_completed(futures):
@@ -149,38 +139,13 @@ def compile_all(jobs: Sequence[Job], progress: tqdm) -> dict[Job, jax.stages.Com
     return found
 
 
-def memory_limit() -> int:
-    """Bytes that JAX may use of the device; a CPU does not say, and is for trials only."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 8 * GIB)
-
-
 def measure(
     job: Job, run: jax.stages.Compiled | str, inputs: Inputs, clock: Clock, repeats: int
 ) -> Figures:
-    """Times one program, after drawing what `inputs` lacks; says why where that cannot be."""
-    figures = Figures(floor_bytes(job.case, IMPLEMENTATIONS[job.attention], backward=job.backward))
+    """Times one program that was compiled, or says why it was not."""
     if isinstance(run, str):
-        figures.stopped = run
-        return figures
-    try:
-        memory = run.memory_analysis()
-        figures.temporary_bytes = memory.temp_size_in_bytes
-        figures.array_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes
-        free = memory_limit() - figures.held_bytes
-        if free < 0:
-            figures.stopped = "out of memory"
-            return figures
-        # Recorded runs keep their outputs till the last: half of what is free may hold them.
-        together = 1 + min(repeats, free // 2 // memory.output_size_in_bytes)
-        for name, shape in job.shapes().items():
-            if name not in inputs:
-                inputs[name] = draw(job.case, name, shape)
-        timing = time_program(run, inputs, clock, repeats, together)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other lines still count
-        figures.stopped = words(error)
-        return figures
-    figures.ms, figures.wall_ms, figures.kernels = timing.ms, timing.wall_ms, timing.kernels
-    return figures
+        return Figures.of(job.program, stopped=run)
+    return time_program(job.program, clock, repeats, run=run, shared=inputs)
 
 
 def measured(
@@ -200,12 +165,12 @@ def measured(
 
 def table_line(line: Line, rate: float) -> str:
     """The text of one line."""
-    case, none = line.case, Figures(0)
+    case, none = line.case, Figures()
     pair = line.figures.get(False, none), line.figures.get(True, none)
-    hashes = IMPLEMENTATIONS[line.attention].hashes
-    cells = [length_name(case.length), case.form]
+    hashes = METHODS[line.attention].hashes
+    cells = [length_name(case.length), form(case)]
     cells += [f"({case.planes},{case.tables})" if hashes else ""]
-    cells += [str(case.heads), str(case.width), line.attention]
+    cells += [str(case.heads), str(case.head_dim), line.attention]
     cells += [number(f.ms, 3) or f.stopped[:WORD].replace("|", "/") for f in pair]
     cells += [number(f.floor_percent(rate), 1) for f in pair]
     cells += [number(f.extra_percent, 1) for f in pair]
@@ -216,7 +181,7 @@ def table_line(line: Line, rate: float) -> str:
 def uncounted(lines: Sequence[Line]) -> list[str]:
     """Long runs where the wall clock shows more than the kernels: copies are not kernels."""
     return [
-        f"{length_name(line.case.length)} {line.case.form}, {line.attention}: kernels "
+        f"{length_name(line.case.length)} {form(line.case)}, {line.attention}: kernels "
         f"{f.ms:.2f} ms, wall clock {f.wall_ms:.2f} ms"
         for line in lines
         for f in line.figures.values()
@@ -224,10 +189,17 @@ def uncounted(lines: Sequence[Line]) -> list[str]:
     ]
 
 
+def case_fields(case: Problem) -> dict:
+    """What the cases of this table differ in, for a JSON file."""
+    names = ("length", "causal", "resident", "tables", "planes", "heads")
+    fields = {name: getattr(case, name) for name in names}
+    return fields | {"gate": case.decay, "width": case.head_dim}
+
+
 def content(machine: dict, lines: Sequence[Line]) -> dict:
     """Everything known, for a JSON file."""
     rows = [
-        dataclasses.asdict(line.case)
+        case_fields(line.case)
         | {"attention": line.attention, "backward": backward}
         | dataclasses.asdict(figures)
         | {"floor_percent": figures.floor_percent(machine["copy_rate"])}

@@ -1,7 +1,4 @@
-"""The text of a benchmark's table: cells, lines, names of lengths, and the bar while it is made.
-
-In: figures. Out: markdown, with columns of equal width.
-"""
+"""The text of a benchmark: tables as markdown, names of lengths, and the progress bar."""
 
 from collections.abc import Sequence
 
