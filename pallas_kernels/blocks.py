@@ -65,11 +65,13 @@ class ProblemClass:
     is_causal: bool = True
     gate: bool = False
     warpgroups: bool = False  # whether the kernels of warpgroups take it
+    exact: bool = True  # of float32: whether products are exact, not TF32
 
     @property
     def name(self) -> str:
         """Its key in the table."""
-        sizes = f"F={self.features} V={self.value_dim} {DTYPES[self.itemsize]}"
+        dtype = DTYPES[self.itemsize] if self.exact or self.itemsize == 2 else "tf32"
+        sizes = f"F={self.features} V={self.value_dim} {dtype}"
         form = "causal" if self.is_causal else "bidirectional"
         return f"{form} {sizes}" + " gate" * self.gate + " warpgroups" * self.warpgroups
 
@@ -101,9 +103,10 @@ def choose_blocks(
     warpgroups: bool = False,
     is_causal: bool = True,
     gate: bool = False,
+    exact: bool = True,
 ) -> Blocks:
     """Blocks for padded sizes F and V: the heuristic's, but where the table has better ones."""
-    problem = ProblemClass(features, value_dim, itemsize, is_causal, gate, warpgroups)
+    problem = ProblemClass(features, value_dim, itemsize, is_causal, gate, warpgroups, exact)
     tuned = tuned_blocks().get(device_kind(), {}).get(problem.name, {})
     return dataclasses.replace(heuristic_blocks(problem), **tuned)
 
@@ -112,7 +115,8 @@ def heuristic_blocks(problem: ProblemClass) -> Blocks:
     """Blocks by shape alone; a program's state F x value has to stay in registers."""
     features, value_dim = problem.features, problem.value_dim
     if problem.itemsize == 4:
-        block = Block(max(16, min(value_dim, 2048 // features)), 4, 1)
+        elements = 2048 if problem.exact else 4096
+        block = Block(max(16, min(value_dim, elements // features)), 4, 1)
         return Blocks(64, block, block, block, block, block, block)
     wide = max(16, min(value_dim, 8192 // features))
     blocks = Blocks(
