@@ -27,13 +27,20 @@ __all__ = [
     "supports",
 ]
 
-# Float32 products go in six bfloat16 parts, and their tiles share one multiprocessor's memory.
-MAX_FEATURES = {"float32": 64, "bfloat16": 256}
+# F by how products are made. Float32 tiles take twice the memory of bfloat16 ones, and exact
+# products go in six bfloat16 parts.
+MAX_FEATURES = {"bfloat16": 256, "float32 in TF32": 128, "float32": 64}
+DTYPES = ("float32", "bfloat16")
 VALUE_DIMS = range(1, 257)
 
 
 def supports(
-    query_projections: Any, key_projections: Any, value: Any, *, is_causal: bool
+    query_projections: Any,
+    key_projections: Any,
+    value: Any,
+    *,
+    is_causal: bool,
+    exact: bool = True,
 ) -> str | None:
     """Says why the kernels cannot run this call, or None when they can.
 
@@ -42,6 +49,7 @@ def supports(
       key_projections: shape and dtype of z of the keys, (B, S, K, L, P).
       value: shape and dtype of the values, (B, S, K, V).
       is_causal: whether the call is causal; then T and S are equal.
+      exact: whether products of float32 operands are to be exact, not TF32.
 
     Returns:
       One sentence that names the limit, what is supported and what was given; or None.
@@ -58,15 +66,19 @@ def supports(
         ("key projections", key_projections),
         ("value", value),
     ):
-        if str(array.dtype) not in MAX_FEATURES:
-            known = " and ".join(MAX_FEATURES)
+        if str(array.dtype) not in DTYPES:
+            known = " and ".join(DTYPES)
             return f"the RACE kernels support {known}; {name} have {array.dtype}"
     tables, planes = query_projections.shape[-2:]
-    features, most = tables * 2**planes, MAX_FEATURES[str(value.dtype)]
+    features, dtype = tables * 2**planes, str(value.dtype)
+    in_tf32 = dtype == "float32" and not exact
+    most = MAX_FEATURES["float32 in TF32" if in_tf32 else dtype]
     if features > most:
+        products = {"bfloat16": "", "float32": " and exact products"}[dtype]
+        products = " and TF32 products" if in_tf32 else products
         return (
-            f"the RACE kernels support F = L * 2**P up to {most} features with {value.dtype} "
-            f"values; got L={tables}, P={planes}, F={features}"
+            f"the RACE kernels support F = L * 2**P up to {most} features with {dtype} "
+            f"values{products}; got L={tables}, P={planes}, F={features}"
         )
     if value.shape[-1] not in VALUE_DIMS:
         return (

@@ -5,7 +5,6 @@ Out: the kernel's outputs by name; or the operation's tile. No equation of RACE 
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -20,9 +19,15 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.blocks import Block
 
 LOG2_E = math.log2(math.e)
+# The compute capability that the kernels are compiled for, and the names of cards that have it:
+# a device that is only described to JAX has a name and no capability.
+CAPABILITY = "9.0"
+HOPPER_CARDS = ("H100", "H200", "H800", "H20", "GH200")
 # Six bfloat16 products, within 3e-7 of float64 where measured (three TF32 products: 4e-7). The
 # IEEE form unrolls to scalar code that takes minutes to compile.
-_FLOAT32_PRODUCT = lax.DotAlgorithmPreset.BF16_BF16_F32_X6
+_EXACT_PRODUCT = lax.DotAlgorithmPreset.BF16_BF16_F32_X6
+_TF32_PRODUCT = lax.DotAlgorithmPreset.TF32_TF32_F32
+NARROW_SIGNS = 64  # columns; so many go into float32 products, which are faster where they fit
 _CONTRACT = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}
 
 
@@ -54,9 +59,10 @@ def launch(
     def body(*refs):
         kernel(SimpleNamespace(**(absent | dict(zip(names, refs, strict=True)))))
 
+    axes = varying_axes([array for array, _ in given.values()])
     call = pl.pallas_call(
         body,
-        out_shape=[jax.ShapeDtypeStruct(out.shape, out.dtype) for out in wanted.values()],
+        out_shape=[varying_shape(out.shape, out.dtype, axes) for out in wanted.values()],
         grid=grid,
         in_specs=[spec for _, spec in given.values()],
         out_specs=[out.spec for out in wanted.values()],
@@ -67,6 +73,28 @@ def launch(
     with jax.named_scope(f"race_attention/{name}"):
         results = call(*(array for array, _ in given.values()))
     return SimpleNamespace(**(dict.fromkeys(outputs) | dict(zip(wanted, results, strict=True))))
+
+
+def varying_axes(arrays: Any) -> frozenset[str]:
+    """The axes of an enclosing `jax.shard_map` over which any of the arrays varies."""
+    types = [jax.typeof(array).manual_axis_type for array in jax.tree.leaves(arrays)]
+    return frozenset().union(*(kind.varying for kind in types))
+
+
+def varying_shape(shape: tuple[int, ...], dtype: Any, axes: frozenset[str]) -> jax.ShapeDtypeStruct:
+    """The shape of an output that varies over these axes."""
+    kind = jax.sharding.ManualAxisType(varying=axes) if axes else jax.typeof(0.0).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+
+
+def vary(arrays: Any, axes: frozenset[str]) -> Any:
+    """The arrays, which now vary over these axes; nothing moves."""
+
+    def one(array):
+        missing = axes - jax.typeof(array).manual_axis_type.varying
+        return lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
+
+    return jax.tree.map(one, arrays)
 
 
 def load(ref: Any, index: tuple, rows: jax.Array | None = None) -> jax.Array:
@@ -93,46 +121,84 @@ def _rows_mask(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """Products and special functions on tiles, in the precision that `dtype` asks for.
+    """Products and special functions on tiles, in the precision that `dtype` and `exact` ask for.
 
-    bfloat16 compiled for the GPU takes the hardware's approximate special functions, whose errors
-    (about 2**-11 for tanh, 2**-22 for the others) lie below bfloat16's own rounding.
+    Products of float32 tiles are exact to 3e-7, or TF32 products whose operands have 10 bits behind
+    the point. Compiled for the GPU, bfloat16 and TF32 take the hardware's approximate special
+    functions. Their errors (about 2**-22, and 2**-11 for the tanh that bfloat16 takes) lie below
+    the rounding of the operands.
     """
 
     dtype: Any
     interpret: bool
     packed: bool = False
+    exact: bool = True
 
     @property
     def approximate(self) -> bool:
-        return self.dtype == jnp.bfloat16 and not self.interpret
+        return not self.interpret and (self.dtype == jnp.bfloat16 or self.tf32)
+
+    @property
+    def tf32(self) -> bool:
+        return self.dtype == jnp.float32 and not self.exact
 
     def cast(self, x: jax.Array) -> jax.Array:
         """Rounds a tile to the operand type of the matrix products."""
-        return x.astype(self.dtype)
+        x = x.astype(self.dtype)
+        if not self.tf32:
+            return x
+        # The matrix units would cut the last 13 bits off, which leaves sums of features too small.
+        return lax.reduce_precision(x, 8, 10) if self.interpret else _ptx("cvt.rna.tf32.f32", x)
 
     def dot(self, a: jax.Array, b: jax.Array, form: str = "nn") -> jax.Array:
         """Matrix product accumulated in float32; `form` says which operand is transposed."""
-        precision = None
+        # Always named: JAX's own setting would reach into the kernel.
+        precision = lax.Precision.DEFAULT
         if self.dtype == jnp.float32:
-            precision = lax.Precision.HIGHEST if self.interpret else _FLOAT32_PRODUCT
+            precision = _EXACT_PRODUCT if self.exact else _TF32_PRODUCT
+            precision = lax.Precision.HIGHEST if self.interpret else precision
         return lax.dot_general(
-            a.astype(self.dtype),
-            b.astype(self.dtype),
+            self.cast(a),
+            self.cast(b),
             (_CONTRACT[form], ((), ())),
             precision=precision,
             preferred_element_type=jnp.float32,
         )
 
+    def dot_signs(self, a: jax.Array, signs: jax.Array, form: str = "nn") -> jax.Array:
+        """Product with a constant matrix that bfloat16 holds exactly.
+
+        A float32 tile next to a wide matrix goes in as many bfloat16 parts as its precision needs,
+        two or three, so that the matrix takes half the shared memory.
+        """
+        if self.dtype == jnp.bfloat16 or self.interpret or signs.shape[1] <= NARROW_SIGNS:
+            return self.dot(a, signs, form)
+        parts = []
+        for _ in range(3 if self.exact else 2):
+            parts.append(a.astype(jnp.bfloat16))
+            a = a - parts[-1].astype(jnp.float32)
+        products = [
+            lax.dot_general(
+                part, signs, (_CONTRACT[form], ((), ())),
+                precision=lax.Precision.DEFAULT, preferred_element_type=jnp.float32,
+            )
+            for part in reversed(parts)
+        ]  # fmt: skip
+        return sum(products[1:], start=products[0])
+
     def tanh(self, x: jax.Array) -> jax.Array:
-        return _ptx("tanh.approx.f32", x) if self.approximate else jnp.tanh(x)
+        if not self.approximate:
+            return jnp.tanh(x)
+        if self.tf32:  # the hardware's tanh would double the error of TF32
+            return 1.0 - 2.0 * self.reciprocal(1.0 + self.exp2(x * (2.0 * LOG2_E)))
+        return _ptx("tanh.approx.f32", x)
 
     def exp2(self, x: jax.Array) -> jax.Array:
         return _ptx("ex2.approx.ftz.f32", x) if self.approximate else jnp.exp2(x)
 
     def power(self, x: jax.Array) -> jax.Array:
         """2**x for features, which the products round anyway: in pairs where `packed`."""
-        if not (self.packed and self.approximate):
+        if not (self.packed and self.approximate and not self.tf32):
             return self.exp2(x)
         [pairs] = plt.elementwise_inline_asm(
             "{ .reg .b32 x; cvt.rn.bf16x2.f32 x, $2, $1; ex2.approx.ftz.bf16x2 $0, x; }",
@@ -167,20 +233,35 @@ def has_warpgroups() -> bool:
     return tuple(int(part) for part in jax.__version__.split(".")[:2]) >= (0, 11)
 
 
-@functools.cache
 def missing() -> str | None:
-    """What this installation or its card lacks for the compiled kernels, or None."""
+    """What this installation or its card lacks for the compiled kernels, or None.
+
+    The kernels of warpgroups use instructions that exist on compute capability 9.0 alone (sm_90a),
+    not on later ones. The others have run nowhere else.
+    """
     if not has_warpgroups():
         return f"the RACE kernels need jax >= 0.11; found {jax.__version__}"
-    try:
-        cards = jax.devices("cuda")
-    except RuntimeError:
-        return None
-    for card in cards:
-        capability = getattr(card, "compute_capability", None)
-        if capability is not None and float(capability) < 9.0:
+    for device in _devices():
+        capability = getattr(device, "compute_capability", None)
+        if capability is None:
+            fits = any(name in device.device_kind for name in HOPPER_CARDS)
+            capability = "another one"
+        else:
+            fits = str(capability) == CAPABILITY
+        if not fits:
             return (
-                "the RACE kernels need a GPU of compute capability 9.0 or newer; "
-                f"{card.device_kind} has {capability}"
+                f"the RACE kernels need compute capability {CAPABILITY} (H100, H200); "
+                f"{device.device_kind} has {capability}"
             )
     return None
+
+
+def _devices() -> list[Any]:
+    """The device that a mesh describes, or the CUDA devices of this host."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return [described]
+    try:
+        return jax.devices("cuda")
+    except RuntimeError:
+        return []

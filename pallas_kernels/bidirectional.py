@@ -13,7 +13,7 @@ from pallas_kernels import bidirectional_kernels as kernels
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.causal_outputs import split_sums
 from pallas_kernels.centre import centred, common_adjoint, mean_value
-from pallas_kernels.plan import flat_projections, in_32_bits, pad_to, padded_state, plan, unflat
+from pallas_kernels.plan import flat_projections, pad_to, padded_state, plan, traced_alike, unflat
 from pallas_kernels.tiles import Shared
 
 
@@ -36,7 +36,7 @@ class BidirectionalGradients(NamedTuple):
     initial_mass: jax.Array
 
 
-@in_32_bits
+@traced_alike
 def bidirectional_forward(
     zq: jax.Array,
     zk: jax.Array,
@@ -47,6 +47,7 @@ def bidirectional_forward(
     initial_mass: jax.Array,
     *,
     hash_shape: tuple[int, int] | None = None,
+    exact: bool = True,
     interpret: bool = False,
     config: Blocks | None = None,
 ) -> BidirectionalForward:
@@ -62,6 +63,7 @@ def bidirectional_forward(
       initial_mass: (B, K, F) float32, likewise.
       hash_shape: (L, P), where z is flat, (..., 1, X): plane p of table l in column l·P + p, zeros
         after the last. With X = projection_columns(L, P) no copy is made.
+      exact: whether products of float32 operands are exact, or TF32 products.
       interpret: run the kernels in Pallas' interpreter, on any platform (tests).
       config: block sizes; None chooses them by shape.
 
@@ -69,7 +71,7 @@ def bidirectional_forward(
       A BidirectionalForward. Sums are kept in float32.
     """
     queries, keys, blocks = plan(
-        zq, zk, value, interpret, config, hash_shape=hash_shape, is_causal=False
+        zq, zk, value, interpret, config, hash_shape=hash_shape, is_causal=False, exact=exact
     )
     shared = Shared(sharpness, mask=key_value_mask)
     flat_k, wide = flat_projections(keys, zk), pad_to(value, keys.value_dim)
@@ -84,7 +86,7 @@ def bidirectional_forward(
     )
 
 
-@in_32_bits
+@traced_alike
 def bidirectional_backward(
     zq: jax.Array,
     zk: jax.Array,
@@ -100,6 +102,7 @@ def bidirectional_backward(
     d_total_mass: jax.Array,
     *,
     hash_shape: tuple[int, int] | None = None,
+    exact: bool = True,
     interpret: bool = False,
     config: Blocks | None = None,
 ) -> BidirectionalGradients:
@@ -119,6 +122,7 @@ def bidirectional_backward(
       d_total_numerator: cotangent of the total numerator, (B, K, F, V) float32.
       d_total_mass: cotangent of the total mass, (B, K, F) float32.
       hash_shape: as for `bidirectional_forward`.
+      exact: likewise.
       interpret: likewise.
       config: likewise.
 
@@ -126,7 +130,7 @@ def bidirectional_backward(
       A BidirectionalGradients, each leaf in the dtype of what it is the gradient of.
     """
     queries, keys, blocks = plan(
-        zq, zk, value, interpret, config, hash_shape=hash_shape, is_causal=False
+        zq, zk, value, interpret, config, hash_shape=hash_shape, is_causal=False, exact=exact
     )
     totals = padded_state(queries, total_numerator, total_mass)
     d_totals = padded_state(queries, d_total_numerator, d_total_mass)

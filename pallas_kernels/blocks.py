@@ -68,10 +68,12 @@ def choose_blocks(
     *,
     warpgroups: bool = False,
     gate: bool = False,
+    exact: bool = True,
 ) -> Blocks:
     """Blocks for padded sizes F and V; a program's state F x value has to stay in registers."""
     if itemsize == 4:
-        block = Block(max(16, min(value_dim, 2048 // features)), 4, 1)
+        elements = 2048 if exact else 4096
+        block = Block(max(16, min(value_dim, elements // features)), 4, 1)
         return Blocks(64, block, block, block, block, block, block)
     wide = max(16, min(value_dim, 8192 // features))
     blocks = Blocks(

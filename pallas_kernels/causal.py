@@ -15,7 +15,15 @@ import jax.numpy as jnp
 from pallas_kernels import causal_gradients, causal_outputs
 from pallas_kernels.blocks import Blocks, Pipeline
 from pallas_kernels.centre import common_adjoint, less_common, mean_value
-from pallas_kernels.plan import flat_projections, in_32_bits, pad_to, padded_state, plan, unflat
+from pallas_kernels.plan import (
+    flat_projections,
+    pad_to,
+    padded_state,
+    plan,
+    traced_alike,
+    unflat,
+    whole_chunks,
+)
 from pallas_kernels.prefix import (
     later_flow,
     leaving_adjoints,
@@ -48,7 +56,7 @@ class CausalGradients(NamedTuple):
     initial_mass: jax.Array
 
 
-@in_32_bits
+@traced_alike
 def causal_forward(
     zq: jax.Array,
     zk: jax.Array,
@@ -62,6 +70,7 @@ def causal_forward(
     initial_segment: jax.Array,
     *,
     hash_shape: tuple[int, int] | None = None,
+    exact: bool = True,
     interpret: bool = False,
     config: Blocks | None = None,
 ) -> CausalForward:
@@ -80,6 +89,7 @@ def causal_forward(
       initial_segment: (B,) int32, the segment that the initial state belongs to.
       hash_shape: (L, P), where z is flat, (..., 1, X): plane p of table l in column l·P + p, zeros
         after the last. With X = projection_columns(L, P) no copy is made.
+      exact: whether products of float32 operands are exact, or TF32 products.
       interpret: run the kernels in Pallas' interpreter, on any platform (tests).
       config: block sizes; None chooses them by shape.
 
@@ -90,6 +100,7 @@ def causal_forward(
         plan(
             zq, zk, value, interpret, config,
             hash_shape=hash_shape, is_causal=True, gate=log_decay is not None,
+            exact=exact,
         ),
         zq, zk, value,
         sharpness, log_decay, key_value_mask, segment_ids, initial_segment,
@@ -110,7 +121,7 @@ def causal_forward(
     )
 
 
-@in_32_bits
+@traced_alike
 def causal_backward(
     zq: jax.Array,
     zk: jax.Array,
@@ -131,6 +142,7 @@ def causal_backward(
     d_final_mass: jax.Array,
     *,
     hash_shape: tuple[int, int] | None = None,
+    exact: bool = True,
     interpret: bool = False,
     config: Blocks | None = None,
 ) -> CausalGradients:
@@ -155,6 +167,7 @@ def causal_backward(
       d_final_numerator: cotangent of the final numerator, (B, K, F, V) float32.
       d_final_mass: cotangent of the final mass, (B, K, F) float32.
       hash_shape: as for `causal_forward`.
+      exact: likewise.
       interpret: likewise.
       config: likewise.
 
@@ -165,6 +178,7 @@ def causal_backward(
         plan(
             zq, zk, value, interpret, config,
             hash_shape=hash_shape, is_causal=True, gate=log_decay is not None,
+            exact=exact,
         ),
         zq, zk, value,
         sharpness, log_decay, key_value_mask, segment_ids, initial_segment,
@@ -232,10 +246,18 @@ def _prepare(
 
 def _outputs(call: _Call, states: tuple) -> jax.Array:
     """Outputs by one program a block, or by several warpgroups, loaded only where they run."""
-    form, block = causal_outputs, call.blocks.outputs
+    form, block, arrays = causal_outputs, call.blocks.outputs, call.arrays
     if isinstance(block, Pipeline):
         from pallas_kernels import warp_outputs as form
-    return form.outputs(call.problem, block, call.shared, *call.arrays, states)
+
+        arrays = _in_whole_chunks(call)
+    return form.outputs(call.problem, block, call.shared, *arrays, states)
+
+
+def _in_whole_chunks(call: _Call) -> _Arrays:
+    """The arrays as the kernels of warpgroups take them."""
+    zq, zk = (whole_chunks(call.problem, z) for z in call.arrays[:2])
+    return call.arrays._replace(zq=zq, zk=zk)
 
 
 def _gradients(call: _Call, states: _States, d_out: jax.Array, d_final: tuple) -> CausalGradients:
@@ -298,8 +320,8 @@ def _by_warpgroups(call: _Call, d_out: jax.Array) -> tuple[Callable, Callable]:
     """The same as kernels of several warpgroups, loaded only where they run."""
     from pallas_kernels import warp_key_value, warp_query
 
-    problem, blocks, arrays, shared, _ = call
-    given = shared, *arrays, d_out
+    problem, blocks, _, shared, _ = call
+    given = shared, *_in_whole_chunks(call), d_out
     return (
         functools.partial(warp_query.query_gradients, problem, blocks.query, *given),
         functools.partial(warp_key_value.key_value_gradients, problem, blocks.key, *given),

@@ -15,14 +15,22 @@ from pallas_kernels import backend
 from pallas_kernels.blocks import Blocks, choose_blocks, fits_warpgroups, split_length
 from pallas_kernels.tiles import Problem, padded, padded_features
 
+# Warpgroups copy values and outputs in tiles of so many tokens.
+TILE_ROWS = 8
 
-def in_32_bits(function: Callable) -> Callable:
-    """The function, traced in 32 bits whatever jax_enable_x64 says: kernels count in no others."""
+
+def traced_alike(function: Callable) -> Callable:
+    """The function, traced alike wherever it is called from.
+
+    Kernels are traced with 64-bit types off, so that their indices are int32. Inside
+    `jax.shard_map` all arguments vary over the same axes, those over which any of them varies.
+    """
 
     @functools.wraps(function)
     def run(*arguments, **options):
         with jax.enable_x64(False):
-            return function(*arguments, **options)
+            axes = backend.varying_axes(arguments)
+            return function(*backend.vary(arguments, axes), **options)
 
     return run
 
@@ -37,6 +45,7 @@ def plan(
     is_causal: bool,
     hash_shape: tuple[int, int] | None = None,
     gate: bool = False,
+    exact: bool = True,
 ) -> tuple[Problem, Problem, Blocks]:
     """The problem as the queries see it and as the keys do (they differ in length), and blocks."""
     batch, length, heads = zq.shape[:3]
@@ -45,13 +54,18 @@ def plan(
     value_dim, features = padded(value_dim), padded_features(tables, planes)
     sizes = features, padded(tables * planes), value_dim, value.dtype.itemsize
     warpgroups = is_causal and not interpret and backend.has_warpgroups()
-    warpgroups = warpgroups and whole_tiles(batch, length, kv_heads)
+    # Inside `jax.shard_map` with check_vma=True, JAX refuses the loops of Mosaic's kernels: what
+    # they load varies over mesh axes, and what they make of it does not say so.
+    warpgroups = (
+        warpgroups and length % TILE_ROWS == 0 and not backend.varying_axes((zq, zk, value))
+    )
     blocks = config or choose_blocks(
         features,
         value_dim,
         value.dtype.itemsize,
         warpgroups=warpgroups and fits_warpgroups(*sizes),
         gate=gate,
+        exact=exact,
     )
     queries = Problem(
         batch=batch,
@@ -66,18 +80,10 @@ def plan(
         value_block=value_dim,
         dtype=value.dtype,
         interpret=interpret,
+        exact=exact,
     )
     split = split_length(kv_length, batch * kv_heads, chunk=blocks.chunk)
     return queries, dataclasses.replace(queries, length=kv_length, split=split), blocks
-
-
-def whole_tiles(batch: int, length: int, kv_heads: int) -> bool:
-    """Whether warpgroups may copy a sequence tile by tile.
-
-    They fetch 8 tokens at a time. And dz of a single head leaves as one flat piece of memory, which
-    is cut off at the end of the array but not of a sequence: the next would be written over.
-    """
-    return length % 8 == 0 and (length % 64 == 0 or batch == 1 or kv_heads > 1)
 
 
 def projection_columns(tables: int, planes: int) -> int:
@@ -90,10 +96,21 @@ def flat_projections(problem: Problem, z: jax.Array) -> jax.Array:
     return pad_to(z.reshape(*z.shape[:3], -1), problem.projections)
 
 
+def whole_chunks(problem: Problem, z: jax.Array) -> jax.Array:
+    """z (B, T, heads, X) with zeros up to whole chunks, as the kernels of warpgroups take it.
+
+    Where a head is alone, Mosaic copies a chunk of z as one contiguous piece of memory, which ends
+    with the array and not with the sequence. A chunk that reaches past its own sequence would then
+    read the next one, and its gradient would be written over the next one. `jax.vmap` adds axes of
+    which this code knows nothing, so every sequence has room for all of its chunks.
+    """
+    return pad_to(z, problem.chunks * problem.chunk, axis=1)
+
+
 def unflat(flat: jax.Array, like: jax.Array) -> jax.Array:
-    """The gradient of z (..., L, P) from that of the padded columns."""
-    size = like.shape[3] * like.shape[4]
-    return flat[..., :size].reshape(like.shape).astype(like.dtype)
+    """The gradient of z (B, T, heads, L, P) from that of the padded rows and columns."""
+    length, size = like.shape[1], like.shape[3] * like.shape[4]
+    return flat[:, :length, :, :size].reshape(like.shape).astype(like.dtype)
 
 
 def padded_state(problem: Problem, numerator: jax.Array, mass: jax.Array) -> tuple:

@@ -65,6 +65,7 @@ class Problem:
     dtype: Any
     interpret: bool
     packed: bool = False
+    exact: bool = True  # float32 products, or TF32 ones
 
     @property
     def projections(self) -> int:
@@ -102,7 +103,7 @@ class Problem:
 
     @property
     def arithmetic(self) -> Arithmetic:
-        return Arithmetic(self.dtype, self.interpret, self.packed)
+        return Arithmetic(self.dtype, self.interpret, self.packed, self.exact)
 
     def cut(self, block: Block) -> "Problem":
         """The same problem as one kernel sees it."""
@@ -194,8 +195,8 @@ class Problem:
         gamma, mask = shared.gamma, shared.mask
         segments = None if shared.segment_ids is None else shared.initial_segment
         return {
-            "positive": (jnp.asarray(positive, self.dtype), signs),
-            "negative": (jnp.asarray(negative, self.dtype), signs),
+            "positive": (jnp.asarray(positive, jnp.bfloat16), signs),
+            "negative": (jnp.asarray(negative, jnp.bfloat16), signs),
             "sharpness": (shared.sharpness.astype(jnp.float32), self.constant(self.kv_heads)),
             "gamma": (None if gamma is None else gamma * LOG2_E, self.row_spec(1)),
             "mask": (None if mask is None else mask.astype(jnp.int32), self.tokens()),

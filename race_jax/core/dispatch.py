@@ -17,9 +17,22 @@ import jax.numpy as jnp
 
 IMPLEMENTATIONS = (None, "xla", "pallas")
 
-# Below so many tokens XLA overtakes the kernels in float32: it takes TF32 products, they six
-# bfloat16 ones (docs/kernels.md). In bfloat16 the kernels were faster at every length measured.
-FLOAT32_KERNELS_FROM = 2048
+# In float32 XLA overtakes the kernels below so many tokens and above so many features
+# (docs/kernels.md). In bfloat16 the kernels were faster at every size measured.
+FLOAT32_KERNELS_FROM = 1024
+FLOAT32_KERNELS_FEATURES = 64
+
+# What `jax_default_matmul_precision` may say where TF32 products are not enough.
+EXACT_PRECISIONS = (
+    "highest",
+    "float32",
+    "F32_F32_F32",
+    "F64_F64_F64",
+    "TF32_TF32_F32_X3",
+    "BF16_BF16_F32_X3",
+    "BF16_BF16_F32_X6",
+    "BF16_BF16_F32_X9",
+)
 
 _log = logging.getLogger("race_jax")
 
@@ -46,6 +59,11 @@ BY_PLATFORM = Choice(
 SHORT_FLOAT32 = Choice(
     "xla",
     f"the kernels are no faster than XLA in float32 below {FLOAT32_KERNELS_FROM} tokens",
+)
+WIDE_FLOAT32 = Choice(
+    "xla",
+    "the kernels are no faster than XLA in float32 above "
+    f"{FLOAT32_KERNELS_FEATURES} features, F = L * 2**P",
 )
 
 
@@ -75,7 +93,10 @@ def choose(
             raise NotImplementedError(f"{reason}; pass implementation='xla' or None")
         return PALLAS_ASKED
     if reason is None:
-        short = value.shape[1] < FLOAT32_KERNELS_FROM and value.dtype == jnp.float32
+        tables, planes = z_q.shape[3:]
+        if value.dtype == jnp.float32 and tables * 2**planes > FLOAT32_KERNELS_FEATURES:
+            return WIDE_FLOAT32
+        short = value.dtype == jnp.float32 and value.shape[1] < FLOAT32_KERNELS_FROM
         return SHORT_FLOAT32 if short else BY_PLATFORM
     if has_cuda():
         _say_once(f"{reason}; using XLA")
@@ -93,7 +114,13 @@ def _limit(
         return "the RACE kernels need sizes that are known, and jax.export was given symbolic ones"
     if not has_cuda():  # without one the kernels are not even imported
         return "the RACE kernels run on CUDA devices, and this host has none"
-    return kernels().supports(z_q, z_k, value, is_causal=is_causal)
+    exact = exact_products(jax.config.jax_default_matmul_precision)
+    return kernels().supports(z_q, z_k, value, is_causal=is_causal, exact=exact)
+
+
+def exact_products(precision: str | None) -> bool:
+    """Whether this value of `jax_default_matmul_precision` asks for more than TF32 products."""
+    return precision in EXACT_PRECISIONS
 
 
 def explain(

@@ -9,6 +9,7 @@ is known what it will run on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from race_jax.core import dispatch
 from race_jax.core.dispatch import BY_PLATFORM, PALLAS_ASKED, Choice, kernels
 from race_jax.core.xla import bidirectional, causal
 from race_jax.core.xla.chunk import Sums
@@ -32,10 +34,22 @@ BIDIRECTIONAL_WIDE = Tiling(chunk=128, parallel=True)
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a differentiable function is made for: a choice, and (L, P) of flat z."""
+    """What a differentiable function is made for: a choice, and (L, P) of flat z.
+
+    `precision` is JAX's setting where the function was called. The gradient follows it too, also
+    where it is traced after the setting has changed.
+    """
 
     choice: Choice
     hash_shape: tuple[int, int]
+    precision: str | None = dataclasses.field(
+        default_factory=lambda: jax.config.jax_default_matmul_precision
+    )
+
+    @property
+    def kernel_options(self) -> dict[str, Any]:
+        exact = dispatch.exact_products(self.precision)
+        return {"hash_shape": self.hash_shape, "exact": exact}
 
     @property
     def columns(self) -> int | None:
@@ -70,7 +84,7 @@ class Plan:
 
 
 def _by_platform(plan: Plan, xla: Callable, tilings: tuple[Tiling, Tiling], pallas: Callable):
-    """The function that runs for a plan, of the arrays alone."""
+    """Returns f(*arrays) for a plan; what runs is decided by platform when f is lowered."""
     cpu, wide = (functools.partial(xla, tiling=tiling) for tiling in tilings)
     pallas = functools.partial(pallas, plan)
     if plan.choice is PALLAS_ASKED:
@@ -120,7 +134,7 @@ def _causal_backward(plan: Plan, residuals: tuple, cotangents: tuple):
 
     xla = _backward(plan, xla)
     run = _by_platform(plan, xla, (CAUSAL_CPU, CAUSAL_WIDE), _pallas_causal_backward)
-    with jax.named_scope("race_attention/causal_backward"):
+    with _backward_scope("causal", plan):
         return (run(*residuals, *cotangents),)
 
 
@@ -147,16 +161,25 @@ def _bidirectional_forward(plan: Plan, operands: bidirectional.Operands):
 def _bidirectional_backward(plan: Plan, residuals: tuple, cotangents: tuple):
     xla, tilings = _backward(plan, bidirectional.backward), (BIDIRECTIONAL_CPU, BIDIRECTIONAL_WIDE)
     run = _by_platform(plan, xla, tilings, _pallas_bidirectional_backward)
-    with jax.named_scope("race_attention/bidirectional_backward"):
+    with _backward_scope("bidirectional", plan):
         return (run(*residuals, *cotangents),)
 
 
 run_bidirectional.defvjp(_bidirectional_forward, _bidirectional_backward)
 
 
+@contextlib.contextmanager
+def _backward_scope(form: str, plan: Plan):
+    with (
+        jax.named_scope(f"race_attention/{form}_backward"),
+        jax.default_matmul_precision(plan.precision),
+    ):
+        yield
+
+
 def _pallas_causal_forward(plan: Plan, operands: causal.Operands) -> tuple[jax.Array, Sums, Sums]:
     out, numerator, mass, *starts = kernels().causal_forward(
-        *_kernel_arguments(operands), hash_shape=plan.hash_shape
+        *_kernel_arguments(operands), **plan.kernel_options
     )
     return out, Sums(numerator, mass), Sums(*starts)
 
@@ -171,7 +194,7 @@ def _pallas_causal_backward(
 ) -> causal.Operands:
     arguments = *_kernel_arguments(operands), *final, *starts, d_out, *d_final
     d_z_q, d_z_k, d_value, d_sharpness, d_log_decay, d_numerator, d_mass = (
-        kernels().causal_backward(*arguments, hash_shape=plan.hash_shape)
+        kernels().causal_backward(*arguments, **plan.kernel_options)
     )
     return causal.Operands(
         z_q=d_z_q.astype(operands.z_q.dtype),
@@ -213,7 +236,7 @@ def _pallas_bidirectional_forward(
         sharpness,
         mask,
         *sums,
-        hash_shape=plan.hash_shape,
+        **plan.kernel_options,
     )
     return out, Sums(*totals)
 
@@ -232,7 +255,7 @@ def _pallas_bidirectional_backward(
         *totals,
         d_out,
         *d_totals,
-        hash_shape=plan.hash_shape,
+        **plan.kernel_options,
     )
     return bidirectional.Operands(
         d_z_q.astype(z_q.dtype), d_z_k.astype(z_k.dtype), d_value, d_sharpness, None, Sums(*d_sums)

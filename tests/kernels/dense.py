@@ -195,21 +195,31 @@ def _outputs(results) -> dict:
 
 
 def causal_kernels(
-    given: dict[str, Any], cotangents: list, *, interpret: bool, config: Blocks | None = None
+    given: dict[str, Any],
+    cotangents: list,
+    *,
+    interpret: bool,
+    config: Blocks | None = None,
+    exact: bool = True,
 ) -> tuple:
     """Results and gradients of the causal kernels; to be traced."""
     arguments = [given[name] for name in CAUSAL_ARGUMENTS]
-    options = {"interpret": interpret, "config": config}
+    options = {"interpret": interpret, "config": config, "exact": exact}
     result = causal_forward(*arguments, **options)
     return result[:3], causal_backward(*arguments, *result[1:], *cotangents, **options)
 
 
 def bidirectional_kernels(
-    given: dict[str, Any], cotangents: list, *, interpret: bool, config: Blocks | None = None
+    given: dict[str, Any],
+    cotangents: list,
+    *,
+    interpret: bool,
+    config: Blocks | None = None,
+    exact: bool = True,
 ) -> tuple:
     """Results and gradients of the bidirectional kernels; to be traced."""
     arguments = [given[name] for name in BIDIRECTIONAL_ARGUMENTS]
-    options = {"interpret": interpret, "config": config}
+    options = {"interpret": interpret, "config": config, "exact": exact}
     result = bidirectional_forward(*arguments, **options)
     return result, bidirectional_backward(*arguments, *result[1:], *cotangents, **options)
 
@@ -218,12 +228,12 @@ def bidirectional_kernels(
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def runner(kernels, *, interpret: bool, config: Blocks | None = None):
+def runner(kernels, *, interpret: bool, config: Blocks | None = None, exact: bool = True):
     """A function of arguments and cotangents to outputs and gradients of `kernels`, by name.
 
     It compiles once, however often it is called.
     """
-    function = functools.partial(kernels, interpret=interpret, config=config)
+    function = functools.partial(kernels, interpret=interpret, config=config, exact=exact)
     compiled = jax.jit(function, compiler_options=QUICK_COMPILE if interpret else None)
     return lambda given, cotangents: named(given, *compiled(given, cotangents))
 

@@ -86,3 +86,42 @@ def test_kernels_lower_where_jax_has_64_bits(length, lower):
     with jax.enable_x64(True):
         program = lower(functools.partial(dense.causal_kernels, interpret=False), given, cotangents)
     assert program.count("@mosaic_gpu") == (len(BY_WARPGROUPS) if length % 8 == 0 else 0)
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["TF32", "exact"])
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda f: f.__name__)
+def test_float32_products_are_made_as_asked(kernels, exact, lower):
+    """Whatever JAX's own setting is by then: a gradient may be traced after it has changed."""
+    given, cotangents = dense.draw(PROGRAMS["float32"]._replace(length=130, value_dim=16))
+    with jax.default_matmul_precision("highest"):
+        program = lower(functools.partial(kernels, interpret=False, exact=exact), given, cotangents)
+    # A kernel is bytecode there: its tiles are rounded to TF32 by an instruction of that name.
+    assert ("cvt.rna.tf32" in program) == (not exact)
+
+
+@pytest.mark.skipif(not backend.has_warpgroups(), reason="the kernels need jax >= 0.11")
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda f: f.__name__)
+def test_kernels_lower_inside_shard_map_with_its_defaults(kernels):
+    """As programs; each output varies over the axes over which any input does."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    axes = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((2,), ("rows",), abstract_device=device, axis_types=axes)
+    rows, whole = jax.sharding.PartitionSpec("rows"), jax.sharding.PartitionSpec()
+    case = PROGRAMS["everything"]._replace(length=136, value_dim=64)
+    given, cotangents = dense.draw(case)
+    specs = {name: whole if name == "sharpness" else rows for name in given}
+    for name in [name for name, x in given.items() if x is None]:
+        specs[name] = None
+
+    def run(given, cotangents):
+        results, gradients = kernels(given, cotangents, interpret=False)
+        varying = {str(jax.typeof(x).manual_axis_type.varying) for x in jax.tree.leaves(gradients)}
+        assert varying == {"frozenset({'rows'})"}
+        return tuple(results), gradients.zq
+
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=(specs, rows), out_specs=rows)
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = jax.jit(mapped).trace(given, cotangents)
+        text = program.lower(lowering_platforms=("cuda",)).as_text()
+    for name in KERNELS[kernels]:
+        assert text.count(f'name = "{name}"') == 1, name
