@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import pathlib
 import subprocess
@@ -21,55 +22,75 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Names the file of `--margins`, also for the Pythons that tests start.
+MARGINS = "RACE_JAX_TEST_MARGINS"
 
 
 class Tolerance(NamedTuple):
-    """|got - want| <= atol + rtol |want| in every element, and RMS(got - want) <= rms RMS(want).
+    """RMS(got - want) <= rms RMS(want), and max |got - want| <= max RMS(want)."""
 
-    With `scaled`, atol is in units of RMS(want) where this is above 1: gradients that sum over
-    tokens, as those of planes and sharpness do, grow with the problem and round accordingly.
-    """
-
-    atol: float = np.inf
-    rtol: float = 0.0
-    rms: float = np.inf
-    scaled: bool = False
+    rms: float
+    max: float
 
 
-# By kind of comparison and dtype. A looser entry needs a reason of its own, written beside it.
+# By kind of comparison and dtype: relative RMS, and the maximum in units of RMS(want).
+#
+# Both are relative, because rounding is: an array that is ten times larger, or sums ten times as
+# much, may be ten times as far off. The maximum is looser by what the largest of 1e3 to 1e5
+# elements is above their RMS. Each bound is at least three times the worst error that was seen on
+# Python 3.11 with jax 0.10.2 and 3.12 with jax 0.12.0, with XLA's optimiser and without: four
+# roundings of the same sums, as another machine's is a fifth. tests/margins.py shows the distances.
+# A looser entry needs a reason of its own, written beside it, as CONTRIBUTING.md says.
 TOLERANCES = {
     # A path against the oracle, which is given the rounded inputs upcast; kernels against XLA.
+    # float32: 8e-7 and 9e-6 were seen, the first where the gate sums to -100, whose exponential
+    # has an error of 100 epsilon, the second in a bucket with hardly any mass. In float64 the same
+    # comparisons give 1e-15, so it is rounding. What a term left out of a sum, or a product in
+    # TF32 or bfloat16, would add is above 1e-4.
+    # bfloat16: 6e-3 and 2e-2, of a whole layer, whose five steps round to 2e-3 each.
     "outputs": {
-        "float64": Tolerance(rms=1e-12),
-        "float32": Tolerance(atol=1e-5, rtol=1e-5),
-        "bfloat16": Tolerance(rms=1e-2),
+        "float64": Tolerance(rms=1e-12, max=1e-11),
+        "float32": Tolerance(rms=3e-6, max=3e-5),
+        "bfloat16": Tolerance(rms=2e-2, max=1e-1),
     },
+    # float32: 6e-6 and 2e-5 were seen, both of gradients that are small differences of large sums:
+    # sharpness sums over all tokens, and unit planes at sharpness 8 saturate the hash.
+    # bfloat16: 5e-3 and 7e-2, the second where few tokens carry most of d_query.
     "gradients": {
-        "float64": Tolerance(rms=1e-11),
-        "float32": Tolerance(atol=5e-5, scaled=True),
-        "bfloat16": Tolerance(rms=2e-2),
+        "float64": Tolerance(rms=1e-11, max=1e-10),
+        "float32": Tolerance(rms=2e-5, max=1e-4),
+        "bfloat16": Tolerance(rms=2e-2, max=3e-1),
     },
     # Folded against unfolded planes, outputs and gradients of the projection kernels.
     "folded": {
-        "float32": Tolerance(atol=1e-5, rtol=1e-5),
-        "bfloat16": Tolerance(rms=1e-2),
+        "float32": Tolerance(rms=3e-6, max=3e-5),
+        "bfloat16": Tolerance(rms=2e-2, max=1e-1),
     },
     # Chunked, resumed or sharded against the whole.
-    "resumed": {"float32": Tolerance(rms=2e-6), "bfloat16": Tolerance(rms=1e-2)},
+    "resumed": {
+        "float32": Tolerance(rms=2e-6, max=1e-5),
+        "bfloat16": Tolerance(rms=2e-2, max=1e-1),
+    },
     # Streamed training against the whole, loss and gradients.
-    "streamed": {"float32": Tolerance(rms=1e-5), "bfloat16": Tolerance(rms=2e-2)},
+    "streamed": {
+        "float32": Tolerance(rms=1e-5, max=1e-4),
+        "bfloat16": Tolerance(rms=2e-2, max=3e-1),
+    },
     # NNX against Linen with shared parameters.
     "modules": {
-        "float32": Tolerance(atol=1e-5, rtol=1e-5),
-        "bfloat16": Tolerance(rms=1e-2),
+        "float32": Tolerance(rms=3e-6, max=3e-5),
+        "bfloat16": Tolerance(rms=2e-2, max=1e-1),
     },
     # log_decay of zeros against no gate.
-    "gate": {"float32": Tolerance(rms=2e-6), "bfloat16": Tolerance(rms=1e-2)},
+    "gate": {
+        "float32": Tolerance(rms=2e-6, max=1e-5),
+        "bfloat16": Tolerance(rms=2e-2, max=1e-1),
+    },
     # An identity of the mathematics, both sides by one path.
     "identity": {
-        "float64": Tolerance(rms=1e-12),
-        "float32": Tolerance(atol=1e-5, rtol=1e-5),
-        "bfloat16": Tolerance(rms=1e-2),
+        "float64": Tolerance(rms=1e-12, max=1e-11),
+        "float32": Tolerance(rms=3e-6, max=3e-5),
+        "bfloat16": Tolerance(rms=2e-2, max=1e-1),
     },
 }
 
@@ -99,13 +120,17 @@ def compare(name: str, got: Any, want: Any, *, kind: str, dtype: Any = "float32"
     assert got_tree == want_tree, f"{name}: got the tree {got_tree}, want {want_tree}"
     problems = []
     for (path, g), (_, w) in zip(got_leaves, want_leaves, strict=True):
-        problem = _difference(np.asarray(g), np.asarray(w), limits)
+        what = f"{name}{jax.tree_util.keystr(path)}"
+        comparison = {"kind": kind, "dtype": np.dtype(dtype).name, "what": what}
+        problem = _difference(np.asarray(g), np.asarray(w), limits, comparison)
         if problem:
-            problems.append(f"{name}{jax.tree_util.keystr(path)} ({kind}): {problem}")
+            problems.append(f"{what} ({kind}): {problem}")
     assert not problems, "\n".join(problems)
 
 
-def _difference(got: np.ndarray, want: np.ndarray, limits: Tolerance | None) -> str | None:
+def _difference(
+    got: np.ndarray, want: np.ndarray, limits: Tolerance | None, comparison: dict[str, str]
+) -> str | None:
     """What is wrong with `got`, in words; None if nothing is."""
     if got.shape != want.shape:
         return f"shape {got.shape}, want {want.shape}"
@@ -118,18 +143,29 @@ def _difference(got: np.ndarray, want: np.ndarray, limits: Tolerance | None) -> 
     got, want = got.astype(np.float64), want.astype(np.float64)
     if not np.isfinite(got).all():
         return f"{(~np.isfinite(got)).sum()} of {got.size} elements are not finite"
-    error = np.abs(got - want)
-    rms, scale = (np.sqrt(np.mean(np.square(x))) if x.size else 0.0 for x in (error, want))
-    atol = limits.atol * max(scale, 1.0) if limits.scaled else limits.atol
-    excess = error - (atol + limits.rtol * np.abs(want))
-    if not (excess > 0).any() and (limits.rms == np.inf or rms <= limits.rms * scale):
+    if not got.size:
         return None
-    worst = np.unravel_index(np.argmax(excess if limits.atol < np.inf else error), error.shape)
+    error = np.abs(got - want)
+    scale = max(float(np.sqrt(np.mean(np.square(want)))), 1e-300)
+    seen = Tolerance(float(np.sqrt(np.mean(np.square(error)))), float(error.max()))
+    _record(comparison | {"seen": seen, "bound": [limit * scale for limit in limits]})
+    if seen.rms <= limits.rms * scale and seen.max <= limits.max * scale:
+        return None
+    worst = np.unravel_index(np.argmax(error), error.shape)
     return (
-        f"{(excess > 0).sum()} of {error.size} elements out of {limits}; relative RMS "
-        f"{rms / max(scale, 1e-300):.2e}; worst at {tuple(map(int, worst))}: "
+        f"RMS(want) is {scale:.3g}; in units of it the error has an RMS of {seen.rms / scale:.2e}, "
+        f"where {limits.rms:.0e} is allowed, and a maximum of {seen.max / scale:.2e}, where "
+        f"{limits.max:.0e} is allowed, at {tuple(map(int, worst))} of {error.shape}: "
         f"got {got[worst]:.9g}, want {want[worst]:.9g}"
     )
+
+
+def _record(comparison: dict[str, Any]) -> None:
+    """Adds a line for tests/margins.py to the file of `--margins`, where that was given."""
+    if file := os.environ.get(MARGINS):
+        line = {"test": os.environ.get("PYTEST_CURRENT_TEST", "")} | comparison
+        with open(file, "a", encoding="utf-8") as stream:  # one write: lines of workers never mix
+            stream.write(json.dumps(line) + "\n")
 
 
 def run_fresh_python(script: str, *, devices: int = 1, timeout: float = 900) -> str:
@@ -150,7 +186,7 @@ def run_fresh_python(script: str, *, devices: int = 1, timeout: float = 900) -> 
 
 @pytest.fixture(scope="session")
 def tolerance():
-    """`tolerance(kind, dtype)`: the entry of the table, with fields atol, rtol, rms."""
+    """`tolerance(kind, dtype)`: the entry of the table, with fields rms and max."""
     return lookup_tolerance
 
 
@@ -206,6 +242,15 @@ def on_h200() -> Callable[[], contextlib.AbstractContextManager]:
     return lambda: jax.sharding.use_abstract_mesh(mesh)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--margins FILE`, for tests/margins.py."""
+    parser.addoption(
+        "--margins",
+        type=os.path.abspath,
+        help="append the error of every comparison and its bound to this file (JSON lines)",
+    )
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips marked tests where what they need is missing, with the reason."""
     for marker, why_not in (("gpu", _why_no_gpu), ("data", _why_no_data)):
@@ -215,6 +260,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """One warning is expected, by name: JAX says it of every kernel in Pallas's Triton form."""
+    if file := config.getoption("margins"):
+        os.environ[MARGINS] = file
     config.addinivalue_line(
         "filterwarnings", "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
     )

@@ -188,12 +188,14 @@ def call_and_differentiate(op: Callable[..., Any], problem: Problem) -> tuple[Ar
     return outputs | integers, {f"d_{name}": x for name, x in gradients.items()}
 
 
-# Each problem runs once or twice, at small sizes: nearly all of the time is the compiler's. Level 0
-# is of its code generation only; `outputs` and the tests of transforms keep the usual level.
-LITTLE_EFFORT = {"xla_backend_optimization_level": 0}
+# The library compiles as its users compile it. The oracles run once each, in float64 at small
+# sizes, where the compiler takes nearly all of the time: its optimiser has nothing to add there.
 compiled_call = jax.jit(call, static_argnums=0)
-compiled_call_and_differentiate = jax.jit(
-    call_and_differentiate, static_argnums=0, compiler_options=LITTLE_EFFORT
+compiled_call_and_differentiate = jax.jit(call_and_differentiate, static_argnums=0)
+compiled_oracle = jax.jit(
+    call_and_differentiate,
+    static_argnums=0,
+    compiler_options={"xla_backend_optimization_level": 0},
 )
 ORACLES = (reference.all_pairs, reference.token_by_token)
 
@@ -214,7 +216,7 @@ def oracle(problem: Problem, form: Callable[..., Any] = reference.all_pairs):
     problem = dataclasses.replace(problem, options=options)
     wide = problem.astype(np.float64, (*problem.arrays, *problem.cotangents))
     with jax.enable_x64(True):
-        return jax.device_get(compiled_call_and_differentiate(form, to_device(wide)))
+        return jax.device_get(compiled_oracle(form, to_device(wide)))
 
 
 def to_device(problem: Problem) -> Problem:
