@@ -4,8 +4,9 @@ In: hidden states (B, T, D), masks as vectors, and the layer's state. Out: the s
 Equations: x += attention(norm(x)); x += MLP(norm(x)).
 """
 
+import functools
 import math
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,15 +84,24 @@ class Block(nnx.Module):
         return self.dropout(x, deterministic=key is None, rngs=key)
 
 
-def rematerialised(block: Block) -> Callable[..., tuple]:
-    """The block as a pure function of its variables, recomputed in the backward pass."""
-    graph, variables = nnx.split(block)
+def apply(block: Block, *arguments: Any, remat: bool = False) -> tuple:
+    """The block, called so that equal blocks are traced and compiled once.
 
-    @jax.checkpoint
-    def run(variables, *arguments):
+    Args:
+        block: the block.
+        *arguments: those of ``Block.__call__``.
+        remat: whether to compute its activations again in the backward pass, not to keep them.
+    """
+    graph, variables = nnx.split(block)
+    return _apply(graph, remat, variables, *arguments)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(graph: nnx.GraphDef, remat: bool, variables: nnx.State, *arguments: Any) -> tuple:
+    def run(variables: nnx.State, *arguments: Any) -> tuple:
         return nnx.merge(graph, variables)(*arguments)
 
-    return lambda *arguments: run(variables, *arguments)
+    return (jax.checkpoint(run) if remat else run)(variables, *arguments)
 
 
 def _attention(

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from race_jax.core.state import EMPTY
-from race_jax.models.block import Block, rematerialised
+from race_jax.models import block as block_module
+from race_jax.models.block import Block
 from race_jax.models.config import ModelConfig
 from race_jax.models.layers import TokenEmbedding, token_positions
 
@@ -154,11 +155,9 @@ class Transformer(nnx.Module):
             x = self.dropout(x, deterministic=drop_keys[0] is None, rngs=drop_keys[0])
         layers = [None] * len(self.blocks) if state is None else list(state.layers)
         for i, block in enumerate(self.blocks):
-            run = rematerialised(block) if self.remat else block
+            inputs = x, positions, key_value_mask, segment_ids, layers[i], drop_keys[i + 1]
             with jax.named_scope(f"transformer/block_{i}"):
-                x, layers[i] = run(
-                    x, positions, key_value_mask, segment_ids, layers[i], drop_keys[i + 1]
-                )
+                x, layers[i] = block_module.apply(block, *inputs, remat=self.remat)
         x = self.norm(x)
         if state is None:
             return x

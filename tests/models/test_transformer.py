@@ -280,3 +280,16 @@ def test_a_token_outside_the_vocabulary_is_not_a_number():
 def test_an_empty_vocabulary_is_refused():
     with pytest.raises(ValueError, match="vocab_size=0 must be at least 1"):
         TransformerLM(ModelConfig(**SIZES), 0, rngs=nnx.Rngs(0))
+
+
+def test_equal_blocks_are_lowered_once():
+    """The program of a deep model is hardly longer than that of a shallow one."""
+
+    def length(num_layers: int) -> int:
+        model = build(num_layers=num_layers)
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+        tokens = jnp.zeros((1, 8), jnp.int32)
+        loss = lambda params: nnx.merge(graph, params, rest)(tokens).sum()  # noqa: E731
+        return len(jax.jit(jax.grad(loss)).lower(params).as_text())
+
+    assert length(6) < 1.5 * length(2)
