@@ -9,7 +9,7 @@ VENV := .venv$(addprefix -,$(filter-out 3,$(patsubst python%,%,$(notdir $(PYTHON
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format $(VENV)
+.PHONY: help train test docs lint format $(VENV)
 
 help:  ## say what can be made
 	@echo "make TARGET [PYTHON=python3.12] [ARGS=...]"
@@ -23,6 +23,10 @@ train: $(VENV)  ## train a language model on this machine's own text; ARGS="--co
 test: $(VENV)  ## run every CPU test and doctest; ARGS="tests/test_state.py -x"
 	@echo "[test] pytest, $$($(RUN) --version)"
 	@JAX_PLATFORMS=cpu $(RUN) -m pytest -m "not gpu" -n $(JOBS) --maxprocesses 8 --dist worksteal $(ARGS)
+
+docs: $(VENV)  ## build the documentation into build/docs, and check its links
+	@echo "[docs] mkdocs build --strict"
+	@$(RUN) -m mkdocs build --strict --quiet
 
 lint: $(VENV)  ## check the style rules and the format
 	@echo "[lint] ruff check, ruff format --check"
