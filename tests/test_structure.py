@@ -39,7 +39,7 @@ SOURCES = {
     "streaming": "core.state",
     "layers.attention_fn": "core.attention",
     "layers.gates": "core.shapes",
-    "layers.short_conv": "core.shapes core.masking",
+    "layers.short_conv": "core.shapes core.masking core.shards",
     "layers.settings": "layers.gates layers.short_conv core.dispatch core.hashing core.state",
     "layers.functional": "sequence layers.settings layers.attention_fn",
     "layers.serialization": "core.state",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from race_jax.core import masking
+from race_jax.core import masking, shards
 
 WIDTH = 4  # tokens that an output sees, its own included
 TAPS = WIDTH - 1  # tokens that a later call needs to know
@@ -51,6 +51,33 @@ def short_convolution(
 
     Source: beyond the paper.
     """
+    arrays = {"x": x, "kernel": kernel, "taps": taps, "segment": segment}
+    arrays |= {"mask": mask, "segment_ids": segment_ids}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    kinds = dict.fromkeys(arrays, shards.ROWS) | {
+        "x": shards.TOKENS,
+        "kernel": shards.HEADS,
+        "taps": shards.TABLES,
+    }
+    # Rows of the batch are independent; with one head, features are not split.
+    return shards.over_shards(
+        lambda arrays: _convolve(**arrays),
+        arrays,
+        kinds,
+        (shards.TOKENS, shards.TABLES),
+        kv_heads=1,
+    )
+
+
+def _convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    taps: jax.Array,
+    segment: jax.Array,
+    mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """``short_convolution`` of one device's rows."""
     length = x.shape[1]
     tokens = jnp.concatenate([taps.astype(x.dtype), masking.select_tokens(x, mask)], axis=1)
     slots = None if mask is None else _earlier_slots(mask)
