@@ -147,21 +147,17 @@ def test_a_flag_that_became_an_array_is_named():
         nn.remat(linen.RACEAttention)(HEADS).init(jax.random.key(0), X, is_causal=True)
 
 
-def test_linen_layers_scanned_with_one_set_of_planes_are_warned_of():
+def test_linen_layers_made_with_one_set_of_planes_are_warned_of():
     def init(split):
-        class Layers(nn.Module):
-            @nn.compact
-            def __call__(self, x):
-                scan = nn.scan(
-                    lambda layer, x, _: (layer(x), None),
-                    variable_axes={"params": 0, "hash_planes": 0},
-                    split_rngs={"params": True, "planes": split},
-                    length=2,
-                )
-                return scan(linen.RACEAttention(HEADS), x, None)[0]
-
+        stack = nn.vmap(
+            linen.RACEAttention,
+            in_axes=None,
+            axis_size=2,
+            variable_axes={"params": 0, "hash_planes": 0},
+            split_rngs={"params": True, "planes": split},
+        )
         streams = {"params": jax.random.key(0), "planes": jax.random.key(1)}
-        return jax.tree.leaves(Layers().init(streams, X)["hash_planes"])[0]
+        return jax.tree.leaves(stack(HEADS).init(streams, X)["hash_planes"])[0]
 
     with pytest.warns(UserWarning, match="the same hash planes"):
         same = init(split=False)

@@ -39,8 +39,8 @@ class RACEAttention(nn.Module):
     Transforms over layers (``nn.scan``, ``nn.vmap``) must carry the collection ``hash_planes`` as
     they carry ``params``, and split the stream ``planes`` as they split ``params``: see the second
     example. A stream that is not split gives all layers the same planes, whose hashing errors then
-    add up instead of averaging out; a warning says so unless the initialisation runs under
-    ``jax.jit``.
+    add up instead of averaging out. A warning says so where it can be seen: under ``nn.vmap``, and
+    under the ``nn.scan`` of some versions of Flax, unless ``jax.jit`` stands around it.
 
     Attributes:
       num_heads: N, query heads.

@@ -234,7 +234,8 @@ def warn_of_shared_planes(key_of_parameters: jax.Array, key_of_planes: jax.Array
     """Warns where layers made together, by a scan or vmap, get one set of planes.
 
     There the key of the parameters varies (it is traced), while that of the planes does not. Under
-    an outer ``jax.jit`` both are traced, and nothing can be seen.
+    an outer ``jax.jit``, and under ``nn.scan`` in some versions of Flax, both are traced, and
+    nothing can be seen.
     """
     traced = isinstance(key_of_parameters, jax.core.Tracer)
     if traced and not isinstance(key_of_planes, jax.core.Tracer):
