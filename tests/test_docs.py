@@ -47,6 +47,9 @@ def link_complaints(text: str, folder: pathlib.Path) -> list[str]:
         path = (folder / target.split("#")[0]).resolve()
         if re.match(r"[a-z]+:", target):
             continue
+        if target.startswith("../../actions/workflows/"):  # GitHub's page of the CI, from README
+            target = ".github/workflows/" + target.split("/")[4]
+            path = (folder / target).resolve()
         if not path.is_relative_to(ROOT) or not path.exists():
             found.append(f"the link {target} leads to nothing inside the repository")
     if "../shared" in text:
