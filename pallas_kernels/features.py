@@ -52,7 +52,9 @@ class FeatureMap:
         # β u c - log cosh(β u) does not: there two large numbers cancel.
         softplus = math.log2(1.0 + math.exp2(-jnp.abs(scaled)))
         plus, minus = jnp.minimum(scaled, 0.0) - softplus, -jnp.maximum(scaled, 0.0) - softplus
-        return math.power(math.dot(plus, self.positive) + math.dot(minus, self.negative))
+        return math.power(
+            math.exponent_dot(plus, self.positive) + math.exponent_dot(minus, self.negative)
+        )
 
     def gradient(
         self, squashed: jax.Array, phi: jax.Array, d_phi: jax.Array
@@ -64,8 +66,11 @@ class FeatureMap:
         larger = math.reciprocal(1.0 + decayed)
         smaller = decayed * larger
         up = scaled >= 0.0
-        d_scaled = math.dot(weight, self.positive, "nt") * jnp.where(up, smaller, larger)
-        d_scaled -= math.dot(weight, self.negative, "nt") * jnp.where(up, larger, smaller)
+        weights = math.halves(weight)
+        positive = sum(math.dot(x, self.positive, "nt") for x in weights)
+        negative = sum(math.dot(x, self.negative, "nt") for x in weights)
+        d_scaled = positive * jnp.where(up, smaller, larger)
+        d_scaled -= negative * jnp.where(up, larger, smaller)
         d_z = d_scaled * (2.0 * self.sharpness) * (1.0 - squashed * squashed)
         return d_z, d_scaled * (2.0 * squashed)
 
