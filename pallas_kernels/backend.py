@@ -28,6 +28,7 @@ HOPPER_CARDS = ("H100", "H200", "H800", "H20", "GH200")
 _EXACT_PRODUCT = lax.DotAlgorithmPreset.BF16_BF16_F32_X6
 _TF32_PRODUCT = lax.DotAlgorithmPreset.TF32_TF32_F32
 NARROW_SIGNS = 64  # columns; so many go into float32 products, which are faster where they fit
+LEAST_EXPONENT = -60000.0  # of log2 φ in float16, whose range ends at 65504
 _CONTRACT = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}
 
 
@@ -150,6 +151,32 @@ class Arithmetic:
         # The matrix units would cut the last 13 bits off, which leaves sums of features too small.
         return lax.reduce_precision(x, 8, 10) if self.interpret else _ptx("cvt.rna.tf32.f32", x)
 
+    def rounded(self, x: jax.Array) -> jax.Array:
+        """A float32 tile with the values that `cast` gives."""
+        if self.interpret and self.dtype == jnp.bfloat16:
+            # XLA may drop a cast and its inverse as excess precision.
+            return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        return self.cast(x).astype(jnp.float32)
+
+    def halves(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Operands whose sum is a float32 tile to twice the bits of one; of float32 only one."""
+        if self.dtype == jnp.float32:
+            return (x,)
+        coarse = self.rounded(x)
+        return self.cast(coarse), self.cast(x - coarse)
+
+    def exponent_dot(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """A product of exponents and signs: in float16 where `dtype` is bfloat16.
+
+        Exponents lie within its range, and its three more bits make φ eight times as exact.
+        """
+        if self.dtype == jnp.float32:
+            return self.dot_signs(a, b)
+        a, b = jnp.maximum(a, LEAST_EXPONENT).astype(jnp.float16), b.astype(jnp.float16)
+        return lax.dot_general(
+            a, b, (_CONTRACT["nn"], ((), ())), preferred_element_type=jnp.float32
+        )
+
     def dot(self, a: jax.Array, b: jax.Array, form: str = "nn") -> jax.Array:
         """Matrix product accumulated in float32; `form` says which operand is transposed."""
         # Always named: JAX's own setting would reach into the kernel.
@@ -201,11 +228,11 @@ class Arithmetic:
         if not (self.packed and self.approximate and not self.tf32):
             return self.exp2(x)
         [pairs] = plt.elementwise_inline_asm(
-            "{ .reg .b32 x; cvt.rn.bf16x2.f32 x, $2, $1; ex2.approx.ftz.bf16x2 $0, x; }",
+            "{ .reg .b32 x; cvt.rn.f16x2.f32 x, $2, $1; ex2.approx.f16x2 $0, x; }",
             args=[x],
             constraints="=r,f,f",
             pack=2,
-            result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)],
+            result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float16)],
         )
         return pairs.astype(jnp.float32)
 

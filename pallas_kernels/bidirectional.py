@@ -8,9 +8,11 @@ Equation: o_t = φ(zq_t) X / φ(zq_t)·Z with [X | Z] = initial + Σ_s φ(zk_s)�
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import bidirectional_kernels as kernels
 from pallas_kernels.blocks import Blocks
+from pallas_kernels.causal_gradients import shares, total
 from pallas_kernels.causal_outputs import split_sums
 from pallas_kernels.centre import centred, common_adjoint, mean_value
 from pallas_kernels.plan import flat_projections, pad_to, padded_state, plan, traced_alike, unflat
@@ -141,9 +143,11 @@ def bidirectional_backward(
     d_zq, d_sharpness_q, (numerator, mass) = kernels.query_gradients(
         queries, blocks.query, Shared(sharpness), flat_q, totals, wide_d_out
     )
-    # δ of the kernel is do·(o - m), and Λ m = Σ q̂ μ what its -Σ q̂ δ has too much.
-    mass -= (numerator * mean[..., None, :]).sum(axis=-1)
-    adjoint = d_totals[0] + numerator, d_totals[1] + mass
+    # δ of the kernel is do·(o - m), and Λ m = Σ q̂ μ what its -Σ q̂ δ has too much, in each of its
+    # value blocks; the total mass's cotangent counts in the first.
+    offset = (numerator * mean[..., None, :]).reshape(*numerator.shape[:3], mass.shape[0], -1)
+    mass += shares(d_totals[1][None], mass.shape[0]) - jnp.moveaxis(offset.sum(axis=-1), 3, 0)
+    adjoint = d_totals[0] + numerator, mass
     shared = Shared(sharpness, mask=key_value_mask)
     wide = pad_to(value, keys.value_dim)
     d_zk, d_value, d_sharpness_k = kernels.key_value_gradients(
@@ -156,5 +160,5 @@ def bidirectional_backward(
         d_value[..., :value_dim],
         (d_sharpness_q + d_sharpness_k).astype(sharpness.dtype),
         adjoint[0][..., :features, :value_dim],
-        adjoint[1][..., :features],
+        total(mass)[..., :features],
     )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.backend import Output, launch, load, store
 from pallas_kernels.blocks import Block
-from pallas_kernels.causal_gradients import gather, mass_total, partial_dtype, total
+from pallas_kernels.causal_gradients import gather, mass_total, partial_dtype, shares, total
 from pallas_kernels.causal_outputs import empty_state, hashed_queries, reciprocals
 from pallas_kernels.centre import Common, less_common
 from pallas_kernels.tiles import MASS, Chunk, Problem, Shared
@@ -84,9 +84,9 @@ def _query_kernel(problem: Problem, refs: SimpleNamespace) -> None:
 
 
 def _key_value_kernel(problem: Problem, refs: SimpleNamespace) -> None:
-    feature_map, math, once = problem.feature_map(refs), problem.arithmetic, problem.once()
+    feature_map, math = problem.feature_map(refs), problem.arithmetic
     numerator = math.cast(refs.total_numerator[...])
-    mass_row = once(refs.total_mass[...])[None, :]
+    mass_row = refs.block_mass[...][None, :]
     common = problem.tables * refs.common[...][None, :]
 
     def body(start, d_sharpness):
@@ -131,7 +131,7 @@ def read(problem: Problem, block: Block, shared: Shared, zq, totals: tuple) -> j
 
 
 def query_gradients(problem: Problem, block: Block, shared: Shared, zq, totals: tuple, d_out):
-    """dz of the queries, dβ (K,), and each split's share of the total's adjoint."""
+    """dz of the queries, dβ (K,), and the total's adjoint: Λ, and Λ_Z of each value block."""
     problem = problem.cut(block)
     state = (problem.batch, problem.kv_heads, problem.splits, problem.features, problem.value_dim)
     result = launch(
@@ -155,15 +155,20 @@ def query_gradients(problem: Problem, block: Block, shared: Shared, zq, totals: 
         block=block,
         interpret=problem.interpret,
     )
-    adjoint = result.numerator.sum(axis=2), total(result.mass).sum(axis=2)
+    adjoint = result.numerator.sum(axis=2), result.mass.sum(axis=3)
     return total(result.d_zq), result.d_sharpness.sum(axis=(0, 1, 3)), adjoint
 
 
 def key_value_gradients(
     problem: Problem, block: Block, shared: Shared, zk, value, adjoint: tuple, common: Common
 ):
-    """dz of the keys, dv, and dβ (K,), from the adjoint of the total state."""
+    """dz of the keys, dv, and dβ (K,), from the adjoint of the total state.
+
+    The adjoint's mass has a leading axis of value blocks, as the common one's.
+    """
     problem = problem.cut(block)
+    numerator, mass = less_common(*adjoint, common)
+    mass = shares(mass, problem.value_blocks)[:, :, :, None]
     result = launch(
         lambda refs: _key_value_kernel(problem, refs),
         name="bidirectional_key_value_gradients",
@@ -173,8 +178,9 @@ def key_value_gradients(
             "zk": (zk, problem.key_projections()),
             "value": (value, problem.values()),
             "common": (common.numerator[:, :, None], problem.single(problem.means())),
-        }
-        | _total_inputs(problem, *less_common(*adjoint, common)),
+            "total_numerator": (numerator[:, :, None], problem.single(problem.numerators())),
+            "block_mass": (mass, problem.share(problem.single(problem.masses()))),
+        },
         outputs={
             "d_zk": problem.partial(
                 zk.shape, partial_dtype(problem, zk.dtype), problem.key_projections()

@@ -271,15 +271,17 @@ def _gradients(call: _Call, states: _States, d_out: jax.Array, d_final: tuple) -
     adjoints = causal_gradients.reverse_sums(
         problem, blocks.reverse, shared, arrays.zq, d_out, query.inverse, query.delta
     )
-    leaving, initial = zip(
-        *(leaving_adjoints(weights, *pair) for pair in zip(adjoints, d_final, strict=True)),
-        strict=True,
+    numerators, initial_numerator = leaving_adjoints(weights, adjoints[0], d_final[0])
+    # Λ_Z of each value block by itself; the final mass's cotangent counts in the first.
+    masses, initial_mass = jax.vmap(leaving_adjoints, in_axes=(None, 0, 0))(
+        weights, adjoints[1], causal_gradients.shares(d_final[1][None], adjoints[1].shape[0])
     )
     # Of the end of a split, where adjoints are smallest: λ may be small against them, not large.
-    common = common_adjoint(*leaving, problem.buckets)
-    found = key_value_gradients(query, less_common(*leaving, common), common)
+    common = common_adjoint(numerators, masses, problem.buckets)
+    found = key_value_gradients(query, less_common(numerators, masses, common), common)
     d_log_decay = None
     if shared.gamma is not None:
+        leaving = numerators, causal_gradients.total(masses)
         later = sum(_crossing(*pair) for pair in zip(leaving, states.ends, strict=True))
         d_log_decay = later_flow(query.row + found.flow, later, problem.chunk, problem.split)
         d_log_decay = d_log_decay[..., : problem.length].swapaxes(1, 2)
@@ -289,7 +291,8 @@ def _gradients(call: _Call, states: _States, d_out: jax.Array, d_final: tuple) -
         found.d_value,
         query.d_sharpness + found.d_sharpness,
         d_log_decay,
-        *initial,
+        initial_numerator,
+        causal_gradients.total(initial_mass),
     )
 
 

@@ -9,6 +9,7 @@ Equation: with ρ = 1/z, δ = do·o, q̂ = ρ φq and T = (do vᵀ - δ)∘D,
 dφq is computed with v, S and δ measured from m, dφk with Λ and Λ_Z from λ and λ_Z (centre.py).
 """
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -33,6 +34,7 @@ from pallas_kernels.tiles import MASS, Chunk, Problem, Shared
 
 def _query_kernel(problem: Problem, refs: SimpleNamespace) -> None:
     feature_map, math = problem.feature_map(refs), problem.arithmetic
+    gate = refs.row is not None
 
     def body(start, carry):
         state, d_sharpness = carry
@@ -42,37 +44,49 @@ def _query_kernel(problem: Problem, refs: SimpleNamespace) -> None:
         keys = math.cast(phi_k)
         value = load(refs.value, rows, chunk.rows)
         mean, mass = refs.mean[...], math.cast(state[1])
-        numerator = math.cast(centred(state[0], jnp.max(state[1], axis=1), mean))
-        mass_row = jnp.max(mass.astype(jnp.float32), axis=1)[None, :]
+        numerators = centred(state[0], jnp.max(state[1], axis=1), mean)
+        numerators = math.halves(numerators) if gate else (math.cast(numerators),)
+        masses = state[1] if gate else mass.astype(jnp.float32)
+        mass_row = jnp.max(masses, axis=1)[None, :]
         mean_rows = math.cast(jnp.broadcast_to(mean[None, :], (MASS, problem.value_block)))
 
         def query_head(head, carry):
             d_sharpness, row = carry
             rows = chunk.span, head, slice(None)
             squashed = feature_map.squash(load(refs.zq, rows, chunk.rows))
-            queries = math.cast(feature_map.expand(squashed))
+            phi_q = feature_map.expand(squashed)
+            queries = math.cast(phi_q)
             d_out = load(refs.d_out, rows, chunk.rows)
-            attention = math.cast(chunk.visible(math.dot(queries, keys, "nt")))
-            inverse = reciprocals(
-                problem, chunk, denominators(problem, chunk, attention, queries, mass)
-            )
+            attention = chunk.visible(math.dot(queries, keys, "nt"))
+            rounded_q = queries.astype(jnp.float32)
+            if gate:  # δ as exact as it can be had: its error would add up along the sequence
+                read = chunk.enter(jnp.sum(rounded_q * mass_row, axis=1)[:, None])
+                denominator = jnp.sum(attention, axis=1) + jnp.max(read, axis=1)
+            else:
+                attention = math.cast(attention)
+                denominator = denominators(problem, chunk, attention, queries, mass)
+                attention = attention.astype(jnp.float32)
+            inverse = reciprocals(problem, chunk, denominator)
             offset = jnp.max(math.dot(d_out, mean_rows, "nt"), axis=1)
-            by_key = math.dot(d_out, value, "nt") - offset[:, None]
-            by_state = chunk.enter(math.dot(d_out, numerator, "nt"))
+            along = math.dot(d_out, value, "nt")
+            by_state = sum(math.dot(d_out, x, "nt") for x in numerators)
             delta = inverse * (
-                jnp.sum(attention.astype(jnp.float32) * by_key, axis=1)
-                + jnp.sum(queries.astype(jnp.float32) * by_state, axis=1)
+                jnp.sum(attention * (along - offset[:, None]), axis=1)
+                + jnp.sum(rounded_q * chunk.enter(by_state), axis=1)
             )
-            scores = math.cast(chunk.visible(by_key - delta[:, None]))
-            entering = chunk.enter(delta[:, None])
-            d_phi = math.dot(scores, keys) + (by_state - entering * mass_row)
-            d_phi = d_phi * inverse[:, None]
+            whole = delta + offset
+            scores = chunk.visible(along - whole[:, None])
+            by_state = by_state - delta[:, None] * mass_row
+            within = math.dot(scores, keys)
+            d_phi = (within + chunk.enter(by_state)) * inverse[:, None]
             d_z, d_beta = feature_map.gradient(squashed, queries, d_phi)
             store(refs.d_zq, rows, d_z, chunk.rows)
             refs.inverse[head, chunk.span] = inverse
-            refs.delta[head, chunk.span] = delta + offset
-            if refs.row is not None:
-                row = row + jnp.sum(queries.astype(jnp.float32) * d_phi, axis=1)
+            refs.delta[head, chunk.span] = whole
+            if gate:
+                scaled = math.rounded(phi_q * inverse[:, None])
+                entering = math.rounded(chunk.enter(scaled))
+                row = row + jnp.sum(scaled * within + entering * by_state, axis=1)
             return d_sharpness + d_beta, row
 
         zeros = jnp.zeros((problem.chunk,), jnp.float32)
@@ -95,9 +109,10 @@ def _scaled_queries(chunk: Chunk, feature_map: FeatureMap, refs: SimpleNamespace
 def gather(problem: Problem, chunk: Chunk, scaled_q, d_out, delta, state: tuple):
     """[Λ | Λ_Z] + (in∘q̂)ᵀ [do | -δ]."""
     math, (numerator, mass) = problem.arithmetic, state
-    queries = math.cast(chunk.enter(scaled_q))
+    # Rounded twice, as the row sums take them in account.
+    queries = math.cast(chunk.enter(math.rounded(scaled_q)))
     # δ in two halves, so that its rounding does not outlive that of do.
-    coarse = math.cast(delta).astype(jnp.float32)
+    coarse = math.rounded(delta)
     halves = lax.broadcasted_iota(jnp.int32, (problem.chunk, MASS), 1) < MASS // 2
     parts = math.cast(jnp.where(halves, coarse[:, None], (delta - coarse)[:, None]))
     return numerator + math.dot(queries, d_out, "tn"), mass - math.dot(queries, parts, "tn")
@@ -109,7 +124,7 @@ def mass_total(mass: jax.Array) -> jax.Array:
 
 
 def _reverse_kernel(problem: Problem, refs: SimpleNamespace) -> None:
-    feature_map, once = problem.feature_map(refs), problem.once()
+    feature_map = problem.feature_map(refs)
 
     def body(start, state):
         chunk = Chunk(problem, refs, start)
@@ -118,7 +133,7 @@ def _reverse_kernel(problem: Problem, refs: SimpleNamespace) -> None:
         def query_head(head, state):
             scaled_q = _scaled_queries(chunk, feature_map, refs, head)
             d_out = load(refs.d_out, (chunk.span, head, slice(None)), chunk.rows)
-            delta = once(refs.delta[head, chunk.span])
+            delta = refs.delta[head, chunk.span]
             return gather(problem, chunk, scaled_q, d_out, delta, state)
 
         return problem.for_group(query_head, state)
@@ -130,9 +145,9 @@ def _reverse_kernel(problem: Problem, refs: SimpleNamespace) -> None:
 
 def _key_value_kernel(problem: Problem, refs: SimpleNamespace) -> None:
     """Gradients of keys, of values, or of both: those whose outputs are there."""
-    feature_map, math, once = problem.feature_map(refs), problem.arithmetic, problem.once()
+    feature_map, math = problem.feature_map(refs), problem.arithmetic
     # [λ | λ_Z]: the adjoints come less this, as it decays towards the start of the split.
-    common_mass = None if refs.common_mass is None else once(refs.common_mass[...])
+    common_mass = None if refs.common_mass is None else refs.common_mass[...]
 
     def body(start, carry):
         state, decayed, d_sharpness = carry
@@ -140,7 +155,7 @@ def _key_value_kernel(problem: Problem, refs: SimpleNamespace) -> None:
 
         def query_tiles(head):
             d_out = load(refs.d_out, (chunk.span, head, slice(None)), chunk.rows)
-            delta = once(refs.delta[head, chunk.span])
+            delta = refs.delta[head, chunk.span]
             return _scaled_queries(chunk, feature_map, refs, head), d_out, delta
 
         heads = problem.shared_heads(query_tiles)
@@ -149,20 +164,22 @@ def _key_value_kernel(problem: Problem, refs: SimpleNamespace) -> None:
         phi_k = chunk.masked(feature_map.expand(squashed))
         if refs.d_zk is not None:
             value = load(refs.value, (chunk.span, slice(None)), chunk.rows)
-            d_phi = _d_phi_k(problem, chunk, value, heads, state)
+            by_state, within = _d_phi_k(problem, chunk, value, heads, state, refs)
+            d_phi = chunk.masked(within + chunk.leave(by_state))
             d_z, d_beta = feature_map.gradient(squashed, math.cast(phi_k), d_phi)
             d_sharpness = d_sharpness + d_beta
             store(refs.d_zk, (chunk.span, slice(None)), d_z, chunk.rows)
         if refs.column is not None:
             keys = math.cast(phi_k).astype(jnp.float32)
             in_common = _in_common(problem, value, (refs.common_numerator[...], common_mass))
-            d_phi += chunk.leave(decayed * in_common)
-            refs.column[0, chunk.span] = jnp.sum(keys * d_phi, axis=1)
+            leaving = math.rounded(chunk.leave(keys))
+            flow = keys * within + leaving * (by_state + decayed * in_common)
+            refs.column[0, chunk.span] = jnp.sum(flow, axis=1)
         state = _earlier_state(problem, chunk, refs, phi_k, heads, state, decayed)
         return state, chunk.carry(decayed), d_sharpness
 
     zeros = jnp.zeros((problem.chunk, problem.projections), jnp.float32)
-    mass = once(refs.split_mass[...]) * 0.5
+    mass = refs.split_mass[...] * 0.5
     mass = jnp.broadcast_to(mass[:, None], (problem.features, MASS))
     carry = (refs.split_numerator[...], mass), jnp.float32(1.0), zeros
     *_, d_sharpness = problem.for_chunks(body, carry, reverse=True)
@@ -170,17 +187,21 @@ def _key_value_kernel(problem: Problem, refs: SimpleNamespace) -> None:
         refs.d_sharpness[...] = jnp.sum(d_sharpness)
 
 
-def _d_phi_k(problem: Problem, chunk: Chunk, value, heads, state: tuple):
-    """dφk (C, F) = Σ over query heads of Tᵀ q̂, plus out∘(v Λ'ᵀ + Λ_Z')."""
+def _d_phi_k(problem: Problem, chunk: Chunk, value, heads, state: tuple, refs: SimpleNamespace):
+    """v Λ'ᵀ + Λ_Z' (C, F), and Σ over query heads of Tᵀ q̂: dφk is out∘ the first, and the second.
+
+    With a gate Λ' is taken in two halves: column sums add up along the sequence.
+    """
     math = problem.arithmetic
+    adjoints = (math.cast(state[0]),) if refs.column is None else math.halves(state[0])
 
     def add_head(head, d_phi):
         scaled_q, d_out, delta = heads(head)
         scores = math.dot(value, d_out, "nt") - delta[None, :]
         return d_phi + math.dot(chunk.visible(scores, transposed=True), scaled_q)
 
-    d_phi = math.dot(value, state[0], "nt") + mass_total(state[1])[None, :]
-    return chunk.masked(problem.for_group(add_head, chunk.leave(d_phi)))
+    by_state = sum(math.dot(value, x, "nt") for x in adjoints) + mass_total(state[1])[None, :]
+    return by_state, problem.for_group(add_head, jnp.zeros_like(by_state))
 
 
 def _in_common(problem: Problem, value: jax.Array, common: tuple) -> jax.Array:
@@ -250,7 +271,7 @@ def query_gradients(
     return SimpleNamespace(
         d_zq=total(result.d_zq),
         inverse=result.inverse[0],
-        delta=total(result.delta),
+        delta=result.delta,
         d_sharpness=result.d_sharpness.sum(axis=(0, 1, 3)),
         row=total(result.row) if gate else None,
     )
@@ -274,7 +295,7 @@ def reverse_sums(problem: Problem, block: Block, shared: Shared, zq, d_out, inve
             "zq": (zq, problem.query_projections()),
             "d_out": (d_out, problem.outputs()),
             "inverse": (inverse, problem.row_spec()),
-            "delta": (delta, problem.row_spec()),
+            "delta": (shares(delta, problem.value_blocks), problem.share(problem.row_spec())),
         },
         outputs={
             "numerator": Output(shape, jnp.float32, problem.numerators()),
@@ -283,7 +304,7 @@ def reverse_sums(problem: Problem, block: Block, shared: Shared, zq, d_out, inve
         block=block,
         interpret=problem.interpret,
     )
-    return result.numerator, total(result.mass)
+    return result.numerator, result.mass
 
 
 def key_value_gradients(
@@ -303,6 +324,7 @@ def key_value_gradients(
     problem = problem.cut(block)
     gate = keys and shared.gamma is not None
     zq, zk, value = arrays
+    share = functools.partial(shares, blocks=problem.value_blocks)
     result = launch(
         lambda refs: _key_value_kernel(problem, refs),
         name="causal_" + "_".join(["key"] * keys + ["value"] * values) + "_gradients",
@@ -314,11 +336,14 @@ def key_value_gradients(
             "value": (value if keys else None, problem.values()),
             "d_out": (d_out, problem.outputs()),
             "inverse": (rows.inverse, problem.row_spec()),
-            "delta": (rows.delta, problem.row_spec()),
+            "delta": (share(rows.delta), problem.share(problem.row_spec())),
             "split_numerator": (adjoints[0], problem.numerators()),
-            "split_mass": (adjoints[1], problem.masses()),
+            "split_mass": (share(adjoints[1]), problem.share(problem.masses())),
             "common_numerator": (common.numerator if gate or values else None, problem.means()),
-            "common_mass": (common.mass if gate else None, problem.scalar_spec()),
+            "common_mass": (
+                share(common.mass) if gate else None,
+                problem.share(problem.scalar_spec()),
+            ),
         },
         outputs={
             "d_zk": problem.partial(
@@ -339,6 +364,19 @@ def key_value_gradients(
         d_sharpness=result.d_sharpness.sum(axis=(0, 1, 3)) if keys else None,
         flow=-total(result.column) if gate else None,
     )
+
+
+def shares(partial: jax.Array, blocks: int) -> jax.Array:
+    """What each of `blocks` value blocks has of a sum, from the parts that other blocks had.
+
+    δ and Λ_Z of a block are those of its own columns, so that what its values have in common
+    cancels within the block; with finer blocks the first of several takes the whole part.
+    """
+    parts = partial.shape[0]
+    if parts > blocks:
+        return partial.reshape(blocks, parts // blocks, *partial.shape[1:]).sum(axis=1)
+    finer = [(0, 0), (0, blocks // parts - 1), *[(0, 0)] * (partial.ndim - 1)]
+    return jnp.pad(partial[:, None], finer).reshape(blocks, *partial.shape[1:])
 
 
 def total(partial: jax.Array) -> jax.Array:

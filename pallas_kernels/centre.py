@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.tiles import TINY
 
@@ -58,4 +59,6 @@ def common_adjoint(numerator: jax.Array, mass: jax.Array, buckets: int) -> Commo
 
 
 def _operand(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.bfloat16).astype(jnp.float32)
+    # Not a cast and back, which XLA drops on a GPU as excess precision: then what is subtracted
+    # from a state would not be what the kernels take back.
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)

@@ -53,7 +53,7 @@ class FeatureMap:
         softplus = math.log2(1.0 + math.exp2(-jnp.abs(scaled)))
         plus, minus = jnp.minimum(scaled, 0.0) - softplus, -jnp.maximum(scaled, 0.0) - softplus
         return math.power(
-            math.dot_signs(plus, self.positive) + math.dot_signs(minus, self.negative)
+            math.exponent_dot(plus, self.positive) + math.exponent_dot(minus, self.negative)
         )
 
     def gradient(
@@ -66,8 +66,11 @@ class FeatureMap:
         larger = math.reciprocal(1.0 + decayed)
         smaller = decayed * larger
         up = scaled >= 0.0
-        d_scaled = math.dot_signs(weight, self.positive, "nt") * jnp.where(up, smaller, larger)
-        d_scaled -= math.dot_signs(weight, self.negative, "nt") * jnp.where(up, larger, smaller)
+        weights = math.halves(weight)
+        positive = sum(math.dot_signs(x, self.positive, "nt") for x in weights)
+        negative = sum(math.dot_signs(x, self.negative, "nt") for x in weights)
+        d_scaled = positive * jnp.where(up, smaller, larger)
+        d_scaled -= negative * jnp.where(up, larger, smaller)
         d_z = d_scaled * (2.0 * self.sharpness) * (1.0 - squashed * squashed)
         return d_z, d_scaled * (2.0 * squashed)
 

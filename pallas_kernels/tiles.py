@@ -144,6 +144,11 @@ class Problem:
         n, shape = self.value_blocks, (None, None, None, self.features, self.value_block)
         return pl.BlockSpec(shape, lambda h, s, b: (b, h // n, s, 0, h % n))
 
+    def share(self, spec: pl.BlockSpec) -> pl.BlockSpec:
+        """Of an array with a leading axis of value blocks, what one program takes."""
+        n, index = self.value_blocks, spec.index_map
+        return pl.BlockSpec((None, *spec.block_shape), lambda h, s, b: (h % n, *index(h, s, b)))
+
     def masses(self) -> pl.BlockSpec:
         """(B, K, splits, F)"""
         n, shape = self.value_blocks, (None, None, None, self.features)
@@ -163,9 +168,7 @@ class Problem:
 
     def partial(self, shape: tuple[int, ...], dtype: Any, spec: pl.BlockSpec) -> Output:
         """An output with a leading axis of value blocks."""
-        n, index = self.value_blocks, spec.index_map
-        block = pl.BlockSpec((None, *spec.block_shape), lambda h, s, b: (h % n, *index(h, s, b)))
-        return Output((n, *shape), dtype, block)
+        return Output((self.value_blocks, *shape), dtype, self.share(spec))
 
     def row_statistic(self, heads: int) -> Output:
         """(value blocks, B, heads, T padded to chunks) float32, contiguous in time"""

@@ -81,9 +81,12 @@ def _memory(
         "queries_free": wg.barrier(num_arrivals=1, num_barriers=slots),
         "phi_tiles": wg.operand(READERS, wg.CHUNK, tiles.FEATURES),
         "leaving_tiles": wg.operand(wg.CHUNK, tiles.FEATURES) if leaves else None,
-        "decay_tiles": wg.operand(READERS, wg.CHUNK, wg.CHUNK) if leaves else None,
+        "decay_tiles": wg.operand(READERS, wg.CHUNK, wg.CHUNK, dtype=jnp.float16)
+        if leaves
+        else None,
         # m, where it is given, lies below S: one product with both.
         "state_tiles": wg.operand(READERS, tiles.FEATURES + 8 * d_out, problem.value_dim),
+        "fine_tiles": None,
         "mass_numbers": wg.plain(READERS, tiles.FEATURES) if d_out else None,
         "mass_tiles": None if d_out else wg.operand(READERS, 8, tiles.FEATURES),
         "state_full": wg.barrier(num_arrivals=1, num_barriers=READERS),
@@ -159,7 +162,9 @@ def _keep_state(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -
         leaving = refs.phi_tiles.at[reader]
         if refs.leaving_tiles is not None:
             wg.commit()  # all warps are through with the last product of this tile
-            refs.leaving_tiles[...] = weights.times("leave", phi).astype(jnp.bfloat16)
+            # Rounded twice, as the column sums of the gate's gradient take them in account.
+            leaving = weights.times("leave", wg.rounded(phi))
+            refs.leaving_tiles[...] = leaving.astype(jnp.bfloat16)
             leaving = refs.leaving_tiles
         wg.commit()
         wg.arrive(refs.state_full.at[reader])
@@ -188,7 +193,11 @@ def _pass_state(refs: SimpleNamespace, reader: jax.Array, numerator, mass) -> No
         columns = pl.ds(start, 64)
         mean = wg.by_columns(wg.load(refs.mean_numbers.at[columns], wg.COLUMNS))
         centred = numerator[:, start : start + 64] - wg.by_rows(masses) * mean
-        refs.state_tiles[reader, features, columns] = centred.astype(jnp.bfloat16)
+        coarse = centred.astype(jnp.bfloat16)
+        refs.state_tiles[reader, features, columns] = coarse
+        if refs.fine_tiles is not None:
+            fine = centred - coarse.astype(jnp.float32)
+            refs.fine_tiles[reader, :, columns] = fine.astype(jnp.bfloat16)
 
 
 class Item(NamedTuple):
@@ -200,6 +209,7 @@ class Item(NamedTuple):
     keys: Any  # φk
     values: Any
     states: Any  # S; with do, S' of centre.py
+    fine: Any  # what S' loses there to rounding, or None
     mass: Any  # Z: with do as numbers, else as 8 equal columns
     decay: Any  # D, or None
     free: Any  # to arrive at after the last use of zq and d_out
@@ -227,7 +237,7 @@ def for_chunks(
         # chunk, would miss a phase of that barrier.
         wg.wait(refs.state_full.at[reader])
         if refs.decay_tiles is not None:  # the keeper has enough to do
-            refs.decay_tiles[reader] = tiles.Weights(refs, slot).decay().astype(jnp.bfloat16)
+            refs.decay_tiles[reader] = tiles.Weights(refs, slot).decay().astype(jnp.float16)
             wg.commit()
         carry = body(turn, carry)
         wg.arrive(refs.state_free.at[reader])
@@ -254,6 +264,7 @@ def take(
         refs.phi_tiles.at[reader],
         refs.value_tiles.at[key],
         refs.state_tiles.at[reader],
+        at(refs.fine_tiles, reader),
         (refs.mass_tiles if refs.mass_numbers is None else refs.mass_numbers).at[reader],
         at(refs.decay_tiles, reader),
         refs.queries_free.at[query],

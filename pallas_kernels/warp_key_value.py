@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import warp_tiles as tiles
 from pallas_kernels import warpgroup as wg
 from pallas_kernels.blocks import Pipeline
+from pallas_kernels.causal_gradients import total
 from pallas_kernels.centre import Common
 from pallas_kernels.tiles import Problem, Shared
 
@@ -83,10 +84,17 @@ def _keep_adjoint(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace)
 
         numerator, mass = state
         refs.state_tiles[passed, pl.ds(0, tiles.FEATURES)] = numerator.astype(jnp.bfloat16)
+        if refs.fine_tiles is not None:
+
+            @pl.when(turn > 0)
+            def _():
+                wg.wait(refs.fine_free)
+
+            refs.fine_tiles[...] = (numerator - wg.rounded(numerator)).astype(jnp.bfloat16)
         refs.mass_numbers[passed] = -jnp.sum(jnp.where(wg.index(1, 8) < 2, mass, 0.0), axis=1)
         if refs.entering_tiles is not None:
             wg.wait(refs.keys_full.at[lax.rem(turn, pipeline.key_slots)])
-            refs.decay_tiles[passed] = weights.decay(transposed=True).astype(jnp.bfloat16)
+            refs.decay_tiles[passed] = weights.decay(transposed=True).astype(jnp.float16)
         wg.commit()
         wg.arrive(refs.state_full.at[passed])
 
@@ -105,7 +113,9 @@ def _keep_adjoint(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace)
             entering = refs.hashed_tiles.at[passed]
             if refs.entering_tiles is not None:
                 wg.commit()  # all warps are through with the last product of this tile
-                refs.entering_tiles[...] = weights.times("enter", phi).astype(jnp.bfloat16)
+                # Rounded twice, as the row sums take them in account.
+                phi = weights.times("enter", wg.rounded(phi))
+                refs.entering_tiles[...] = phi.astype(jnp.bfloat16)
                 entering = refs.entering_tiles
             wg.commit()
             wg.arrive(refs.hashed_full.at[passed])
@@ -139,14 +149,19 @@ def _differentiate_keys(place: tiles.Place, pipeline: Pipeline, refs: SimpleName
         decay = None if refs.decay_tiles is None else refs.decay_tiles.at[passed]
         wg.wait(refs.keys_full.at[slot])
         wg.wait(refs.state_full.at[passed])
-        states = refs.state_tiles.at[passed].transpose((1, 0))
-        mass = wg.by_columns(wg.load(refs.mass_numbers.at[passed], wg.COLUMNS))
-        by_state = wg.product((values, states), columns=tiles.FEATURES + 8 * gate)
-        if gate:  # v·λ + λ_Z, which the decay's gradient takes back: λ lies below Λ'
-            in_common = jnp.max(by_state[:, tiles.FEATURES :], axis=1) + common_mass
-            in_common = weights.times_rows("leave", decayed * in_common)
-            by_state = by_state[:, : tiles.FEATURES]
-        d_phi = weights.times("leave", by_state + mass)
+        by_state, in_common = _from_adjoint(refs, values, passed)
+        by_state += wg.by_columns(wg.load(refs.mass_numbers.at[passed], wg.COLUMNS))
+        if gate:
+            wg.arrive(refs.fine_free)
+            in_common = decayed * (in_common + common_mass)
+            wg.wait(refs.phi_full.at[passed])
+            phi = wg.load(refs.phi_tiles.at[passed])
+            leaving = weights.times("leave", phi)
+            # out∘φk as the states take it, twice rounded, against what is added up below.
+            lost = (wg.rounded(leaving) - leaving) * (by_state + wg.by_rows(in_common))
+            lost = jnp.sum(lost, axis=1)
+            in_common = weights.times_rows("leave", in_common)
+        d_phi = weights.times("leave", by_state)
 
         def query_head(member, d_phi):
             item = place.items_before(turn, member)
@@ -168,7 +183,8 @@ def _differentiate_keys(place: tiles.Place, pipeline: Pipeline, refs: SimpleName
         squashed = features.squash(refs.zk_tiles.at[slot])
         wg.arrive(refs.state_free.at[passed])
         wg.arrive(refs.keys_free.at[slot])
-        wg.wait(refs.phi_full.at[passed])
+        if not gate:
+            wg.wait(refs.phi_full.at[passed])
         phi = wg.load(refs.phi_tiles.at[passed])
         wg.arrive(refs.phi_free.at[passed])
         d_z, d_beta = features.gradient(squashed, phi, d_phi)
@@ -177,7 +193,8 @@ def _differentiate_keys(place: tiles.Place, pipeline: Pipeline, refs: SimpleName
         refs.d_zk_tiles[...] = d_z.astype(jnp.bfloat16)
         copies = [(refs.d_zk_tiles, refs.d_zk.at[place.batch, tokens, place.head])]
         if gate:
-            refs.column_numbers[...] = jnp.sum(phi * (d_phi + wg.by_rows(in_common)), axis=1)
+            column = jnp.sum(phi * (d_phi + wg.by_rows(in_common)), axis=1)
+            refs.column_numbers[...] = column + lost
             copies.append((refs.column_numbers, refs.column.at[place.batch, place.head, tokens]))
         wg.send(*copies)
         return d_sharpness + d_beta, decayed
@@ -186,6 +203,25 @@ def _differentiate_keys(place: tiles.Place, pipeline: Pipeline, refs: SimpleName
     d_sharpness, _ = lax.fori_loop(0, place.count, chunk, (zeros, jnp.float32(1.0)))
     refs.d_sharpness[place.batch, place.head, place.split] = d_sharpness
     wg.sent(read_only=False)
+
+
+def _from_adjoint(refs: SimpleNamespace, values: Any, passed: jax.Array):
+    """v Λ'ᵀ (64, F), with a gate to twice the bits of an operand, and v·λ (64,): λ lies below Λ'.
+
+    What the decay's gradient adds up along the sequence must not lose Λ' to rounding.
+    """
+    adjoint = refs.state_tiles.at[passed, pl.ds(0, tiles.FEATURES)].transpose((1, 0))
+    if refs.fine_tiles is None:
+        return wg.product((values, adjoint)), None
+    common = refs.state_tiles.at[passed, pl.ds(tiles.FEATURES, 8)].transpose((1, 0))
+
+    def begin(by_state, in_common):
+        wg.multiply(by_state, values, adjoint)
+        wg.multiply(by_state, values, refs.fine_tiles.transpose((1, 0)))
+        wg.multiply(in_common, values, common)
+
+    by_state, in_common = wg.together(begin, tiles.FEATURES, 8)
+    return by_state, jnp.max(in_common, axis=1)
 
 
 def _differentiate_values(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
@@ -199,7 +235,8 @@ def _differentiate_values(place: tiles.Place, pipeline: Pipeline, refs: SimpleNa
         wg.wait(refs.keys_full.at[slot])
         decay = None if refs.decay_tiles is None else refs.decay_tiles.at[passed]
         phi = weights.keep(features.hash(refs.zk_tiles.at[slot]))
-        keys, leaving = (x.astype(jnp.bfloat16) for x in (phi, weights.times("leave", phi)))
+        keys = phi.astype(jnp.bfloat16)
+        leaving = weights.times("leave", keys.astype(jnp.float32)).astype(jnp.bfloat16)
 
         @pl.when(turn >= PASSED_SLOTS)
         def _():
@@ -273,7 +310,12 @@ def _memory(problem: Problem, numbers: dict, pipeline: Pipeline) -> dict[str, An
         # With a gate λ lies below Λ': one product with both.
         "state_tiles": wg.operand(PASSED_SLOTS, tiles.FEATURES + 8 * gate, problem.value_dim),
         "mass_numbers": wg.plain(PASSED_SLOTS, tiles.FEATURES),
-        "decay_tiles": wg.operand(PASSED_SLOTS, wg.CHUNK, wg.CHUNK) if enters else None,
+        "decay_tiles": wg.operand(PASSED_SLOTS, wg.CHUNK, wg.CHUNK, dtype=jnp.float16)
+        if enters
+        else None,
+        # One slot: the keys' warpgroup multiplies by it first of all.
+        "fine_tiles": wg.operand(wg.CHUNK, problem.value_dim) if gate else None,
+        "fine_free": wg.barrier(num_arrivals=1) if gate else None,
         "state_full": passed(1),
         "state_free": passed(2),
         "hashed_tiles": wg.operand(PASSED_SLOTS, wg.CHUNK, tiles.FEATURES),
@@ -303,6 +345,7 @@ def key_value_gradients(
 ):
     """As causal_gradients.key_value_gradients, for problems of `blocks.fits_warpgroups`."""
     place, gate = tiles.Place(problem, reverse=True), shared.gamma is not None
+    delta, adjoint_mass, common_mass = map(total, (rows.delta, adjoints[1], common.mass))
     numbers = tiles.token_numbers(problem, shared)
     memory = functools.partial(_memory, problem, numbers)
     pipeline = tiles.fitting(pipeline, memory)
@@ -324,10 +367,10 @@ def key_value_gradients(
         inputs=tiles.constants(problem, shared.sharpness)
         | numbers
         | {"zq": zq, "zk": zk, "value": value, "d_out": d_out}
-        | {"inverse": rows.inverse, "delta": rows.delta}
-        | {"delta_halves": _halves(problem, rows.delta)}
-        | {"leaving_numerator": adjoints[0], "leaving_mass": adjoints[1]}
-        | {"common": wg.equal_rows(COMMON_ROWS, common.numerator), "common_mass": common.mass},
+        | {"inverse": rows.inverse, "delta": delta}
+        | {"delta_halves": _halves(problem, delta)}
+        | {"leaving_numerator": adjoints[0], "leaving_mass": adjoint_mass}
+        | {"common": wg.equal_rows(COMMON_ROWS, common.numerator), "common_mass": common_mass},
         outputs={
             "d_zk": jax.ShapeDtypeStruct(zk.shape, zk.dtype),
             "d_value": jax.ShapeDtypeStruct(value.shape, value.dtype),

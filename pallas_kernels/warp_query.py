@@ -23,7 +23,7 @@ from pallas_kernels.warp_forward import READERS, Item, inverse_of
 
 def _differentiate(features: tiles.TileFeatures, at: Item) -> tuple[jax.Array, ...]:
     """u, φq, dφq, ρ and δ, by the equations above; products one by one hold fewer registers."""
-    by_state, offset = _from_state_apart(at)
+    by_state, offset = _from_state(at)
     by_state = at.weights.times("enter", by_state)
     by_key = wg.product((at.d_out, at.values.transpose((1, 0))), start=-wg.by_rows(offset))
     scores = tiles.visible(by_key, at.decay).astype(jnp.bfloat16)
@@ -40,17 +40,16 @@ def _differentiate(features: tiles.TileFeatures, at: Item) -> tuple[jax.Array, .
 
 
 def _from_state(at: Item) -> tuple[jax.Array, jax.Array]:
-    """do S'ᵀ (64, F) and μ = do·m (64,), from one product: m lies below S'."""
-    both = wg.product((at.d_out, at.states.transpose((1, 0))), columns=tiles.FEATURES + 8)
-    return both[:, : tiles.FEATURES], jnp.max(both[:, tiles.FEATURES :], axis=1)
+    """do S'ᵀ (64, F) and μ = do·m (64,): m lies below S', whose rounding is made up for if given.
 
-
-def _from_state_apart(at: Item) -> tuple[jax.Array, jax.Array]:
-    """The same from two. In the form without row sums one made ptxas serialise all products."""
+    One product with both made ptxas serialise all products of the form without row sums.
+    """
     state, mean = pl.ds(0, tiles.FEATURES), pl.ds(tiles.FEATURES, 8)
 
     def begin(by_state, offset):
         wg.multiply(by_state, at.d_out, at.states.at[state].transpose((1, 0)))
+        if at.fine is not None:
+            wg.multiply(by_state, at.d_out, at.fine.transpose((1, 0)))
         wg.multiply(offset, at.d_out, at.states.at[mean].transpose((1, 0)))
 
     by_state, offset = wg.together(begin, tiles.FEATURES, 8)
@@ -83,10 +82,12 @@ def _differentiate_with_row(features: tiles.TileFeatures, at: Item) -> tuple[jax
     delta = inverse * (delta - offset * within + read)
     whole = delta + offset
     scores = tiles.visible(by_key - wg.by_rows(whole), at.decay).astype(jnp.bfloat16)
-    start = at.weights.times("enter", by_state - wg.by_rows(delta) * at.masses())
-    d_phi = wg.product((scores, at.keys), start=start)
-    scaled = (phi * wg.by_rows(inverse)).astype(jnp.bfloat16).astype(jnp.float32)
-    row = jnp.sum(scaled * d_phi, axis=1)
+    by_state -= wg.by_rows(delta) * at.masses()
+    scaled = wg.rounded(phi * wg.by_rows(inverse))
+    entering = at.weights.times("enter", scaled)
+    row = jnp.sum((wg.rounded(entering) - entering) * by_state, axis=1)
+    d_phi = wg.product((scores, at.keys), start=at.weights.times("enter", by_state))
+    row += jnp.sum(scaled * d_phi, axis=1)
     return squashed, phi, d_phi * wg.by_rows(inverse), inverse, whole, row
 
 
@@ -164,7 +165,9 @@ def query_gradients(
             "inverse_rows": wg.plain(READERS, wg.CHUNK),
             "delta_rows": wg.plain(READERS, wg.CHUNK),
             "row_rows": wg.plain(READERS, wg.CHUNK) if gate else None,
+            "fine_tiles": wg.operand(READERS, wg.CHUNK, problem.value_dim) if gate else None,
         },
     )
+    result.delta = result.delta[None]
     result.d_sharpness = result.d_sharpness.sum(axis=(0, 2, 3, 4, 5))
     return result

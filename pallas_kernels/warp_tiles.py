@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import warpgroup as wg
-from pallas_kernels.backend import LOG2_E
+from pallas_kernels.backend import LEAST_EXPONENT, LOG2_E
 from pallas_kernels.blocks import Pipeline
 from pallas_kernels.features import corner_signs
 from pallas_kernels.tiles import Problem, Shared
@@ -56,8 +56,11 @@ def constants(problem: Problem, sharpness: jax.Array) -> dict[str, jax.Array]:
     signs = corner_signs(problem.tables, problem.planes, problem.projections, FEATURES)
     positive, negative = (jnp.asarray(x, jnp.bfloat16) for x in signs)
     return {
-        "positive": positive,
-        "negative": negative,
+        # In float16 for exponents, whose three more bits make φ eight times as exact.
+        "positive_rows_of": positive.astype(jnp.float16),
+        "negative_rows_of": negative.astype(jnp.float16),
+        "positive_columns_of": positive,
+        "negative_columns_of": negative,
         "ones": jnp.ones((8, wg.CHUNK), jnp.bfloat16),
         "sharpness": sharpness.astype(jnp.float32),
     }
@@ -78,8 +81,8 @@ def key_memory(
     """
     slots, counted = pipeline.key_slots, sum(x is not None for x in numbers.values())
     return {
-        "positive_rows": wg.narrow_operand(problem.projections, FEATURES),
-        "negative_rows": wg.narrow_operand(problem.projections, FEATURES),
+        "positive_rows": wg.narrow_operand(problem.projections, FEATURES, dtype=jnp.float16),
+        "negative_rows": wg.narrow_operand(problem.projections, FEATURES, dtype=jnp.float16),
         "positive_columns": wg.operand(problem.projections, FEATURES),
         "negative_columns": wg.operand(problem.projections, FEATURES),
         "ones_columns": wg.operand(8, wg.CHUNK),
@@ -114,9 +117,9 @@ def fitting(
 def fetch_constants(refs: SimpleNamespace) -> None:
     """Starts their copies; `wait(refs.constants_full)` before use, in every warpgroup."""
     for sign in ("positive", "negative"):
-        source = getattr(refs, sign)
         for form in ("rows", "columns"):
-            wg.fetch(source, getattr(refs, f"{sign}_{form}"), refs.constants_full)
+            tiles = getattr(refs, f"{sign}_{form}")
+            wg.fetch(getattr(refs, f"{sign}_{form}_of"), tiles, refs.constants_full)
     wg.fetch(refs.ones, refs.ones_columns, refs.constants_full)
 
 
@@ -154,8 +157,9 @@ class TileFeatures:
         # log2 sigmoid of both signs; only their absolute error counts, in an exponent.
         plus = jnp.minimum(scaled, 0.0) - jnp.log2(1.0 + jnp.exp2(-jnp.abs(scaled)))
         minus = plus - scaled
-        wg.multiply(exponent, plus.astype(jnp.bfloat16), self.refs.positive_rows)
-        wg.multiply(exponent, minus.astype(jnp.bfloat16), self.refs.negative_rows)
+        for x, signs in ((plus, self.refs.positive_rows), (minus, self.refs.negative_rows)):
+            x = jnp.maximum(x, LEAST_EXPONENT).astype(jnp.float16)
+            wg.multiply(exponent, x, signs)
 
     def expand(self, squashed: jax.Array) -> jax.Array:
         """φ (64, F) in float32."""
@@ -168,11 +172,14 @@ class TileFeatures:
 
     def gradient(self, squashed: jax.Array, phi: jax.Array, d_phi: jax.Array):
         """dz (64, LP), and the terms whose sum is dβ, from φ and dφ (64, F) in float32."""
-        weight = (phi * d_phi).astype(jnp.bfloat16)
+        weight = phi * d_phi
+        coarse = weight.astype(jnp.bfloat16)
+        fine = (weight - coarse.astype(jnp.float32)).astype(jnp.bfloat16)
 
         def body(up, down):
-            wg.multiply(up, weight, self.refs.positive_columns.transpose((1, 0)))
-            wg.multiply(down, weight, self.refs.negative_columns.transpose((1, 0)))
+            for part in (coarse, fine):
+                wg.multiply(up, part, self.refs.positive_columns.transpose((1, 0)))
+                wg.multiply(down, part, self.refs.negative_columns.transpose((1, 0)))
 
         up, down = wg.together(body, *squashed.shape[1:], *squashed.shape[1:])
         below = 1.0 / (1.0 + jnp.exp2(self._scaled(squashed)))

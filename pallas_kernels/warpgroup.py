@@ -30,16 +30,16 @@ commit = plgpu.commit_smem
 fetch = plgpu.copy_gmem_to_smem
 
 
-def operand(*shape: int) -> Any:
-    """Shared memory of bfloat16 tiles (..., rows, 64 n) that a matrix product reads."""
+def operand(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+    """Shared memory of 16-bit tiles (..., rows, 64 n) that a matrix product reads."""
     transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def narrow_operand(*shape: int) -> Any:
+def narrow_operand(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
     """The same for a product over 16 rows, whose tiles are 16 wide."""
     transforms = plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32)
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def plain(*shape: int, dtype: Any = jnp.float32) -> Any:
@@ -154,6 +154,11 @@ def product(*pairs: tuple[Any, Any], start: jax.Array | None = None, columns: in
 
     (result,) = together(run, columns) if start is None else onto(run, start)
     return result
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """A float32 tile with the values that an operand of it has."""
+    return x.astype(jnp.bfloat16).astype(jnp.float32)
 
 
 def equal_rows(rows: int, x: jax.Array) -> jax.Array:

@@ -54,6 +54,7 @@ class Case(NamedTuple):
     # Tokens a bucket before the call and after it. Then values and cotangents have a mean, and
     # buckets hardly differ, in the state as in its adjoint.
     around: int = 0
+    means: tuple[float, float] = (0.0, 0.0)  # added to every value, and to every cotangent of o
 
 
 def draw(case: Case) -> tuple[dict[str, Any], list[Any]]:
@@ -92,6 +93,9 @@ def draw(case: Case) -> tuple[dict[str, Any], list[Any]]:
         d_numerator = d_mean.astype(np.float32) + d_numerator / deviation
         d_mass = (d_mass / deviation - 1).astype(np.float32)
         d_out = d_out + d_mean
+    value_mean, d_out_mean = case.means
+    given["value"] = (given["value"] + value_mean).astype(given["value"].dtype)
+    d_out = (d_out + d_out_mean).astype(d_out.dtype)
     if mask is not None:
         for name in ("zq", "zk", "value", "log_decay"):
             if given[name] is not None and given[name].shape[1] == t:
