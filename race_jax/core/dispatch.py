@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 IMPLEMENTATIONS = (None, "xla", "pallas")
 
-# In float32, XLA is as fast as the kernels below this number of tokens and above this number of
-# features (docs/kernels.md). In bfloat16 the kernels were faster at every size measured.
+# In float32, XLA is at least as fast as the kernels below this number of tokens and above this
+# number of features (docs/kernels.md). In bfloat16 the kernels were faster at every size measured.
 FLOAT32_KERNELS_FROM = 1024
 FLOAT32_KERNELS_FEATURES = 64
 

@@ -140,8 +140,8 @@ def hash_projections(x: jax.Array, planes: jax.Array) -> jax.Array:
     dtype = jnp.result_type(x, planes, jnp.float32)
     equation = "...h,lph->...lp" if planes.ndim == 3 else "...kh,klph->...klp"
     # Both operands are widened first. Planes rounded to bfloat16 would have the same error at every
-    # token, and those errors add up in the gradient of sharpness. Widening x costs nothing on a
-    # GPU, where it is fused into the product.
+    # token, which shows in the gradient of sharpness. On a GPU, x is widened as it enters the
+    # product.
     return jnp.einsum(equation, x.astype(dtype), planes.astype(dtype))
 
 

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from race_jax.core import masking
 
 EMPTY = -1  # the segment of a state that has seen no token
-MIN_MASS = 1e-30  # a row with a smaller denominator counts as seeing no key
-BUCKET_EPSILON = (
-    1e-6  # added to each bucket's mass by normalization="bucket", as in the paper's code
-)
+# A smaller denominator is an underflow in float32, and the row counts as seeing no key.
+MIN_MASS = 1e-30
+# This is added to each bucket's mass if normalization="bucket", as in the paper's code.
+BUCKET_EPSILON = 1e-6
 
 
 @jax.tree_util.register_dataclass

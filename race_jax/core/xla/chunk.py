@@ -225,7 +225,7 @@ def backward_rows(
     seen = mass > state.MIN_MASS
     inverse = jnp.where(seen, 1.0 / jnp.where(seen, mass, 1.0), 0.0)
     d_out_numerator = (weights * along).sum(axis=-1) + (phi_in * from_state).sum(axis=-2)
-    d_mass = -(d_out_numerator * inverse) * inverse  # 1 / z**2 would overflow
+    d_mass = -(d_out_numerator * inverse) * inverse  # 1 / z**2 would overflow sooner
     return Rows(
         phi_in=phi_in,
         weights=weights,
