@@ -185,7 +185,10 @@ def fold_planes(kernel: jax.Array, planes: jax.Array) -> jax.Array:
     if planes.ndim == 4:
         heads, sets = kernel.shape[-2], planes.shape[0]
         if heads % sets:
-            raise ValueError(f"planes per head {planes.shape} do not divide kernel {kernel.shape}")
+            raise ValueError(
+                f"planes {planes.shape} are for {sets} heads, which must divide the {heads} heads "
+                f"of kernel {kernel.shape}; pass (L, P, H) planes to use one set for all heads"
+            )
         planes = jnp.repeat(planes, heads // sets, axis=0)
     return hash_projections(kernel.astype(jnp.float32), planes.astype(jnp.float32))
 

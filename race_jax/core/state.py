@@ -218,8 +218,8 @@ def merge(earlier: RACEState, later: RACEState) -> RACEState:
 
         sums = later + exp(later.log_decay) * earlier
 
-    The earlier sums are dropped if the two segments differ. The operation is associative, and the
-    empty state is its identity.
+    The earlier sums are dropped if the later span ends in another segment. The operation is
+    associative, and the empty state is its identity.
 
     Args:
       earlier: the state of the first span.
@@ -243,7 +243,10 @@ def merge(earlier: RACEState, later: RACEState) -> RACEState:
     for field in dataclasses.fields(RACEState):
         shapes = getattr(earlier, field.name).shape, getattr(later, field.name).shape
         if shapes[0] != shapes[1]:
-            raise ValueError(f"states differ in {field.name}: {shapes[0]} and {shapes[1]}")
+            raise ValueError(
+                f"states differ in the shape of {field.name}: {shapes[0]} and {shapes[1]}; merge "
+                "states of equal batch, heads, features and value dim"
+            )
     empty = later.segment == EMPTY
     keep = empty | (earlier.segment == later.segment)
     factor = jnp.where(keep[:, None], jnp.exp(later.log_decay), 0.0)

@@ -47,8 +47,9 @@ def attention_fn(
     Returns:
       A function ``attend(query, key, value, bias=None, mask=None, *, ...)`` of ``(..., T, N, H)``,
       ``(..., S, K, H)`` and ``(..., S, K, V)``, which returns ``(..., T, N, V)``. N is a multiple
-      of K. ``mask`` marks keys and must broadcast to ``(..., 1, 1, S)``. ``segment_ids`` ``(...,
-      T)`` marks packed documents. Sums are kept in float32 or wider, whatever ``precision`` is.
+      of K. ``mask`` marks keys and must broadcast to ``(..., 1, 1, S)``. Packed documents are
+      marked by ``segment_ids`` ``(..., T)``. Sums are kept in float32 or wider, whatever
+      ``precision`` is.
       ``NotImplementedError`` is raised for a bias, a scale, a local window, attention dropout, sown
       weights and residuals, because they need the weight matrix, which RACE never forms.
 
