@@ -1,9 +1,9 @@
 """GPU kernels for RACE attention, written in Pallas.
 
-In: hash projections, values, sharpness, masks and a state. Out: outputs and states, or gradients.
-Equation: the chunk form of causal and bidirectional RACE attention (docs/kernels.md).
-
-None of these functions has a derivative rule of its own: a caller ties a forward to its backward.
+They take hash projections, values, sharpness, masks and a state, and return outputs and states, or
+gradients. They compute the chunk form of causal and bidirectional RACE attention (docs/kernels.md).
+None of these functions has a derivative rule of its own. The caller pairs each forward function
+with its backward function.
 """
 
 from typing import Any
@@ -27,8 +27,8 @@ __all__ = [
     "supports",
 ]
 
-# F by how products are made. Float32 tiles take twice the memory of bfloat16 ones, and exact
-# products go in six bfloat16 parts.
+# The largest F for each kind of product. Float32 tiles take twice the memory of bfloat16 ones, and
+# an exact product takes six bfloat16 products.
 MAX_FEATURES = {"bfloat16": 256, "float32 in TF32": 128, "float32": 64}
 DTYPES = ("float32", "bfloat16")
 VALUE_DIMS = range(1, 257)
@@ -42,17 +42,17 @@ def supports(
     is_causal: bool,
     exact: bool = True,
 ) -> str | None:
-    """Says why the kernels cannot run this call, or None when they can.
+    """Returns why the kernels cannot run this call, or None if they can.
 
     Args:
-      query_projections: shape and dtype of z of the queries, (B, T, N, L, P).
-      key_projections: shape and dtype of z of the keys, (B, S, K, L, P).
-      value: shape and dtype of the values, (B, S, K, V).
-      is_causal: whether the call is causal; then T and S are equal.
-      exact: whether products of float32 operands are to be exact, not TF32.
+      query_projections: the shape and dtype of z of the queries, (B, T, N, L, P).
+      key_projections: the shape and dtype of z of the keys, (B, S, K, L, P).
+      value: the shape and dtype of the values, (B, S, K, V).
+      is_causal: whether the call is causal. T and S are then equal.
+      exact: whether products of float32 operands are exact, rather than TF32.
 
     Returns:
-      One sentence that names the limit, what is supported and what was given; or None.
+      None, or one sentence that names the limit, what is supported and what was given.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -1,7 +1,6 @@
-"""The one file that names Pallas's Triton form: launching a kernel, and the arithmetic inside it.
+"""The only module that uses Pallas's Triton backend: it launches kernels and does tile arithmetic.
 
-In: a kernel over named references, its grid and block; or the tiles of one operation.
-Out: the kernel's outputs by name; or the operation's tile. No equation of RACE lives here.
+Nothing here is specific to RACE.
 """
 
 import dataclasses
@@ -19,12 +18,13 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.blocks import Block
 
 LOG2_E = math.log2(math.e)
-# The compute capability that the kernels are compiled for, and the names of cards that have it:
-# a device that is only described to JAX has a name and no capability.
+# The compute capability that the kernels are compiled for, and the names of cards that have it.
+# The names are needed because a device that is only described to JAX has no capability.
 CAPABILITY = "9.0"
 HOPPER_CARDS = ("H100", "H200", "H800", "H20", "GH200")
-# Six bfloat16 products, within 3e-7 of float64 where measured (three TF32 products: 4e-7). The
-# IEEE form unrolls to scalar code that takes minutes to compile.
+# An exact product is made of six bfloat16 products. Its measured error against float64 is within
+# 3e-7; that of three TF32 products is 4e-7. The IEEE form unrolls to scalar code that takes minutes
+# to compile.
 _EXACT_PRODUCT = lax.DotAlgorithmPreset.BF16_BF16_F32_X6
 _TF32_PRODUCT = lax.DotAlgorithmPreset.TF32_TF32_F32
 NARROW_SIGNS = 64  # columns; so many go into float32 products, which are faster where they fit
@@ -34,7 +34,7 @@ _CONTRACT = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Shape, dtype and block of one kernel output."""
+    """The shape, dtype and block of one kernel output."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -51,7 +51,7 @@ def launch(
     block: Block,
     interpret: bool,
 ) -> SimpleNamespace:
-    """Runs `kernel` over the grid; absent inputs and outputs are None on both sides."""
+    """Runs `kernel` over the grid. An absent input or output is None, in the kernel and outside."""
     given = {key: pair for key, pair in inputs.items() if pair[0] is not None}
     wanted = {key: out for key, out in outputs.items() if out is not None}
     absent = dict.fromkeys([*inputs, *outputs])
@@ -77,19 +77,19 @@ def launch(
 
 
 def varying_axes(arrays: Any) -> frozenset[str]:
-    """The axes of an enclosing `jax.shard_map` over which any of the arrays varies."""
+    """Returns the axes of an enclosing `jax.shard_map` over which any of the arrays varies."""
     types = [jax.typeof(array).manual_axis_type for array in jax.tree.leaves(arrays)]
     return frozenset().union(*(kind.varying for kind in types))
 
 
 def varying_shape(shape: tuple[int, ...], dtype: Any, axes: frozenset[str]) -> jax.ShapeDtypeStruct:
-    """The shape of an output that varies over these axes."""
+    """Returns the shape of an output that varies over these axes."""
     kind = jax.sharding.ManualAxisType(varying=axes) if axes else jax.typeof(0.0).manual_axis_type
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
 
 def vary(arrays: Any, axes: frozenset[str]) -> Any:
-    """The arrays, which now vary over these axes; nothing moves."""
+    """Marks the arrays as varying over these axes. No data are moved."""
 
     def one(array):
         missing = axes - jax.typeof(array).manual_axis_type.varying
@@ -99,7 +99,7 @@ def vary(arrays: Any, axes: frozenset[str]) -> Any:
 
 
 def load(ref: Any, index: tuple, rows: jax.Array | None = None) -> jax.Array:
-    """`ref[index]`; where `rows` (C,) is False nothing is read and zero comes back."""
+    """Returns `ref[index]`. Rows (C,) that are False are not read and give zero."""
     if rows is None:
         return ref[index]
     view = ref.at[index]
@@ -107,7 +107,7 @@ def load(ref: Any, index: tuple, rows: jax.Array | None = None) -> jax.Array:
 
 
 def store(ref: Any, index: tuple, value: jax.Array, rows: jax.Array | None = None) -> None:
-    """`ref[index] = value`; where `rows` (C,) is False nothing is written."""
+    """Sets `ref[index] = value`. Rows (C,) that are False are not written."""
     value = value.astype(ref.dtype)
     if rows is None:
         ref[index] = value
@@ -124,10 +124,10 @@ def _rows_mask(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 class Arithmetic:
     """Products and special functions on tiles, in the precision that `dtype` and `exact` ask for.
 
-    Products of float32 tiles are exact to 3e-7, or TF32 products whose operands have 10 bits behind
-    the point. Compiled for the GPU, bfloat16 and TF32 take the hardware's approximate special
-    functions. Their errors (about 2**-22, and 2**-11 for the tanh that bfloat16 takes) lie below
-    the rounding of the operands.
+    Products of float32 tiles are either exact to 3e-7, or TF32 products, whose operands have 10
+    bits after the binary point. On the GPU, bfloat16 and TF32 use the hardware's approximate
+    special functions. Their errors are about 2**-22, or 2**-11 for the tanh that bfloat16 uses, and
+    lie below the rounding of the operands.
     """
 
     dtype: Any
@@ -148,7 +148,7 @@ class Arithmetic:
         x = x.astype(self.dtype)
         if not self.tf32:
             return x
-        # The matrix units would cut the last 13 bits off, which leaves sums of features too small.
+        # The matrix units would truncate the last 13 bits, which makes sums of features too small.
         return lax.reduce_precision(x, 8, 10) if self.interpret else _ptx("cvt.rna.tf32.f32", x)
 
     def rounded(self, x: jax.Array) -> jax.Array:
@@ -178,8 +178,8 @@ class Arithmetic:
         )
 
     def dot(self, a: jax.Array, b: jax.Array, form: str = "nn") -> jax.Array:
-        """Matrix product accumulated in float32; `form` says which operand is transposed."""
-        # Always named: JAX's own setting would reach into the kernel.
+        """Computes a matrix product in float32. `form` says which operand is transposed."""
+        # The precision is always given, because JAX's global setting would otherwise apply here.
         precision = lax.Precision.DEFAULT
         if self.dtype == jnp.float32:
             precision = _EXACT_PRODUCT if self.exact else _TF32_PRODUCT
@@ -193,10 +193,10 @@ class Arithmetic:
         )
 
     def dot_signs(self, a: jax.Array, signs: jax.Array, form: str = "nn") -> jax.Array:
-        """Product with a constant matrix that bfloat16 holds exactly.
+        """Computes the product with a constant matrix that bfloat16 holds exactly.
 
-        A float32 tile next to a wide matrix goes in as many bfloat16 parts as its precision needs,
-        two or three, so that the matrix takes half the shared memory.
+        If the matrix is wide, a float32 tile is split into as many bfloat16 parts as its precision
+        needs, two or three. The matrix then takes half the shared memory.
         """
         if self.dtype == jnp.bfloat16 or self.interpret or signs.shape[1] <= NARROW_SIGNS:
             return self.dot(a, signs, form)
@@ -216,7 +216,7 @@ class Arithmetic:
     def tanh(self, x: jax.Array) -> jax.Array:
         if not self.approximate:
             return jnp.tanh(x)
-        if self.tf32:  # the hardware's tanh would double the error of TF32
+        if self.tf32:  # the hardware's tanh would double the error of a TF32 result
             return 1.0 - 2.0 * self.reciprocal(1.0 + self.exp2(x * (2.0 * LOG2_E)))
         return _ptx("tanh.approx.f32", x)
 
@@ -224,7 +224,7 @@ class Arithmetic:
         return _ptx("ex2.approx.ftz.f32", x) if self.approximate else jnp.exp2(x)
 
     def power(self, x: jax.Array) -> jax.Array:
-        """2**x for features, which the products round anyway: in pairs where `packed`."""
+        """Returns 2**x for features, two at a time if `packed`. The products round them anyway."""
         if not (self.packed and self.approximate and not self.tf32):
             return self.exp2(x)
         [pairs] = plt.elementwise_inline_asm(
@@ -244,7 +244,7 @@ class Arithmetic:
 
 
 def _ptx(instruction: str, x: jax.Array) -> jax.Array:
-    """One PTX instruction on every element of a float32 tile."""
+    """Applies one PTX instruction to every element of a float32 tile."""
     [result] = plt.elementwise_inline_asm(
         f"{instruction} $0, $1;",
         args=[x],
@@ -256,15 +256,15 @@ def _ptx(instruction: str, x: jax.Array) -> jax.Array:
 
 
 def has_warpgroups() -> bool:
-    """Whether this JAX has what warpgroup.py builds on."""
+    """Returns whether this JAX version has what warpgroup.py builds on."""
     return tuple(int(part) for part in jax.__version__.split(".")[:2]) >= (0, 11)
 
 
 def missing() -> str | None:
-    """What this installation or its card lacks for the compiled kernels, or None.
+    """Returns what this installation or its card lacks for the compiled kernels, or None.
 
-    The kernels of warpgroups use instructions that exist on compute capability 9.0 alone (sm_90a),
-    not on later ones. The others have run nowhere else.
+    The warpgroup kernels use instructions that exist only on compute capability 9.0 (sm_90a), and
+    not on later ones. The other kernels have not been run on any other capability.
     """
     if not has_warpgroups():
         return f"the RACE kernels need jax >= 0.11; found {jax.__version__}"
@@ -284,7 +284,7 @@ def missing() -> str | None:
 
 
 def _devices() -> list[Any]:
-    """The device that a mesh describes, or the CUDA devices of this host."""
+    """Returns the device that a mesh describes, or the CUDA devices of this host."""
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
         return [described]

@@ -1,7 +1,7 @@
 """Block sizes of the kernels: frozen records, and a heuristic that chooses them by shape.
 
-In: the sizes of a call. Out: chunk, value block, warps and stages of each kernel, and how the
-sequence is split. No equation: every choice gives the same result, up to rounding.
+They set the chunk, value block, warps and stages of each kernel, and how the sequence is split.
+Every choice gives the same result, up to rounding.
 """
 
 import dataclasses
@@ -9,11 +9,12 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """How one kernel is cut: `value` columns a program, and Triton's two knobs.
+    """How one kernel is cut: the columns of `value` per program, and Triton's warps and stages.
 
-    `packed` makes bfloat16 features two at a time, from a logarithm already rounded to bfloat16:
-    half the special-function instructions and fewer registers, for 1.4 times the rounding error.
-    With a gate nothing is packed: dg cancels only where all kernels round φk alike.
+    `packed` computes bfloat16 features two at a time, from a logarithm already rounded to bfloat16.
+    This takes half the special-function instructions and fewer registers, for 1.4 times the
+    rounding error. With a gate nothing is packed, because the terms of dg cancel only if all
+    kernels round φk alike.
     """
 
     value: int
@@ -24,11 +25,11 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """How a kernel of several warpgroups is fed, and what each of them may take."""
+    """How a kernel of several warpgroups fetches data, and the registers of each warpgroup."""
 
-    key_slots: int  # chunks of keys and values that are fetched ahead, at most
-    query_slots: int  # the same of single query heads; fewer where memory is short
-    registers: tuple[int, ...]  # a thread of each kind of warpgroup; at most 504 for all four
+    key_slots: int  # the most chunks of keys and values that are fetched ahead
+    query_slots: int  # the same for chunks of single query heads; fewer if memory is short
+    registers: tuple[int, ...]  # per thread, for each kind of warpgroup; at most 504 for all four
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,21 +42,22 @@ class Blocks:
     query: Block | Pipeline
     reverse: Block
     key: Block | Pipeline
-    value: Block | None = None  # None: the kernel of the keys makes the values' gradients too
+    value: Block | None = None  # None if the kernel of the keys also computes dv
 
 
-# Two full waves of an H200 (132 multiprocessors, two programs each), and never so many splits that
-# combining them, quadratic in their number, costs more than it hides.
+# The number of programs to aim for is two full waves of an H200, which has 132 multiprocessors and
+# runs two programs on each. The number of splits is limited, because the cost of combining them is
+# quadratic in their number.
 PROGRAMS = 528
 MAX_SPLITS = 512
 MIN_SPLIT = 256
 
 
 def fits_warpgroups(features: int, projections: int, value_dim: int, itemsize: int) -> bool:
-    """Whether a causal problem of these padded sizes suits the kernels of warpgroups.
+    """Returns whether a causal problem of these padded sizes suits the warpgroup kernels.
 
-    They hold φ of a chunk in one tile of Hopper's matrix product, z in half of one at most, and
-    values in one or two, all in bfloat16.
+    These kernels hold φ of a chunk in one tile of Hopper's matrix product, z in at most half a
+    tile, and values in one or two tiles, all in bfloat16.
     """
     sizes = features == 64 and projections in (16, 32) and value_dim in (64, 128)
     return sizes and itemsize == 2
@@ -70,7 +72,10 @@ def choose_blocks(
     gate: bool = False,
     exact: bool = True,
 ) -> Blocks:
-    """Blocks for padded sizes F and V; a program's state F x value has to stay in registers."""
+    """Returns blocks for the padded sizes F and V.
+
+    A program keeps its state, F x value, in registers.
+    """
     if itemsize == 4:
         elements = 2048 if exact else 4096
         block = Block(max(16, min(value_dim, elements // features)), 4, 1)
@@ -96,12 +101,12 @@ def choose_blocks(
 
 
 def split_length(length: int, rows: int, *, chunk: int = 64) -> int:
-    """Tokens of one split of a sequence, where `rows` = B·K sequences run side by side."""
+    """Returns the tokens per split of a sequence, if `rows` = B·K sequences run side by side."""
     splits = max(1, min(MAX_SPLITS, PROGRAMS // max(rows, 1)))
     tokens = max(MIN_SPLIT, -(-length // splits))
     return -(-tokens // chunk) * chunk
 
 
 def split_count(length: int, rows: int, *, chunk: int = 64) -> int:
-    """How many splits a sequence has: the third axis of the residual states."""
+    """Returns the number of splits of a sequence, the third axis of the residual states."""
     return -(-length // split_length(length, rows, chunk=chunk))

@@ -1,8 +1,8 @@
-"""Causal RACE attention, forward: the sums of each split, then the outputs.
+"""The forward pass of causal RACE attention: the sums of each split, then the outputs.
 
-In: z of queries and keys, values, sharpness, decay, masks and a state. Out: outputs, the final
-state, and the state where each split starts (the residuals of the backward pass).
-Equation: [N | z] = ((φq φkᵀ)∘D)[v | 1] + in∘(φq X), X' = a X + (out∘φk)ᵀ[v | 1], o = N / z.
+    [N | z] = ((φq φkᵀ)∘D)[v | 1] + in∘(φq X),   X' = a X + (out∘φk)ᵀ[v | 1],   o = N / z
+
+The states at the start of each split are the residuals of the backward pass.
 """
 
 from types import SimpleNamespace
@@ -17,31 +17,31 @@ from pallas_kernels.tiles import MASS, TINY, Chunk, Problem, Shared
 
 
 def empty_state(problem: Problem) -> tuple[jax.Array, jax.Array]:
-    """Zero numerator (F, V) and mass (F, MASS), every column of the mass the same."""
+    """Returns a zero numerator (F, V) and mass (F, MASS). Every column of a mass is the same."""
     shape = (problem.features, problem.value_block)
     return jnp.zeros(shape, jnp.float32), jnp.zeros((problem.features, MASS), jnp.float32)
 
 
 def load_state(problem: Problem, refs: SimpleNamespace) -> tuple[jax.Array, jax.Array]:
-    """The state where this program's split starts."""
+    """Returns the state at the start of this program's split."""
     mass = jnp.broadcast_to(refs.split_mass[...][:, None], (problem.features, MASS))
     return refs.split_numerator[...], mass
 
 
 def hashed_keys(chunk: Chunk, feature_map: FeatureMap, zk) -> jax.Array:
-    """φk (C, F) in float32, zero at padded tokens."""
+    """Returns φk (C, F) in float32, zero at padded tokens."""
     z = load(zk, (chunk.span, slice(None)), chunk.rows)
     return chunk.masked(feature_map.expand(feature_map.squash(z)))
 
 
 def hashed_queries(chunk: Chunk, feature_map: FeatureMap, zq, head) -> jax.Array:
-    """φq (C, F) of one query head in float32."""
+    """Returns φq (C, F) of one query head in float32."""
     z = load(zq, (chunk.span, head, slice(None)), chunk.rows)
     return feature_map.expand(feature_map.squash(z))
 
 
 def absorb(problem: Problem, chunk: Chunk, phi_k: jax.Array, value: jax.Array, state: tuple):
-    """The state after a chunk: X' = a X + (out∘φk)ᵀ[v | 1]."""
+    """Returns the state after a chunk: X' = a X + (out∘φk)ᵀ[v | 1]."""
     math, (numerator, mass) = problem.arithmetic, state
     # Rounded twice, as the gate's gradient takes them in account (causal_gradients.py).
     keys = math.cast(chunk.leave(math.rounded(phi_k)))
@@ -51,7 +51,10 @@ def absorb(problem: Problem, chunk: Chunk, phi_k: jax.Array, value: jax.Array, s
 
 
 def denominators(problem: Problem, chunk: Chunk, attention, queries, mass) -> jax.Array:
-    """z (C,) from the same rounded operands as the numerator, so that v = 1 gives o = 1."""
+    """Returns z (C,).
+
+    z uses the same rounded operands as the numerator, so that v = 1 gives o = 1.
+    """
     math = problem.arithmetic
     ones = jnp.ones((problem.chunk, MASS), problem.dtype)
     columns = math.dot(attention, ones) + chunk.enter(math.dot(queries, mass))
@@ -59,7 +62,7 @@ def denominators(problem: Problem, chunk: Chunk, attention, queries, mass) -> ja
 
 
 def reciprocals(problem: Problem, chunk: Chunk, denominator: jax.Array) -> jax.Array:
-    """1 / z (C,), and 0 for a query that sees no key or is padded."""
+    """Returns 1 / z (C,), and 0 for a query that sees no key or is padded."""
     seen = denominator >= TINY
     inverse = problem.arithmetic.reciprocal(jnp.where(seen, denominator, 1.0))
     seen = seen if chunk.valid is None else seen & chunk.valid
@@ -107,7 +110,10 @@ def _outputs_kernel(problem: Problem, refs: SimpleNamespace) -> None:
 
 
 def split_sums(problem: Problem, block: Block, shared: Shared, zk, value):
-    """Numerator (B, K, splits, F, V) and mass (B, K, splits, F) of each split by itself."""
+    """Returns the sums of each split by itself.
+
+    They are the numerator (B, K, splits, F, V) and the mass (B, K, splits, F).
+    """
     problem = problem.cut(block)
     batch, kv_heads, splits, features = (
         problem.batch,
@@ -133,7 +139,7 @@ def split_sums(problem: Problem, block: Block, shared: Shared, zk, value):
 
 
 def outputs(problem: Problem, block: Block, shared: Shared, zq, zk, value, states):
-    """Outputs (B, T, N, V) from the state where each split starts."""
+    """Returns outputs (B, T, N, V), from the state at the start of each split."""
     problem = problem.cut(block)
     shape = (problem.batch, problem.length, zq.shape[2], problem.value_dim)
     result = launch(

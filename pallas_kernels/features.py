@@ -1,7 +1,9 @@
 """Soft-hash features of a tile of tokens, and their derivative, on the matrix units.
 
-In: hash projections z (C, LP) and the sharpness. Out: φ (C, F), or dz and dβ from dφ.
-Equation: log φ_r = Σ_p log sigmoid(2 β tanh(z_p) c_rp), the corner softmax in factors.
+    log φ_r = Σ_p log sigmoid(2 β tanh(z_p) c_rp)
+
+This is the corner softmax in factors. φ (C, F) is computed from hash projections z (C, LP) and the
+sharpness β, and dz and dβ from dφ.
 """
 
 import jax
@@ -10,17 +12,18 @@ import numpy as np
 
 from pallas_kernels.backend import LOG2_E, Arithmetic
 
-# Times a log2 sigmoid pair, whose sum is at most -2, this reaches 2**-1024: an exact zero.
+# The weight of padding columns. The two log2 sigmoids of a plane add up to -2 or less, so that this
+# gives an exponent of -1024 or less, and 2**-1024 is an exact zero.
 _SILENT = 512.0
 
 
 def corner_signs(
     tables: int, planes: int, rows: int, columns: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """0/1 matrices (rows, columns): the corners where a plane is +1, and where it is -1.
+    """Returns two 0/1 matrices (rows, columns): corners where a plane is +1, and where it is -1.
 
-    Row l·P + p is plane p of table l and column l·R + r corner r of table l; the first plane is the
-    slowest bit. Columns past L·R carry a weight that makes their feature exactly zero.
+    Row l·P + p is plane p of table l. Column l·R + r is corner r of table l; the first plane is the
+    most significant bit. Columns past L·R carry a weight that makes their feature exactly zero.
     """
     corners = 2**planes
     bits = (np.arange(corners) >> np.arange(planes - 1, -1, -1)[:, None]) & 1  # (P, R)
@@ -34,7 +37,7 @@ def corner_signs(
 
 
 class FeatureMap:
-    """φ(z; β) for one key/value head: a value inside a kernel, made once before its loop."""
+    """φ(z; β) for one key/value head. It is made inside a kernel, once before its loop."""
 
     def __init__(self, positive: jax.Array, negative: jax.Array, sharpness: jax.Array, arithmetic):
         self.positive, self.negative = positive, negative  # (LP, F)
@@ -42,14 +45,14 @@ class FeatureMap:
         self.arithmetic: Arithmetic = arithmetic
 
     def squash(self, z: jax.Array) -> jax.Array:
-        """u = tanh z in float32."""
+        """Returns u = tanh z in float32."""
         return self.arithmetic.tanh(z.astype(jnp.float32))
 
     def expand(self, squashed: jax.Array) -> jax.Array:
-        """φ (C, F) in float32 from u (C, LP)."""
+        """Returns φ (C, F) in float32 from u (C, LP)."""
         math, scaled = self.arithmetic, self._scaled(squashed)
-        # log2 sigmoid of +t and of -t. Each keeps its own relative precision when rounded, which
-        # β u c - log cosh(β u) does not: there two large numbers cancel.
+        # These are log2 sigmoid of +t and of -t. Each keeps its relative precision when rounded.
+        # The form β u c - log cosh(β u) would not, because two large numbers cancel in it.
         softplus = math.log2(1.0 + math.exp2(-jnp.abs(scaled)))
         plus, minus = jnp.minimum(scaled, 0.0) - softplus, -jnp.maximum(scaled, 0.0) - softplus
         return math.power(
@@ -59,7 +62,7 @@ class FeatureMap:
     def gradient(
         self, squashed: jax.Array, phi: jax.Array, d_phi: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """dz (C, LP), and the terms (C, LP) whose sum is dβ, from dφ (C, F)."""
+        """Returns dz (C, LP), and the terms (C, LP) whose sum is dβ, from dφ (C, F)."""
         math, scaled = self.arithmetic, self._scaled(squashed)
         weight = phi.astype(jnp.float32) * d_phi
         decayed = math.exp2(-jnp.abs(scaled))

@@ -1,7 +1,6 @@
-"""From the arrays of a call to its static sizes, and to arrays of the sizes that products take.
+"""The plan of a call: its static sizes, its blocks, and arrays padded to sizes that products take.
 
-In: z, values and states as the caller has them. Out: a Problem and Blocks; arrays padded, exactly:
-columns of zeros that no output reads. No equation.
+The padding is exact: it adds columns of zeros that no output depends on.
 """
 
 import dataclasses
@@ -15,15 +14,15 @@ from pallas_kernels import backend
 from pallas_kernels.blocks import Blocks, choose_blocks, fits_warpgroups, split_length
 from pallas_kernels.tiles import Problem, padded, padded_features
 
-# Warpgroups copy values and outputs in tiles of so many tokens.
+# Warpgroups copy values and outputs in tiles of this number of tokens.
 TILE_ROWS = 8
 
 
 def traced_alike(function: Callable) -> Callable:
-    """The function, traced alike wherever it is called from.
+    """Makes a function trace alike wherever it is called from.
 
-    Kernels are traced with 64-bit types off, so that their indices are int32. Inside
-    `jax.shard_map` all arguments vary over the same axes, those over which any of them varies.
+    Kernels are traced with x64 off, so indices are int32. Inside `jax.shard_map`, all arguments are
+    made to vary over every mesh axis that any of them varies over.
     """
 
     @functools.wraps(function)
@@ -47,15 +46,19 @@ def plan(
     gate: bool = False,
     exact: bool = True,
 ) -> tuple[Problem, Problem, Blocks]:
-    """The problem as the queries see it and as the keys do (they differ in length), and blocks."""
+    """Returns the problem of the queries, that of the keys, and the blocks.
+
+    The two problems differ in their length.
+    """
     batch, length, heads = zq.shape[:3]
     tables, planes = hash_shape or zq.shape[3:]
     kv_length, kv_heads, value_dim = value.shape[1:]
     value_dim, features = padded(value_dim), padded_features(tables, planes)
     sizes = features, padded(tables * planes), value_dim, value.dtype.itemsize
     warpgroups = is_causal and not interpret and backend.has_warpgroups()
-    # Inside `jax.shard_map` with check_vma=True, JAX refuses the loops of Mosaic's kernels: what
-    # they load varies over mesh axes, and what they make of it does not say so.
+    # Inside `jax.shard_map` with check_vma=True, JAX refuses the loops of Mosaic's kernels: the
+    # values that they load vary over mesh axes, but the results computed from them are not marked
+    # as varying.
     warpgroups = (
         warpgroups and length % TILE_ROWS == 0 and not backend.varying_axes((zq, zk, value))
     )
@@ -87,40 +90,41 @@ def plan(
 
 
 def projection_columns(tables: int, planes: int) -> int:
-    """How many columns z has in the kernels: L·P and zeros up to a size that products take."""
+    """Returns the number of columns of z in the kernels: L·P, padded for the products."""
     return padded(tables * planes)
 
 
 def flat_projections(problem: Problem, z: jax.Array) -> jax.Array:
-    """z (..., L, P) or (..., 1, X) as the kernels take it, by a copy where columns are missing."""
+    """Returns z (..., L, P) or (..., 1, X) as the kernels take it. Missing columns cost a copy."""
     return pad_to(z.reshape(*z.shape[:3], -1), problem.projections)
 
 
 def whole_chunks(problem: Problem, z: jax.Array) -> jax.Array:
-    """z (B, T, heads, X) with zeros up to whole chunks, as the kernels of warpgroups take it.
+    """Pads z (B, T, heads, X) to whole chunks, as the warpgroup kernels need it.
 
-    Where a head is alone, Mosaic copies a chunk of z as one contiguous piece of memory, which ends
-    with the array and not with the sequence. A chunk that reaches past its own sequence would then
-    read the next one, and its gradient would be written over the next one. `jax.vmap` adds axes of
-    which this code knows nothing, so every sequence has room for all of its chunks.
+    If a head stands alone, Mosaic copies a chunk of z as one contiguous piece of memory, whose
+    bound is the end of the array and not of the sequence. A chunk that reaches past its own
+    sequence would then read the next sequence, and its gradient would overwrite that of the next
+    sequence. `jax.vmap` adds sequences that this code cannot see. Therefore every sequence is
+    padded to whole chunks.
     """
     return pad_to(z, problem.chunks * problem.chunk, axis=1)
 
 
 def unflat(flat: jax.Array, like: jax.Array) -> jax.Array:
-    """The gradient of z (B, T, heads, L, P) from that of the padded rows and columns."""
+    """Returns the gradient of z (B, T, heads, L, P) from that of the padded z."""
     length, size = like.shape[1], like.shape[3] * like.shape[4]
     return flat[:, :length, :, :size].reshape(like.shape).astype(like.dtype)
 
 
 def padded_state(problem: Problem, numerator: jax.Array, mass: jax.Array) -> tuple:
-    """Numerator (..., F, V) and mass (..., F) at the padded F and V."""
+    """Pads a numerator (..., F, V) and a mass (..., F) to the padded F and V."""
     numerator = pad_to(pad_to(numerator, problem.value_dim), problem.features, axis=-2)
     return numerator, pad_to(mass, problem.features)
 
 
 def pad_to(x: jax.Array, size: int, axis: int = -1) -> jax.Array:
-    """`x` with zeros after its last element along an axis; itself where nothing is missing."""
+    """Appends zeros to `x` along an axis, up to `size`. Without any, `x` itself is returned."""
     if x.shape[axis] == size:
         return x
     padding = [(0, 0)] * x.ndim

@@ -1,8 +1,11 @@
-"""Carrying the state over the splits of a sequence, forward and back, in plain XLA.
+"""The state at the start of every split of a sequence, and its adjoint, in plain XLA.
 
-In: the sums of each split and the initial state. Out: the state where each split starts, and the
-final one; transposed, the adjoints. Equation: X_s = Σ_{j<=s} W_sj Y_j, Y_0 the initial state, Y_j
-the sums of split j - 1; W_sj is the decay of the splits between, and 0 across a segment border.
+With Y_0 the initial state and Y_j the sums of split j - 1,
+
+    X_s = Σ_{j<=s} W_sj Y_j
+
+W_sj is the decay over the splits between j and s, and 0 across a segment border. The last X is the
+final state. Adjoints use the transpose of W.
 """
 
 import jax
@@ -19,17 +22,17 @@ def split_weights(
     shape: tuple[int, int, int],
     split: int,
 ) -> jax.Array:
-    """W (B, K, splits + 1, splits + 1), lower triangular.
+    """Returns W (B, K, splits + 1, splits + 1), lower triangular.
 
-    The exponents are summed over the splits between j and s only: the difference of two running
-    sums over the whole sequence would lose them.
+    Each exponent is a sum over the splits between j and s only. The difference of two running sums
+    over the whole sequence would lose precision.
     """
     batch, kv_heads, splits = shape
     states = jnp.arange(splits + 1)
     weights = (states[:, None] >= states).astype(jnp.float32)
     if log_decay is not None:
         totals = _split_totals(log_decay, splits, split)  # (B, K, splits)
-        totals = jnp.pad(totals, ((0, 0), (0, 0), (1, 0)))  # row s: the decay of split s - 1
+        totals = jnp.pad(totals, ((0, 0), (0, 0), (1, 0)))  # entry s is the decay of split s - 1
         between = jnp.where(states[:, None] > states, totals[..., None], 0.0)
         weights = weights * jnp.exp(jnp.cumsum(between, axis=2))
     if segment_ids is not None:
@@ -48,10 +51,10 @@ def _split_totals(log_decay: jax.Array, splits: int, split: int) -> jax.Array:
 
 
 def running_decay(log_decay: jax.Array, chunk: int) -> jax.Array:
-    """γ (B, K, T padded to chunks): the sum of the log decay since the chunk's start, inclusive.
+    """Returns γ (B, K, T padded to chunks), the sum of log decay from the chunk's start, inclusive.
 
-    Made once here, not in each kernel for each query head. A sum over the whole sequence would
-    lose the differences between neighbours.
+    It is computed once here, and not in each kernel for each query head. A sum over the whole
+    sequence would lose the differences between neighbours to rounding.
     """
     batch, length, kv_heads = log_decay.shape
     decay = jnp.pad(log_decay, ((0, 0), (0, -length % chunk), (0, 0)))
@@ -61,9 +64,10 @@ def running_decay(log_decay: jax.Array, chunk: int) -> jax.Array:
 
 
 def later_flow(flow: jax.Array, later: jax.Array, chunk: int, split: int) -> jax.Array:
-    """dg (B, K, T): Σ_{u>=t} (row_u - column_u) to the end of t's split, plus what comes later.
+    """Returns dg (B, K, T): Σ_{u>=t} (row_u - column_u) to the end of t's split, plus `later`.
 
-    `later` (B, K, splits) is ⟨Λ_e, X_e⟩ at the end of each split, so that no sum is longer.
+    `later` (B, K, splits) is ⟨Λ_e, X_e⟩ at the end of each split. It stands for all later splits,
+    so that no sum is longer than a split.
     """
     batch, kv_heads, length = flow.shape
     splits = later.shape[2]
@@ -78,7 +82,7 @@ def later_flow(flow: jax.Array, later: jax.Array, chunk: int, split: int) -> jax
 def starting_states(
     weights: jax.Array, sums: jax.Array, initial: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """States (B, K, splits, ...) where each split starts, and the final one (B, K, ...)."""
+    """Returns the states (B, K, splits, ...) at the start of each split, and the final state."""
     states = _mix(weights[:, :, :-1, 1:], sums) + _scaled(weights[:, :, :-1, 0], initial)
     final = _mix(weights[:, :, -1:, 1:], sums) + _scaled(weights[:, :, -1:, 0], initial)
     return states, final[:, :, 0]
@@ -87,7 +91,7 @@ def starting_states(
 def leaving_adjoints(
     weights: jax.Array, adjoints: jax.Array, d_final: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Adjoints of the state that leaves each split, and of the initial state.
+    """Returns the adjoints of the state that leaves each split, and of the initial state.
 
     `adjoints` (B, K, splits, ...) are the cotangents of the starting states from their own splits.
     """

@@ -1,9 +1,11 @@
-"""What every causal kernel shares: the sizes of a call, its blocks, and the weights of a chunk.
+"""What all causal kernels share: the sizes of a call, its block specifications, and decay factors.
 
-In: array shapes; inside a kernel, references to γ, mask and segment ids. Out: block
-specifications, and the factors D, in, out and a of one chunk.
-Equation: D_ts = exp(γ_t - γ_s), in_t = exp(γ_t), out_s = exp(Γ - γ_s), a = exp(Γ), with γ the
-running log decay of the chunk and Γ its last value; each is 0 across a segment border.
+The factors of one chunk are
+
+    D_ts = exp(γ_t - γ_s),   in_t = exp(γ_t),   out_s = exp(Γ - γ_s),   a = exp(Γ)
+
+with γ the running log decay of the chunk and Γ its last value. Each factor is 0 across a segment
+border.
 """
 
 import dataclasses
@@ -21,19 +23,19 @@ from pallas_kernels.backend import LOG2_E, Arithmetic, Output, load
 from pallas_kernels.blocks import Block
 from pallas_kernels.features import FeatureMap, corner_signs
 
-# Width of the block of equal columns that carries a mass: the narrowest product operand.
+# The number of equal columns that hold a mass, which is the width of the narrowest product operand.
 MASS = 16
-# A denominator below this counts as no visible key at all.
+# A query with a smaller denominator counts as seeing no key.
 TINY = 1e-30
 
 
 def padded(size: int) -> int:
-    """The next power of two that a matrix product takes: at least 16."""
+    """Returns the next power of two that a matrix product takes, at least 16."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def padded_features(tables: int, planes: int) -> int:
-    """F, padded to the 64 rows that Hopper's own matrix product needs of a state's update."""
+    """Returns F, padded to the 64 rows that Hopper's product needs in the update of a state."""
     return max(64, padded(tables * 2**planes))
 
 
@@ -50,7 +52,7 @@ class Shared:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Static sizes of one causal call. L and P as given, the other letters padded."""
+    """Static sizes of one causal call. L and P are as given; the other sizes are padded."""
 
     batch: int
     length: int
@@ -98,7 +100,7 @@ class Problem:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Heads first: their programs run side by side and share the cache lines of a token."""
+        """The grid. Heads come first, so that their programs run together and share cache lines."""
         return self.kv_heads * self.value_blocks, self.splits, self.batch
 
     @property
@@ -106,11 +108,11 @@ class Problem:
         return Arithmetic(self.dtype, self.interpret, self.packed, self.exact)
 
     def cut(self, block: Block) -> "Problem":
-        """The same problem as one kernel sees it."""
+        """Returns the same problem as one kernel sees it."""
         value_block = min(block.value, self.value_dim)
         return dataclasses.replace(self, value_block=value_block, packed=block.packed)
 
-    # Block specifications, named by what they cut.
+    # Block specifications, named after the arrays that they cut.
 
     def constant(self, *shape: int) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda h, s, b: (0,) * len(shape))
@@ -125,7 +127,7 @@ class Problem:
         return pl.BlockSpec(shape, lambda h, s, b: (b, 0, h // n, 0))
 
     def query_projections(self) -> pl.BlockSpec:
-        """(B, T, N, LP), the query heads of a group together"""
+        """(B, T, N, LP), with the query heads of a group together"""
         n, shape = self.value_blocks, (None, self.length, self.group, self.projections)
         return pl.BlockSpec(shape, lambda h, s, b: (b, 0, h // n, 0))
 
@@ -135,7 +137,7 @@ class Problem:
         return pl.BlockSpec(shape, lambda h, s, b: (b, 0, h // n, h % n))
 
     def outputs(self) -> pl.BlockSpec:
-        """(B, T, N, V), the query heads of a group together"""
+        """(B, T, N, V), with the query heads of a group together"""
         n, shape = self.value_blocks, (None, self.length, self.group, self.value_block)
         return pl.BlockSpec(shape, lambda h, s, b: (b, 0, h // n, h % n))
 
@@ -160,11 +162,11 @@ class Problem:
         return pl.BlockSpec(shape, lambda h, s, b: (b, h // n, s, h % n))
 
     def single(self, spec: pl.BlockSpec) -> pl.BlockSpec:
-        """The specification of a state that all splits share."""
+        """Returns the specification of a state that all splits share."""
         index = spec.index_map
         return pl.BlockSpec(spec.block_shape, lambda h, s, b: index(h, 0, b))
 
-    # Outputs of one value block each, to be summed over the blocks outside.
+    # Each value block writes its own part of these outputs. The parts are summed outside.
 
     def partial(self, shape: tuple[int, ...], dtype: Any, spec: pl.BlockSpec) -> Output:
         """An output with a leading axis of value blocks."""
@@ -192,7 +194,7 @@ class Problem:
         return pl.BlockSpec((None, None, None), lambda h, s, b: (b, h // n, s))
 
     def shared_inputs(self, shared: "Shared") -> dict:
-        """The inputs that every kernel takes, cut for this problem's value blocks."""
+        """Returns the inputs that every kernel takes, cut for this problem's value blocks."""
         positive, negative = corner_signs(self.tables, self.planes, self.projections, self.features)
         signs = self.constant(self.projections, self.features)
         gamma, mask = shared.gamma, shared.mask
@@ -207,7 +209,7 @@ class Problem:
             "initial_segment": (segments, pl.BlockSpec((None,), lambda h, s, b: (b,))),
         }
 
-    # Inside a kernel.
+    # The methods below are used inside a kernel.
 
     def feature_map(self, refs: SimpleNamespace) -> FeatureMap:
         head = pl.program_id(0) // self.value_blocks
@@ -229,7 +231,10 @@ class Problem:
         return lax.fori_loop(0, count, step, carry)
 
     def once(self) -> Callable[[jax.Array], jax.Array]:
-        """Keeps its argument in the first value block, 0 elsewhere: terms without value columns."""
+        """Returns a function that is the identity in the first value block and 0 elsewhere.
+
+        Terms that do not depend on value columns would otherwise be counted once per block.
+        """
         if self.value_blocks == 1:
             return lambda x: x
         first = pl.program_id(0) % self.value_blocks == 0
@@ -237,7 +242,10 @@ class Problem:
 
     @property
     def _only_head(self) -> int | jax.Array:
-        """0; the interpreter's masked load of 0.10.2 and 0.11.2 takes no Python integer."""
+        """Returns 0, as an array where the interpreter needs one.
+
+        The masked load of the interpreter in jax 0.10.2 and 0.11.2 takes no Python integer.
+        """
         return jnp.int32(0) if self.interpret else 0
 
     def for_group(self, body: Callable, carry: Any) -> Any:
@@ -249,9 +257,10 @@ class Problem:
         )
 
     def shared_heads(self, tile: Callable) -> Callable:
-        """`tile(head)`, made once where the group has one head: it is used in two places.
+        """Returns `tile`, computed only once if the group has one head.
 
-        A tile loaded twice would also take a second set of shared-memory buffers.
+        The result is used in two places. A tile loaded twice would also take a second set of
+        shared-memory buffers.
         """
         if self.group > 1:
             return tile
@@ -260,7 +269,7 @@ class Problem:
 
 
 class Chunk:
-    """The factors of one chunk of tokens; a factor that is 1 everywhere is None."""
+    """The factors of one chunk of tokens. A factor that is 1 everywhere is None."""
 
     def __init__(self, problem: Problem, refs: SimpleNamespace, start: jax.Array):
         size = problem.chunk
@@ -285,7 +294,7 @@ class Chunk:
             self.leaving = refs.segment_ids[last]
 
     def enter(self, tile: jax.Array) -> jax.Array:
-        """`tile` (C, X) times in_t: what the state that enters weighs at each token."""
+        """Multiplies `tile` (C, X) by in_t, the weight of the entering state at each token."""
         if self.gamma is not None:
             tile = tile * self.math.exp2(self.gamma)[:, None]
         if self.segment is not None:
@@ -293,7 +302,7 @@ class Chunk:
         return tile
 
     def leave(self, tile: jax.Array) -> jax.Array:
-        """`tile` (C, X) times out_s: what each token weighs in the state that leaves."""
+        """Multiplies `tile` (C, X) by out_s, the weight of each token in the leaving state."""
         if self.gamma is not None:
             tile = tile * self.math.exp2(self.total - self.gamma)[:, None]
         if self.segment is not None:
@@ -301,7 +310,7 @@ class Chunk:
         return tile
 
     def carry(self, state: jax.Array) -> jax.Array:
-        """`state` times a: what is left of the state that enters in the one that leaves."""
+        """Multiplies `state` by a, the part of the entering state that remains after the chunk."""
         if self.gamma is not None:
             state = state * jnp.exp2(self.total)
         if self.segment is not None:
@@ -309,11 +318,11 @@ class Chunk:
         return state
 
     def masked(self, tile: jax.Array) -> jax.Array:
-        """`tile` (C, X) with the rows of padded tokens at zero."""
+        """Sets the rows of padded tokens in `tile` (C, X) to zero."""
         return tile if self.valid is None else jnp.where(self.valid[:, None], tile, 0.0)
 
     def visible(self, tile: jax.Array, *, transposed: bool = False) -> jax.Array:
-        """`tile` (C queries, C keys), or its transpose, times D."""
+        """Multiplies `tile` (C queries, C keys), or its transpose, by D."""
         at = (lambda x: x[None, :]) if transposed else (lambda x: x[:, None])
         of = (lambda x: x[:, None]) if transposed else (lambda x: x[None, :])
         position = lax.iota(jnp.int32, self.size)
@@ -321,7 +330,7 @@ class Chunk:
         if self.segment is not None:
             mask &= at(self.segment) == of(self.segment)
         if self.gamma is not None:
-            # Masked before the exponential: above the diagonal it could overflow.
+            # The exponent is masked first, because exp could overflow above the diagonal.
             exponent = jnp.where(mask, at(self.gamma) - of(self.gamma), -jnp.inf)
             return tile * self.math.exp2(exponent)
         return jnp.where(mask, tile, 0.0)

@@ -1,8 +1,12 @@
-"""What the kernels of warpgroups that go forward in time share: the feeding and the state.
+"""What the warpgroup kernels that go forward in time share: fetching, and keeping the state.
 
-In: zq, zk, values, numbers a token, the state where each split starts; do, where it is given.
-Out: for two readers in turn, in shared memory: tiles of the queries, and φk, S and Z of a chunk.
-Equation: [S | Z]' = a [S | Z] + (out∘φk)ᵀ [v | 1]; for the gradient S - Z mᵀ is passed on.
+The fetcher copies zq, zk, values, per-token numbers, the state at the start of each split and, for
+the gradient, do. The keeper updates the state,
+
+    [S | Z]' = a [S | Z] + (out∘φk)ᵀ [v | 1],
+
+and passes φk, S and Z of every chunk to one of two readers in shared memory. For the gradient it
+passes S - Z mᵀ in place of S (centre.py).
 """
 
 import functools
@@ -20,8 +24,9 @@ from pallas_kernels import warpgroup as wg
 from pallas_kernels.blocks import Pipeline
 from pallas_kernels.tiles import TINY, Problem, Shared
 
-# Warpgroups that take queries: chunk i goes to reader i % 2, with slots of its own. With one, the
-# keeper's fast warps could write φk over what its slow ones still multiply.
+# The number of warpgroups that take queries. Chunk i goes to reader i % 2, which has its own slots.
+# With a single reader, fast warps of the keeper could overwrite a φk that its slow warps still
+# multiply.
 READERS = 2
 
 
@@ -37,10 +42,10 @@ def launch(
     outputs: Mapping[str, jax.ShapeDtypeStruct | None],
     memory: Mapping[str, Any],
 ) -> SimpleNamespace:
-    """Runs a kernel whose readers do `read`.
+    """Runs a kernel whose readers run `read`.
 
-    `arrays` are zq, zk, value, and for the gradient d_out and m: as numbers and as rows.
-    `memory` is shared memory of the readers' own, by name.
+    `arrays` are zq, zk and value, and for the gradient also d_out and m. m is given both as numbers
+    and as rows. `memory` is the readers' own shared memory, by name.
     """
     numbers, place = tiles.token_numbers(problem, shared), tiles.Place(problem)
     given = "d_out" in arrays
@@ -70,7 +75,7 @@ def launch(
 def _memory(
     problem: Problem, pipeline: Pipeline, numbers: dict, *, d_out: bool = False
 ) -> dict[str, Any]:
-    """Shared memory of what is fetched, and of what the keeper passes on to the readers."""
+    """Returns shared memory for what is fetched, and for what the keeper passes to the readers."""
     slots, leaves = READERS * pipeline.query_slots, numbers["leave"] is not None
     wide = wg.operand(slots, wg.CHUNK, problem.value_dim) if d_out else None
     return tiles.key_memory(problem, pipeline, numbers, more_constants=3 * d_out) | {
@@ -95,7 +100,7 @@ def _memory(
 
 
 def _fetch(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
-    """Starts the copies of keys a chunk and of queries a query head, as slots become free."""
+    """Starts the copies of keys per chunk and of queries per query head, as slots become free."""
     tiles.fetch_constants(refs)
     if refs.mean is not None:
         where, below = (place.batch, place.head, place.split), pl.ds(tiles.FEATURES, 8)
@@ -118,7 +123,8 @@ def _fetch(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> Non
             wg.fetch(refs.d_out.at[where], refs.d_out_tiles.at[slot], full)
 
     def chunks(own_turn, carry):
-        # Head by head for all readers: one that waits for a slot would keep the others waiting.
+        # The heads are in the outer loop and the readers in the inner one. In the opposite order,
+        # a wait for a slot of one reader would delay the others.
         def query_head(member, carry):
             for reader in range(READERS):
                 turn = own_turn * READERS + reader
@@ -140,7 +146,10 @@ def _fetch(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> Non
 
 
 def _keep_state(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
-    """Hashes keys and keeps the state: for each chunk passes on φk, S and Z, then absorbs it."""
+    """Hashes keys and keeps the state.
+
+    For each chunk it passes φk, S and Z to a reader, and then adds the chunk to the state.
+    """
     where = place.batch, place.head, place.split
     features = tiles.TileFeatures(refs, place.head)
     mass = wg.load(refs.split_mass.at[where], wg.ROWS)
@@ -182,14 +191,14 @@ def _keep_state(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -
 
 
 def _pass_state(refs: SimpleNamespace, reader: jax.Array, numerator, mass) -> None:
-    """Stores S and Z for a reader; where m is given, S' = S - Z mᵀ in place of S."""
+    """Stores S and Z for a reader. If m is given, S' = S - Z mᵀ is stored in place of S."""
     if refs.mean is None:
         refs.state_tiles[reader] = numerator.astype(jnp.bfloat16)
         refs.mass_tiles.at[reader].transpose((1, 0))[...] = mass.astype(jnp.bfloat16)
         return
     masses, features = jnp.max(mass, axis=1), pl.ds(0, tiles.FEATURES)
     refs.mass_numbers[reader] = masses
-    for start in range(0, numerator.shape[1], 64):  # in parts, for the sake of registers
+    for start in range(0, numerator.shape[1], 64):  # in parts, to save registers
         columns = pl.ds(start, 64)
         mean = wg.by_columns(wg.load(refs.mean_numbers.at[columns], wg.COLUMNS))
         centred = numerator[:, start : start + 64] - wg.by_rows(masses) * mean
@@ -201,7 +210,7 @@ def _pass_state(refs: SimpleNamespace, reader: jax.Array, numerator, mass) -> No
 
 
 class Item(NamedTuple):
-    """One chunk of one query head as a reader finds it in shared memory."""
+    """One chunk of one query head, as a reader finds it in shared memory."""
 
     weights: tiles.Weights
     zq: Any
@@ -212,29 +221,32 @@ class Item(NamedTuple):
     fine: Any  # what S' loses there to rounding, or None
     mass: Any  # Z: with do as numbers, else as 8 equal columns
     decay: Any  # D, or None
-    free: Any  # to arrive at after the last use of zq and d_out
+    free: Any  # the barrier to arrive at after the last use of zq and d_out
 
     def masses(self) -> jax.Array:
-        """Z as the columns of a tile; loaded where it is used, for the sake of registers."""
+        """Returns Z as the columns of a tile. It is loaded at each use, to save registers."""
         return wg.by_columns(wg.load(self.mass, wg.COLUMNS))
 
 
 def reader_number() -> jax.Array:
-    """Which of the readers this warpgroup is."""
+    """Returns the number of this warpgroup among the readers."""
     return wg.warpgroup() - 2
 
 
 def for_chunks(
     place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace, body: Callable, carry: Any
 ) -> Any:
-    """Folds `body(turn, carry)` over this reader's chunks, each when passed on, with D ready."""
+    """Folds `body(turn, carry)` over this reader's chunks.
+
+    Each chunk is awaited from the keeper, and D is computed before `body` runs.
+    """
     reader = reader_number()
 
     def chunk(own_turn, carry):
         turn = own_turn * READERS + reader
         slot = lax.rem(turn, pipeline.key_slots)
-        # And with it for keys_full, which the keeper waited for: a reader, that sees every other
-        # chunk, would miss a phase of that barrier.
+        # This also implies keys_full, for which the keeper has waited. A reader takes only every
+        # other chunk, so that it would miss a phase of that barrier.
         wg.wait(refs.state_full.at[reader])
         if refs.decay_tiles is not None:  # the keeper has enough to do
             refs.decay_tiles[reader] = tiles.Weights(refs, slot).decay().astype(jnp.float16)
@@ -251,7 +263,7 @@ def for_chunks(
 def take(
     place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace, turn: jax.Array, member: Any
 ) -> Item:
-    """Waits for the queries of one head of the group in the chunk whose turn it is."""
+    """Waits for the queries of one head of the group in the current chunk."""
     reader, slots = reader_number(), pipeline.query_slots
     item = place.items_before(lax.div(turn, READERS), member)
     query, key = reader * slots + lax.rem(item, slots), lax.rem(turn, pipeline.key_slots)
@@ -272,6 +284,6 @@ def take(
 
 
 def inverse_of(denominator: jax.Array) -> jax.Array:
-    """1 / z, and 0 for a query that sees no key."""
+    """Returns 1 / z, and 0 for a query that sees no key."""
     seen = denominator >= TINY
     return jnp.where(seen, 1.0 / jnp.where(seen, denominator, 1.0), 0.0)

@@ -1,7 +1,8 @@
-"""Causal RACE attention, forward, by four warpgroups that pass tiles on: the outputs.
+"""The outputs of causal RACE attention, by four warpgroups that pass tiles to one another.
 
-In: z of queries and keys, values, and the state where each split starts. Out: outputs.
-Equation: [N | z] = ((φq φkᵀ)∘D)[v | 1] + in∘(φq [S | Z]), o = N / z.
+The inputs are z of queries and keys, values, and the state at the start of each split:
+
+    [N | z] = ((φq φkᵀ)∘D)[v | 1] + in∘(φq [S | Z]),   o = N / z
 """
 
 from types import SimpleNamespace
@@ -16,11 +17,11 @@ from pallas_kernels.blocks import Pipeline
 from pallas_kernels.tiles import Problem, Shared
 from pallas_kernels.warp_forward import READERS, Item, inverse_of
 
-MASS_COLUMNS = 8  # equal ones, that carry a row sum: the narrowest product
+MASS_COLUMNS = 8  # equal columns that hold a row sum; a product has at least this number
 
 
 def _attend(features: tiles.TileFeatures, at: Item, ones: jax.Array) -> jax.Array:
-    """o (64, V) of one chunk of one query head."""
+    """Returns o (64, V) of one chunk of one query head."""
     phi = features.hash(at.zq)
     wg.arrive(at.free)
     attention = wg.product((phi.astype(jnp.bfloat16), at.keys.transpose((1, 0))))
@@ -30,7 +31,7 @@ def _attend(features: tiles.TileFeatures, at: Item, ones: jax.Array) -> jax.Arra
     def body(numerator, crowd):
         wg.multiply(numerator, attention, at.values)
         wg.multiply(numerator, entering, at.states)
-        # From the rounded operands that the numerator takes, so that v = 1 gives o = 1.
+        # The mass uses the same rounded operands as the numerator, so that v = 1 gives o = 1.
         wg.multiply(crowd, attention, ones)
         wg.multiply(crowd, entering, at.mass.transpose((1, 0)))
 
@@ -60,7 +61,10 @@ def _read(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None
 
 
 def outputs(problem: Problem, pipeline: Pipeline, shared: Shared, zq, zk, value, states):
-    """As causal_outputs.outputs, for problems of `blocks.fits_warpgroups`."""
+    """Returns the same as causal_outputs.outputs.
+
+    The problem must fit `blocks.fits_warpgroups`.
+    """
     shape = problem.batch, problem.length, zq.shape[2], problem.value_dim
     return forward.launch(
         problem,

@@ -1,10 +1,12 @@
-"""Causal RACE attention, backward of the queries, by four warpgroups that pass tiles on.
+"""The gradient of the queries of causal RACE attention, by four warpgroups that pass tiles.
 
-In: the forward's inputs, the state where each split starts, m, and do. Out: dz of the queries, ρ,
-δ, the terms of dβ, and with a gate the row sums.
-Equation: with Y = ((do vᵀ)∘D) φk + in∘(do Sᵀ) and G = D φk + in∘Z, every row gives
-    1/ρ = φq·G,   δ = do·o = ρ φq·Y,   dφq = ρ (Y - δ G),
-with v, S and so δ measured from m (centre.py). What is written is δ + do·m.
+The inputs are those of the forward pass, the state at the start of each split, m, and do. The
+outputs are dz of the queries, ρ, δ, the terms of dβ, and the row sums if there is a gate. With
+Y = ((do vᵀ)∘D) φk + in∘(do Sᵀ) and G = D φk + in∘Z, every row gives
+
+    1/ρ = φq·G,   δ = do·o = ρ φq·Y,   dφq = ρ (Y - δ G)
+
+v and S, and therefore δ, are measured from m (centre.py). The δ that is written is δ + do·m.
 """
 
 from types import SimpleNamespace
@@ -28,7 +30,7 @@ def _differentiate(features: tiles.TileFeatures, at: Item) -> tuple[jax.Array, .
     by_key = wg.product((at.d_out, at.values.transpose((1, 0))), start=-wg.by_rows(offset))
     scores = tiles.visible(by_key, at.decay).astype(jnp.bfloat16)
     flow = wg.product((scores, at.keys), start=by_state)
-    # Ones in registers: from shared memory this product was slower.
+    # The ones are held in registers, because this product was slower from shared memory.
     seen = tiles.visible(wg.filled(1.0, wg.CHUNK), at.decay).astype(jnp.bfloat16)
     crowd = wg.product((seen, at.keys), start=at.weights.times("enter", at.masses()))
     squashed = features.squash(at.zq)
@@ -57,11 +59,11 @@ def _from_state(at: Item) -> tuple[jax.Array, jax.Array]:
 
 
 def _differentiate_with_row(features: tiles.TileFeatures, at: Item) -> tuple[jax.Array, ...]:
-    """The same and the row sums, from the T that the keys' gradients take.
+    """Returns the same as `_differentiate`, and the row sums, from T as in the keys' gradients.
 
-    Row sums are 0 but for rounding; where they carry the same rounding as the column sums, it
-    cancels in dg. So δ comes first here, from A = (φq φkᵀ)∘D, and then with T = (do vᵀ - δ)∘D
-    dφq = ρ (T φk + in∘(do Sᵀ - δ Z)).
+    The row sums would be 0 without rounding. If they have the same rounding as the column sums, it
+    cancels in dg. Therefore δ is computed first here, from A = (φq φkᵀ)∘D. Then T = (do vᵀ - δ)∘D
+    gives dφq = ρ (T φk + in∘(do Sᵀ - δ Z)).
     """
     squashed = features.squash(at.zq)
 
@@ -118,7 +120,10 @@ def _read(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None
 
 
 def _send(place: tiles.Place, refs: SimpleNamespace, turn, member, results: tuple) -> None:
-    """Sends off dz, ρ, δ and, at each query head, the row sums of the group's heads so far."""
+    """Starts the copies of dz, ρ, δ and the row sums to device memory.
+
+    The row sums are those of the group's heads so far.
+    """
     reader = forward.reader_number()
     head, tokens = place.query_head(member), place.tokens(turn)
     rows, group_rows = (place.batch, head, tokens), (place.batch, place.head, tokens)
@@ -129,7 +134,8 @@ def _send(place: tiles.Place, refs: SimpleNamespace, turn, member, results: tupl
     ]
     if refs.row is not None:
         targets.append((refs.row_rows, refs.row.at[group_rows]))
-    # The row sums of a group go to one place again and again: each has to be there before the next.
+    # All heads of a group write their row sums to the same place, so that each copy must have
+    # arrived before the next one starts.
     wg.sent(read_only=refs.row is None or place.problem.group == 1)
     for (source, _), result in zip(targets, results, strict=True):
         source[reader] = result.astype(source.dtype)
@@ -139,7 +145,10 @@ def _send(place: tiles.Place, refs: SimpleNamespace, turn, member, results: tupl
 def query_gradients(
     problem: Problem, pipeline: Pipeline, shared: Shared, zq, zk, value, d_out, states, mean
 ):
-    """As causal_gradients.query_gradients, for problems of `blocks.fits_warpgroups`."""
+    """Returns the same as causal_gradients.query_gradients.
+
+    The problem must fit `blocks.fits_warpgroups`.
+    """
     batch, heads, kv_heads = problem.batch, zq.shape[2], problem.kv_heads
     padded, gate = problem.chunks * wg.CHUNK, shared.gamma is not None
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731

@@ -1,8 +1,8 @@
-"""What the kernels of warpgroups share: features and weights of a chunk as tiles, and the feeding.
+"""What all warpgroup kernels share: features and weights of a chunk as tiles, and their fetching.
 
-In: z, values or cotangents, and numbers a token, chunk by chunk in shared memory. Out: φ, its
-derivative, and tiles times D, in registers.
-Equation: as in features.py and tiles.py; D_ts = exp(γ_t - γ_s) on s <= t within a segment.
+z, values or cotangents, and per-token numbers arrive chunk by chunk in shared memory. φ, its
+derivative, and tiles times D are computed in registers. The equations are those of features.py and
+tiles.py, with D_ts = exp(γ_t - γ_s) for s <= t within a segment.
 """
 
 import dataclasses
@@ -21,12 +21,15 @@ from pallas_kernels.blocks import Pipeline
 from pallas_kernels.features import corner_signs
 from pallas_kernels.tiles import Problem, Shared
 
-FEATURES = wg.CHUNK  # φ is one tile: F is padded to it
+FEATURES = wg.CHUNK  # F is padded to the width of one tile
 NUMBERS = ("gamma", "segment", "enter", "leave", "valid")
 
 
 def token_numbers(problem: Problem, shared: Shared) -> dict[str, jax.Array | None]:
-    """Numbers a token (B, heads or 1, T padded to chunks): γ, its factors in and out, mask."""
+    """Returns per-token numbers (B, heads or 1, T padded to chunks), by name.
+
+    They are γ, the segment, the factors in and out, and the mask.
+    """
     pad = [(0, 0), (0, problem.chunks * problem.chunk - problem.length)]
     gamma, enter, leave = shared.gamma, None, None
     if gamma is not None:
@@ -52,7 +55,7 @@ def token_numbers(problem: Problem, shared: Shared) -> dict[str, jax.Array | Non
 
 
 def constants(problem: Problem, sharpness: jax.Array) -> dict[str, jax.Array]:
-    """Corner signs, ones and β: inputs of every kernel."""
+    """Returns corner signs, ones and β, which are inputs of every kernel."""
     signs = corner_signs(problem.tables, problem.planes, problem.projections, FEATURES)
     positive, negative = (jnp.asarray(x, jnp.bfloat16) for x in signs)
     return {
@@ -74,10 +77,10 @@ def key_memory(
     readers: int = 2,
     more_constants: int = 0,
 ) -> dict[str, Any]:
-    """Shared memory of the constants and of fetched keys, which `readers` warpgroups free.
+    """Returns shared memory for constants and for fetched keys, which `readers` warpgroups free.
 
-    The signs lie there once as rows and once as columns of an operand. A kernel's own constants may
-    arrive at the same barrier.
+    The signs are stored twice, once as rows and once as columns of an operand. A kernel's own
+    constants may arrive at the same barrier.
     """
     slots, counted = pipeline.key_slots, sum(x is not None for x in numbers.values())
     return {
@@ -100,22 +103,27 @@ def key_memory(
 def fitting(
     pipeline: Pipeline, memory: Callable[[Pipeline], Mapping[str, Any]], *, key_slots: int = 1
 ) -> Pipeline:
-    """The pipeline, with one slot less at a time until `memory(pipeline)` fits into a program.
+    """Removes slots from the pipeline, one at a time, until `memory(pipeline)` fits into a program.
 
-    At least `key_slots` are left, those that the kernel has in use at once.
+    At least `key_slots` slots for keys are kept, because the kernel uses this number at once.
     """
     least = {"key_slots": key_slots, "query_slots": 1}
     while not wg.fits(memory(pipeline)):
         spare = {name: getattr(pipeline, name) - few for name, few in least.items()}
         most = max(spare, key=spare.get)
         if spare[most] == 0:
-            raise ValueError(f"{pipeline} does not fit into shared memory: use another block")
+            raise ValueError(
+                f"{pipeline} does not fit into shared memory; use a Block in place of the Pipeline"
+            )
         pipeline = dataclasses.replace(pipeline, **{most: getattr(pipeline, most) - 1})
     return pipeline
 
 
 def fetch_constants(refs: SimpleNamespace) -> None:
-    """Starts their copies; `wait(refs.constants_full)` before use, in every warpgroup."""
+    """Starts the copies of the constants.
+
+    Every warpgroup must call `wait(refs.constants_full)` before it uses them.
+    """
     for sign in ("positive", "negative"):
         for form in ("rows", "columns"):
             tiles = getattr(refs, f"{sign}_{form}")
@@ -136,7 +144,7 @@ def fetch_keys(place: "Place", pipeline: Pipeline, refs: SimpleNamespace, turn: 
     wg.fetch(refs.value.at[where], refs.value_tiles.at[slot], full)
     for name in NUMBERS:
         if (source := getattr(refs, name)) is not None:
-            head = place.head if source.shape[1] > 1 else 0  # masks have one for all heads
+            head = place.head if source.shape[1] > 1 else 0  # all heads share one mask
             source = source.at[place.batch, head, tokens]
             wg.fetch(source, getattr(refs, f"{name}_numbers").at[slot], full)
 
@@ -148,13 +156,14 @@ class TileFeatures:
         self.refs, self.sharpness = refs, refs.sharpness[head]
 
     def squash(self, z: Any) -> jax.Array:
-        """u = tanh z (64, LP), from shared memory."""
+        """Returns u = tanh z (64, LP), from shared memory."""
         return jnp.tanh(wg.load(z))
 
     def start(self, exponent: Any, squashed: jax.Array) -> None:
-        """Starts the product that makes log2 φ (64, F), in an accumulator."""
+        """Starts the product that computes log2 φ (64, F), in an accumulator."""
         scaled = self._scaled(squashed)
-        # log2 sigmoid of both signs; only their absolute error counts, in an exponent.
+        # These are log2 sigmoid of both signs. They are exponents, so that only their absolute
+        # error matters.
         plus = jnp.minimum(scaled, 0.0) - jnp.log2(1.0 + jnp.exp2(-jnp.abs(scaled)))
         minus = plus - scaled
         for x, signs in ((plus, self.refs.positive_rows), (minus, self.refs.negative_rows)):
@@ -162,12 +171,12 @@ class TileFeatures:
             wg.multiply(exponent, x, signs)
 
     def expand(self, squashed: jax.Array) -> jax.Array:
-        """φ (64, F) in float32."""
+        """Returns φ (64, F) in float32."""
         (exponent,) = wg.together(lambda exponent: self.start(exponent, squashed), FEATURES)
         return jnp.exp2(exponent)
 
     def hash(self, z: Any) -> jax.Array:
-        """φ (64, F) in float32, from z in shared memory."""
+        """Returns φ (64, F) in float32, from z in shared memory."""
         return self.expand(self.squash(z))
 
     def gradient(self, squashed: jax.Array, phi: jax.Array, d_phi: jax.Array):
@@ -192,7 +201,7 @@ class TileFeatures:
 
 
 class Weights:
-    """The factors of one chunk, from its numbers in shared memory; absent ones are 1."""
+    """The factors of one chunk, from its numbers in shared memory. Absent factors are 1."""
 
     def __init__(self, refs: SimpleNamespace, slot: jax.Array):
         self._numbers = {
@@ -205,7 +214,7 @@ class Weights:
         return None if ref is None else wg.load(ref, wg.ROWS)
 
     def times(self, name: str, tile: jax.Array) -> jax.Array:
-        """A tile (64, X) times the numbers `name` of its rows."""
+        """Multiplies each row of a tile (64, X) by its number `name`."""
         rows = self._rows(name)
         return tile if rows is None else tile * wg.by_rows(rows, tile.shape[1])
 
@@ -213,24 +222,24 @@ class Weights:
         return self._numbers[name] is not None
 
     def times_rows(self, name: str, rows: jax.Array) -> jax.Array:
-        """Numbers of rows (64,) times the numbers `name`."""
+        """Multiplies numbers per row (64,) by the numbers `name`."""
         factor = self._rows(name)
         return rows if factor is None else rows * factor
 
     def keep(self, tile: jax.Array) -> jax.Array:
-        """A tile with rows of padded tokens selected to zero."""
+        """Sets the rows of padded tokens in a tile to zero, by a select."""
         rows = self._rows("valid")
         if rows is None:
             return tile
         return jnp.where(wg.by_rows(rows, tile.shape[1]) > 0.0, tile, 0.0)
 
     def keep_rows(self, rows: jax.Array) -> jax.Array:
-        """Numbers of rows, those of padded tokens selected to zero."""
+        """Sets numbers of padded tokens to zero, by a select."""
         valid = self._rows("valid")
         return rows if valid is None else jnp.where(valid > 0.0, rows, 0.0)
 
     def carry(self, *tiles: jax.Array) -> tuple[jax.Array, ...]:
-        """States times a, what is left after the chunk: in at its last token."""
+        """Multiplies states by a, the part that remains after the chunk: `in` at its last token."""
         enter = self._numbers["enter"]
         if enter is None:
             return tiles
@@ -238,14 +247,14 @@ class Weights:
         return tuple(tile * last for tile in tiles)
 
     def decay(self, *, transposed: bool = False) -> jax.Array:
-        """D (queries, keys), or its transpose, in float32."""
+        """Returns D (queries, keys), or its transpose, in float32."""
         at, of = (1, 0) if transposed else (0, 1)
         mask = wg.index(at) >= wg.index(of)
         if self.has("segment"):
             mask &= self._spread("segment", at) == self._spread("segment", of)
         if not self.has("gamma"):
             return jnp.where(mask, 1.0, 0.0)
-        # Masked before the exponential: above the diagonal it could overflow.
+        # The exponent is masked first, because exp2 could overflow above the diagonal.
         exponent = self._spread("gamma", at) - self._spread("gamma", of)
         return jnp.exp2(jnp.where(mask, exponent, -1e30))
 
@@ -256,7 +265,7 @@ class Weights:
 
 
 def visible(tile: jax.Array, decay: Any, *, transposed: bool = False) -> jax.Array:
-    """A tile (queries, keys), or its transpose, times D (the operand `decay`, or None)."""
+    """Multiplies a tile (queries, keys), or its transpose, by D (the operand `decay`, or None)."""
     if decay is not None:
         return tile * wg.load(decay)
     at, of = (1, 0) if transposed else (0, 1)
@@ -265,7 +274,7 @@ def visible(tile: jax.Array, decay: Any, *, transposed: bool = False) -> jax.Arr
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a program stands: its sequence, head, split, and the chunks of the split."""
+    """The position of a program: its sequence, head, split, and the chunks of the split."""
 
     problem: Problem
     reverse: bool = False
@@ -284,27 +293,27 @@ class Place:
 
     @property
     def grid(self) -> dict[str, int]:
-        """Heads last: programs of a token's heads run side by side and share its cache lines."""
+        """The grid. Heads come last, so that programs of a token's heads share its cache lines."""
         problem = self.problem
         return {"batch": problem.batch, "split": problem.splits, "head": problem.kv_heads}
 
     @property
     def count(self) -> jax.Array:
-        """Chunks of this split; the last one may have fewer."""
+        """The number of chunks in this split. The last split may have fewer."""
         per_split = self.problem.split // self.problem.chunk
         return jnp.minimum(per_split, self.problem.chunks - self.split * per_split)
 
     def chunk(self, turn: jax.Array) -> jax.Array:
-        """The chunk whose turn it is, counted from the start of the sequence."""
+        """Returns a chunk of this split, counted from the start of the sequence."""
         within = self.count - 1 - turn if self.reverse else turn
         return self.split * (self.problem.split // self.problem.chunk) + within
 
     def tokens(self, turn: jax.Array) -> Any:
-        """Its tokens."""
+        """Returns the tokens of a chunk of this split."""
         return pl.ds(self.chunk(turn) * self.problem.chunk, self.problem.chunk)
 
     def items_before(self, turn: jax.Array, member: jax.Array | int) -> jax.Array:
-        """How many chunks of single query heads come before this one."""
+        """Returns the number of chunks of single query heads that come before this one."""
         return turn * self.problem.group + member
 
     def query_head(self, member: jax.Array | int) -> jax.Array:

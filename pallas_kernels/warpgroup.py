@@ -1,8 +1,7 @@
-"""The one file that names Mosaic GPU: launching warpgroups that pass tiles through shared memory.
+"""The only module that uses Mosaic GPU: it launches warpgroups that share tiles in shared memory.
 
-In: the body of a kernel, its arrays, its shared memory by name. Out: the kernel's outputs by name;
-and the arithmetic of 64-row tiles, which one warpgroup holds in registers in the layout of Hopper's
-matrix product. No equation of RACE lives here.
+It also has the arithmetic of tiles of 64 rows. A warpgroup holds such a tile in registers, in the
+layout of Hopper's matrix product. Nothing here is specific to RACE.
 """
 
 import math
@@ -16,9 +15,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-MOST_SHARED = 227 * 1024  # bytes a program, of compute capability 9.0 (CUDA programming guide)
-ALIGNMENT = 1024  # bytes, of each array there
-RESERVED = 3 * 1024  # of the compiler: 2 KiB for sums along an axis, and barriers
+# Bytes of shared memory: the most that a program may have on compute capability 9.0 (CUDA
+# programming guide), the alignment of each array, and what the compiler needs itself, which is
+# 2 KiB for sums along an axis, and the barriers.
+MOST_SHARED = 227 * 1024
+ALIGNMENT = 1024
+RESERVED = 3 * 1024
 
 CHUNK = 64  # rows of a tile: one warpgroup's matrix product
 TILE = plgpu.Layout.WGMMA
@@ -43,12 +45,12 @@ def narrow_operand(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
 
 
 def plain(*shape: int, dtype: Any = jnp.float32) -> Any:
-    """Shared memory that is loaded and stored by rows."""
+    """Returns shared memory that is loaded and stored by rows."""
     return plgpu.SMEM(shape, dtype)
 
 
 def fits(shared: Mapping[str, Any]) -> bool:
-    """Whether one program may have this shared memory."""
+    """Returns whether one program can have this shared memory."""
     arrays = [x for x in shared.values() if not isinstance(x, plgpu.Barrier | None)]
     sizes = [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays]
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes) + RESERVED <= MOST_SHARED
@@ -64,7 +66,7 @@ def launch(
     outputs: Mapping[str, jax.ShapeDtypeStruct | None],
     shared: Mapping[str, Any],
 ) -> SimpleNamespace:
-    """Runs `body` over the grid; what is absent is None on both sides."""
+    """Runs `body` over the grid. An absent input or output is None, in the kernel and outside."""
     absent = dict.fromkeys([*inputs, *outputs, *shared])
     given, wanted, scratch = (
         {key: item for key, item in items.items() if item is not None}
@@ -87,8 +89,9 @@ def launch(
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
-            # Else every store waits for the whole warpgroup, before and after: 5 % of a kernel.
-            # A body commits what another warp or a product reads, and before it overwrites that.
+            # The automatic barriers make every store wait for the whole warpgroup, before and
+            # after, which costs 5 % of a kernel's time. Without them a body must call `commit`
+            # after it stores what another warp or a product reads, and before it overwrites that.
             unsafe_no_auto_barriers=True,
         ),
     )
@@ -98,12 +101,15 @@ def launch(
 
 
 def warpgroup() -> jax.Array:
-    """Which warpgroup of its program this is."""
+    """Returns the index of this warpgroup in its program."""
     return lax.axis_index("warpgroup")
 
 
 def roles(warpgroups: int, *bodies: tuple[int, Callable[[], None]]) -> None:
-    """What each warpgroup does, and the registers a thread that it may take; the last are alike."""
+    """Gives each warpgroup its body and its registers per thread.
+
+    The last body runs on all warpgroups that are left.
+    """
     fair = 512 // warpgroups
     for turn, (registers, role) in enumerate(bodies):
         mine = warpgroup() == turn if turn < len(bodies) - 1 else warpgroup() >= turn
@@ -116,13 +122,13 @@ def roles(warpgroups: int, *bodies: tuple[int, Callable[[], None]]) -> None:
 
 
 def load(ref: Any, layout: Any = TILE) -> jax.Array:
-    """A tile, or a vector of 64, from shared or device memory, in float32 unless of integers."""
+    """Loads a tile, or a vector of 64, from shared or device memory. Floats become float32."""
     x = plgpu.load(ref, layout=layout, optimized=False)
     return x if x.dtype == jnp.int32 else x.astype(jnp.float32)
 
 
 def multiply(accumulator: Any, a: Any, b: Any) -> None:
-    """Starts accumulator += a b; a may be in registers, b is shared."""
+    """Starts accumulator += a b. a may be in registers; b is in shared memory."""
     plgpu.wgmma(accumulator, a, b)
 
 
@@ -137,7 +143,7 @@ def together(body: Callable[..., None], *columns: int) -> list[jax.Array]:
 
 
 def onto(body: Callable[..., None], *starts: jax.Array) -> tuple[jax.Array, ...]:
-    """The same with accumulators that start from tiles."""
+    """Runs `body(*accumulators)`, which adds products to the given tiles, and waits once."""
 
     def run(accumulators):
         body(*accumulators)
@@ -146,7 +152,7 @@ def onto(body: Callable[..., None], *starts: jax.Array) -> tuple[jax.Array, ...]
 
 
 def product(*pairs: tuple[Any, Any], start: jax.Array | None = None, columns: int = 64):
-    """start + Σ a b over pairs (a, b): (64, columns) in float32."""
+    """Returns start + Σ a b over pairs (a, b): (64, columns) in float32."""
 
     def run(accumulator):
         for a, b in pairs:
@@ -162,28 +168,31 @@ def rounded(x: jax.Array) -> jax.Array:
 
 
 def equal_rows(rows: int, x: jax.Array) -> jax.Array:
-    """(..., n) as (..., rows, n) in bfloat16: an operand has 8 rows at least, 16 to sum over."""
+    """Repeats (..., n) to (..., rows, n) in bfloat16.
+
+    An operand needs at least 8 rows, or 16 if the product sums over them.
+    """
     rows = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], rows, x.shape[-1]))
     return rows.astype(jnp.bfloat16)
 
 
 def by_rows(x: jax.Array, columns: int = 64) -> jax.Array:
-    """(64,) as (64, columns), the same along a row."""
+    """Repeats (64,) to (64, columns); each row is constant."""
     return lax.broadcast_in_dim(x, (CHUNK, columns), [0])
 
 
 def by_columns(x: jax.Array) -> jax.Array:
-    """(columns,) as (64, columns), the same along a column."""
+    """Repeats (columns,) to (64, columns); each column is constant."""
     return lax.broadcast_in_dim(x, (CHUNK, x.shape[0]), [1])
 
 
 def filled(value: float, columns: int) -> jax.Array:
-    """A tile of one number."""
+    """Returns a tile of one number."""
     return plgpu.layout_cast(jnp.full((CHUNK, columns), value, jnp.float32), TILE)
 
 
 def index(axis: int, columns: int = 64) -> jax.Array:
-    """The row (0) or the column (1) of every element of a tile."""
+    """Returns the row (0) or the column (1) of every element of a tile."""
     return plgpu.broadcasted_iota(jnp.int32, (CHUNK, columns), axis, layout=TILE)
 
 

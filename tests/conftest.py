@@ -1,6 +1,7 @@
-"""What every test shares: the one tolerance table, the comparison by name, markers, fresh Pythons.
+"""Shared parts of all tests: the tolerance table, comparison by name, markers and fresh Pythons.
 
-Tests ask for `assert_close`, `tolerance`, `rng`, `run_python`, `on_h200`, `data_root` as fixtures.
+Tests use them through the fixtures `assert_close`, `tolerance`, `rng`, `run_python`, `on_h200` and
+`data_root`.
 """
 
 from __future__ import annotations

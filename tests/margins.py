@@ -1,12 +1,12 @@
-"""Prints how far every comparison of a test run stays within its bound, the nearest first.
+"""Prints the margin of every comparison of a test run, the smallest first.
 
     .venv/bin/python -m pytest -m "not gpu" --margins margins.jsonl tests/test_layer.py
     .venv/bin/python tests/margins.py margins.jsonl
 
-Each line is the worst comparison of one test, kind and dtype over all the files that are given.
-Its margin is the bound divided by the error that was seen, the smaller one of RMS and maximum.
-The exit status is 1 where a margin is below `--least`, 3 unless told otherwise: another machine
-rounds otherwise, and a bound that is nearer than that fails there.
+A line is the worst comparison of one test, kind and dtype over all the files that are given. Its
+margin is the bound divided by the error that was seen, for RMS or maximum, whichever is smaller.
+The exit status is 1 if a margin is below `--least`, which is 3 by default. Another machine rounds
+differently, and a smaller margin may fail there.
 """
 
 from __future__ import annotations

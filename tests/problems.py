@@ -1,7 +1,7 @@
-"""Random arguments of the op, and their evaluation: outputs and every gradient, each by its name.
+"""Random arguments of the operation, and its outputs and gradients for them, by name.
 
-One `Problem` goes through the library, or through an oracle in float64, unchanged; a test then
-compares two dictionaries.
+A `Problem` can be evaluated by the library, or by an oracle in float64. A test compares the two
+dictionaries that result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The op under shard_map on two devices against the op on one; run in a Python of its own."""
+"""Compares the operation under shard_map on two devices with the operation on one device.
+
+This file runs in a Python of its own, because the number of devices is fixed at first use.
+"""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The XLA path against the float64 oracle: outputs, returned state and every gradient by name."""
+"""The XLA implementation equals the float64 oracle: outputs, returned state and every gradient."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The drop-in inside Flax's own attention modules, and what it refuses."""
+"""`attention_fn` works inside Flax's own attention modules, and refuses what RACE cannot do."""
 
 import functools
 import inspect

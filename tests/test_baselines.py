@@ -1,4 +1,4 @@
-"""Baselines against their definitions: softmax attention, written out in float64."""
+"""The baselines equal their definitions, such as softmax attention written out in float64."""
 
 import jax
 import jax.numpy as jnp

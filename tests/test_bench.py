@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: the form of its tables, percentages, limits, errors."""
+"""The benchmarks report what they measure: tables, percentages, limits and errors."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The future does not exist: by changing it, and by the derivative with respect to it."""
+"""Causal outputs do not depend on later tokens, neither in value nor by their derivative."""
 
 import dataclasses
 

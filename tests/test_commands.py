@@ -1,8 +1,8 @@
 """The shell commands of README and docs run as printed, in order, in a copy of the project.
 
-In the copy each configuration is replaced by one of the same name that trains a tiny model for a
-few steps on a small text; benchmarks get short lengths at the end of their command. The
-environment is the one that runs the tests.
+In the copy, each configuration is replaced by one of the same name that trains a tiny model for a
+few steps on a small text. Benchmark commands get short lengths appended. The environment is the one
+that runs the tests.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""What is compiled: program text does not grow with the length, memory no faster than the inputs.
+"""Compiled programs do not grow with the length, and their memory grows no faster than the inputs.
 
-Nothing here runs at the lengths named: programs are lowered, or compiled, from shapes alone.
+Programs are only lowered or compiled from shapes. Nothing is run at the lengths named here.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The choice of implementation: what is chosen, why, and that a name never falls back."""
+"""The choice of implementation and its reason, and that a named implementation never falls back."""
 
 import jax
 import jax.numpy as jnp

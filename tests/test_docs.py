@@ -1,6 +1,6 @@
-"""What the repository says about itself is true: examples run, links and file names exist.
+"""The statements of README and docs are true: examples run, and links and file names exist.
 
-Comes in: README and docs as text, and the tracked files. Goes out: complaints, none expected.
+Each checker returns a list of complaints, which must be empty.
 """
 
 import doctest

@@ -1,4 +1,4 @@
-"""Bad arguments raise, before any work, with the values given and what to pass instead."""
+"""Bad arguments raise before any work is done, and the error shows the values and the way out."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Every example runs as its first lines say, and is short enough to read at one glance."""
+"""Every example runs with the command in its first lines, and is short."""
 
 import pathlib
 import re

@@ -1,4 +1,4 @@
-"""Extremes: sharpness at which sums underflow, gates of nothing and gates of everything."""
+"""Extreme inputs: sharpness at which sums underflow, and gates that keep or forget everything."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Half-lives, biases and decays of the forget gate; the output gate."""
+"""The forget gate (half-lives, biases and decays) and the output gate."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""The soft hash: every identity of the corner softmax, and how planes are drawn."""
+"""The soft hash obeys the identities of the corner softmax, and planes are drawn as documented."""
 
 import functools
 

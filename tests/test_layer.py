@@ -1,4 +1,4 @@
-"""The layer against its definition in numpy, folding, splitting, padding, and what it refuses."""
+"""The layer equals its definition in numpy when folded, split or padded, and refuses bad calls."""
 
 import functools
 import itertools

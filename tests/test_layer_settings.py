@@ -1,4 +1,4 @@
-"""The static side of the layer: defaults, initial values, and what it refuses."""
+"""The static settings of the layer: defaults, initial values, and what is refused."""
 
 import jax
 import numpy as np

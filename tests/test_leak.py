@@ -1,7 +1,8 @@
-"""Does a causal model read the future? Nothing else can help it to predict random tokens.
+"""A causal model does not read future tokens.
 
-A small model on independent random tokens of 16 symbols cannot get below ln 16 nats, unless its
-attention leaks. A twin whose attention runs backwards in time shows that it would be seen.
+A small model is trained on independent random tokens of 16 symbols. Its loss cannot fall below
+ln 16 nats unless its attention leaks. A twin whose attention runs backwards in time shows that a
+leak would be noticed.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Linear attention over ready features against its weights, written out for all pairs of tokens."""
+"""Linear attention over given features equals its weights, written out for all pairs of tokens."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The Linen twin: the NNX module's parameters in both directions, streams, state, dropout."""
+"""The Linen module: parameters exchanged with the NNX module, streams, state and dropout."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""Padding and packed segments: what is not visible leaves no trace, forward and backward."""
+"""Padding and packed segments: invisible tokens change neither outputs nor gradients."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The NNX module: Flax's conventions, planes, the paper's preset, state, dropout, transforms."""
+"""The NNX module: Flax's conventions, planes, the paper's preset, state, dropout and transforms."""
 
 import functools
 

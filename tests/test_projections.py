@@ -1,4 +1,4 @@
-"""Projections of the Flax layers that are tied, replaced, wrapped or intercepted, and remat."""
+"""Flax layers whose projections are tied, replaced, wrapped or intercepted, and remat."""
 
 import logging
 

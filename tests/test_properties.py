@@ -1,4 +1,4 @@
-"""Properties that hold for every input, tried on inputs that hypothesis draws.
+"""Properties that hold for every input, tried on inputs drawn by hypothesis.
 
 Shapes are fixed, so that each property is compiled once.
 """

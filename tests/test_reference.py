@@ -1,4 +1,4 @@
-"""The two oracles against each other and against what can be worked out by hand, in float64."""
+"""The two oracles agree with each other, and with results worked out by hand, in float64."""
 
 import functools
 import itertools

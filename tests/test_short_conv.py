@@ -1,4 +1,4 @@
-"""The short convolution against its definition, one token at a time."""
+"""The short convolution equals its definition, applied one token at a time."""
 
 import jax
 import numpy as np

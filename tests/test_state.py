@@ -1,4 +1,4 @@
-"""RACEState: init, update, merge and read; splitting, resuming and decoding equal the whole."""
+"""RACEState: init, update, merge and read, and that splitting and decoding equal one whole call."""
 
 import functools
 import itertools

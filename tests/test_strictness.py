@@ -1,4 +1,4 @@
-"""What users of JAX switch on or pass by accident: strict settings, empty batches, wide gates."""
+"""The library works under JAX's strict settings, with empty batches and with wide gates."""
 
 import warnings
 

@@ -1,7 +1,7 @@
-"""The form of the code: who imports whom, what must be documented, how long a thing may grow.
+"""The structure of the code: its imports, required docstrings, and lengths of files and functions.
 
-Comes in: the sources as syntax trees. Goes out: complaints, one line each, and none is expected.
-Every checker is first tried on something bad.
+Each checker reads the sources as syntax trees and returns a list of complaints, which must be
+empty. Every checker is also tried on something bad.
 """
 
 import ast

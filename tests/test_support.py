@@ -1,4 +1,4 @@
-"""The support table of docs/operation.md, every cell tried."""
+"""Every cell of the support table of docs/operation.md is true."""
 
 import pathlib
 import re

@@ -1,4 +1,4 @@
-"""jit, vmap, scan, remat and shard_map of the op; forward mode is refused in words."""
+"""The operation under jit, vmap, scan, remat and shard_map; forward mode raises a clear error."""
 
 import functools
 

@@ -1,8 +1,10 @@
-"""The operation: arrays in, arrays out. Nothing here knows Flax or files.
+"""The RACE attention operation, as functions of arrays. Nothing here depends on Flax or on files.
 
 shapes, hashing, masking, state   the parts of the definition
-reference                         the definition itself, slow and plain, for tests and readers
+reference                         a slow and plain implementation of the definition, for tests
 xla/                              the operation in plain XLA
-dispatch, implementations         which implementation runs, and why
+dispatch, implementations         the choice of an implementation, and the reason for it
+shards                            sharded arguments, and calls inside ``jax.shard_map``
+linear                            linear attention for any feature map
 checks, attention                 the public operation
 """

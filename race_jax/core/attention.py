@@ -1,7 +1,6 @@
-"""The operation itself: checks, hash projections, the chosen implementation, the state.
+"""RACE attention: the public functions, from checking the arguments to returning the state.
 
-Comes in: query, key, value and planes (or hash projections). Goes out: outputs in value's dtype
-and, when asked for, the state after the last token.
+The attention that they compute is
 
     out_t = sum_s w_ts v_s / sum_s w_ts,   w_ts = visible(t, s) exp(G_t - G_s) phi(q_t) . phi(k_s)
 """
@@ -38,40 +37,43 @@ def race_attention(
     return_state: bool = False,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, RACEState]:
-    """Attention by soft hashing, at a cost linear in the length.
+    """Computes attention by soft hashing, at a cost linear in the length.
 
         out_t = sum_s w_ts v_s / sum_s w_ts
         w_ts  = visible(t, s) exp(G_t - G_s) (1/L) sum_l phi_l(q_t) . phi_l(k_s)
 
-    phi are the soft buckets of ``soft_hash``; G is the running sum of ``log_decay``. Outputs are
-    convex averages of visible values; a query that sees no key returns zeros. Sums are kept in
-    float32 whatever the inputs are; inputs and outputs may be bfloat16.
+    phi are the soft buckets of ``soft_hash``, and G is the running sum of ``log_decay``. Outputs
+    are convex averages of visible values; a query that sees no key returns zeros. Sums are kept in
+    float32 for every input dtype. Inputs and outputs may be bfloat16.
 
     Args:
       query: ``(B, T, N, H)``, floating.
-      key: ``(B, S, K, H)``; query head n reads key/value head ``n // (N // K)``.
-      value: ``(B, S, K, V)``; its dtype is the output's.
-      planes: ``(L, P, H)``, or ``(K, L, P, H)`` for planes per key/value head.
-      sharpness: beta > 0, a scalar or ``(K,)``; how hard the hash is.
-      is_causal: a token sees itself and what came before; needs T == S.
-      log_decay: ``(B, S, K)``, <= 0, the forgetting gate (causal only). Values below -80 count as
-        -80. Values above 0 raise where they are known; in traced code they count as 0.
-      key_value_mask: ``(B, S)`` bool, True where there is a token. Padded slots may hold anything.
-      segment_ids: ``(B, T)`` int >= 0, contiguous runs: tokens see their own segment only; needs
-        T == S.
+      key: ``(B, S, K, H)``. Query head n reads key/value head ``n // (N // K)``.
+      value: ``(B, S, K, V)``. The output has its dtype.
+      planes: ``(L, P, H)``, or ``(K, L, P, H)`` for separate planes per key/value head.
+      sharpness: beta > 0, a scalar or ``(K,)``. A larger beta makes the hash harder.
+      is_causal: whether a token sees only itself and earlier tokens. This needs T == S.
+      log_decay: ``(B, S, K)``, <= 0, the forgetting gate; it needs ``is_causal=True``. Values below
+        -80 are treated as -80. Positive values raise an error if they are concrete, and are treated
+        as 0 if they are traced.
+      key_value_mask: ``(B, S)`` bool, True where there is a token. Padded slots may hold any value.
+      segment_ids: ``(B, T)`` int >= 0, in contiguous runs. A token sees only its own segment. This
+        needs T == S.
       normalization: ``"global"`` (the paper), or ``"bucket"`` (its released code, for comparison).
-      initial_state: the state that the tokens continue.
-      return_state: also return the state after the last token.
-      implementation: ``"xla"``, ``"pallas"`` (GPU kernels; raises where they cannot run), or None:
-        the kernels where they support the call and it runs on a GPU, else XLA.
+      initial_state: the state of earlier tokens, which this call continues.
+      return_state: whether to return the state after the last token as well.
+      implementation: ``"xla"``; ``"pallas"``, the GPU kernels, which raises where they cannot run;
+        or None, which runs the kernels on a GPU where they support the call, and XLA otherwise.
 
     Returns:
-      ``(B, T, N, V)``, or that and a ``RACEState``. Both are differentiable, in reverse mode.
+      The output ``(B, T, N, V)``, or the output and a ``RACEState`` if ``return_state`` is True.
+      Both are differentiable in reverse mode.
 
     Raises:
-      ValueError: shapes that do not fit, values out of range, arguments that exclude each other.
-      TypeError: arrays of a wrong dtype; forward-mode differentiation.
-      NotImplementedError: ``implementation="pallas"`` where the kernels cannot run.
+      ValueError: if shapes do not fit, a value is out of range, or two arguments exclude each
+        other.
+      TypeError: if an array has a wrong dtype, or under forward-mode differentiation.
+      NotImplementedError: if ``implementation="pallas"`` and the kernels cannot run.
 
     Example:
       >>> import jax, race_jax
@@ -83,12 +85,14 @@ def race_attention(
       >>> race_jax.race_attention(query, key, value, planes, sharpness=2.0, is_causal=True).shape
       (1, 100, 4, 32)
 
-    Source: arXiv 2510.04008, Algorithms 1 and 2; gate, packing and state go beyond the paper.
+    Source: arXiv 2510.04008, Algorithms 1 and 2. The gate, packing and the state go beyond the
+    paper.
     """
     checks.check_inputs(query, key, value, planes)
     masking.check_key_value_mask(key_value_mask, key.shape[:2])
     query, key, value, planes = map(jnp.asarray, (query, key, value, planes))
-    # Junk in padded slots must not reach a product: the planes' gradient would be 0 * NaN.
+    # Padded slots may hold NaN. They are cleared before any product, because the gradient of the
+    # planes would otherwise contain 0 * NaN.
     key = masking.select_tokens(key, key_value_mask)
     if is_causal and query.shape[1] == key.shape[1]:
         query = masking.select_tokens(query, key_value_mask)
@@ -129,30 +133,31 @@ def race_attention_from_projections(
     return_state: bool = False,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, RACEState]:
-    """RACE attention from ready hash projections z = W x.
+    """Computes RACE attention from hash projections z = W x that are already formed.
 
-    Queries and keys enter RACE only through z, L * P numbers a token and head. A layer that folds
-    the planes into its projections calls this and never makes queries and keys.
+    RACE uses queries and keys only through z, which has L * P numbers per token and head. A layer
+    that folds the planes into its projection kernels calls this function and never forms queries
+    and keys.
 
     Args:
       query_projections: ``(B, T, N, L, P)``, floating.
       key_projections: ``(B, S, K, L, P)``.
       value: ``(B, S, K, V)``.
-      sharpness: as for ``race_attention``, here and below.
-      is_causal: see there.
-      log_decay: see there.
-      key_value_mask: see there.
-      segment_ids: see there.
-      normalization: see there.
-      initial_state: see there.
-      return_state: see there.
-      implementation: see there.
+      sharpness: as for ``race_attention``.
+      is_causal: as for ``race_attention``.
+      log_decay: as for ``race_attention``.
+      key_value_mask: as for ``race_attention``.
+      segment_ids: as for ``race_attention``.
+      normalization: as for ``race_attention``.
+      initial_state: as for ``race_attention``.
+      return_state: as for ``race_attention``.
+      implementation: as for ``race_attention``.
 
     Returns:
-      ``(B, T, N, V)``, or that and a ``RACEState``.
+      The output ``(B, T, N, V)``, or the output and a ``RACEState`` if ``return_state`` is True.
 
     Raises:
-      ValueError, TypeError, NotImplementedError: as ``race_attention``.
+      ValueError, TypeError, NotImplementedError: as for ``race_attention``.
 
     Example:
       >>> import jax.numpy as jnp, race_jax
@@ -178,7 +183,7 @@ def race_attention_from_projections(
 
 
 class Options(NamedTuple):
-    """The arguments of ``race_attention`` beside queries, keys, values and planes."""
+    """The arguments of ``race_attention`` other than queries, keys, values and planes."""
 
     sharpness: jax.typing.ArrayLike = 1.0
     is_causal: bool = False
@@ -192,7 +197,7 @@ class Options(NamedTuple):
 
 
 class _Arrays(NamedTuple):
-    """The arrays of a call as the caller gave them; None where an argument is not in use."""
+    """The arrays of a call as the caller gave them. An argument that is not used is None."""
 
     z_q: Any
     z_k: Any
@@ -223,11 +228,19 @@ def attend(
     value: jax.Array,
     options: Options,
 ) -> jax.Array | tuple[jax.Array, RACEState]:
-    """RACE attention whose hash projections are made as the implementation wants them.
+    """Computes RACE attention with hash projections in the form that the implementation wants.
 
-    `project(columns)` gives z of the queries and of the keys, of these shapes (..., L, P). Where
-    columns is a number z may be flat instead, (..., 1, columns) with zeros at the end: that spares
-    the kernels a copy.
+    Args:
+      project: ``project(columns)`` returns z of the queries and z of the keys. If ``columns`` is
+        None, they have the shapes ``(..., L, P)`` that ``shapes`` gives. If it is a number, they
+        may also be flat, ``(..., 1, columns)``, with zeros after the L * P projections. The flat
+        form saves the kernels a copy.
+      shapes: the shapes and dtypes of the two z, with L and P apart.
+      value: ``(B, S, K, V)``.
+      options: the other arguments of ``race_attention``.
+
+    Returns:
+      What ``race_attention`` returns.
     """
     checks.check_projections(*shapes, value)
     _check_options(shapes[0], value, options)
@@ -267,7 +280,7 @@ def attend(
 
 
 def _dtype_of_sums(arrays: _Arrays, sharpness: jax.typing.ArrayLike) -> jnp.dtype:
-    """float32, or float64 where any floating argument is float64."""
+    """Returns float32, or float64 if any floating argument is float64."""
     given = jax.tree.leaves(arrays._replace(sharpness=None))
     floating = [x for x in given if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.result_type(*floating, sharpness, jnp.float32)
@@ -302,7 +315,7 @@ def _run(
     normalization: str,
     return_state: bool,
 ) -> jax.Array | tuple[jax.Array, RACEState]:
-    """The outputs and, when asked for, the state after the last token, from checked arrays."""
+    """Returns the outputs and, if asked for, the state after the last token."""
     operands, start = _operands(arrays, plan, dtype, is_causal=is_causal)
     if operands.value.shape[0] == 0:
         out, sums = _no_outputs(operands), operands.sums
@@ -315,13 +328,13 @@ def _run(
 def _operands(
     arrays: _Arrays, plan: implementations.Plan, dtype: jnp.dtype, *, is_causal: bool
 ) -> tuple[causal.Operands, RACEState]:
-    """The arrays as every implementation takes them, and the state that the tokens continue."""
+    """Returns the arrays in the form that every implementation takes, and the state to continue."""
     z_q, z_k, value, sharpness, log_decay, mask, segment_ids, start = arrays
     batch, _, kv_heads, value_dim = value.shape
     features = plan.hash_shape[0] * 2 ** plan.hash_shape[1]
     if start is None:
         fresh = RACEState.init(batch, kv_heads, features, value_dim, dtype)
-        # Zeros of the values' kind: inside shard_map they vary over the same mesh axes.
+        # zeros_like makes zeros that vary over the mesh axes of the values inside shard_map.
         start = dataclasses.replace(
             fresh,
             **{
@@ -351,7 +364,7 @@ def _operands(
 def _state(
     operands: causal.Operands, sums: Sums, start: RACEState, *, is_causal: bool
 ) -> RACEState:
-    """The state after the last token."""
+    """Returns the state after the last token."""
     decay = start.log_decay if is_causal else jnp.zeros_like(start.log_decay)
     if operands.log_decay is not None:
         decay = decay + operands.log_decay.sum(axis=1)
@@ -361,7 +374,10 @@ def _state(
 
 
 def _hash_queries(query: jax.Array, planes: jax.Array) -> jax.Array:
-    """z of the queries; with planes per key/value head, those of the head that a query reads."""
+    """Returns z of the queries.
+
+    A query head uses the planes of the key/value head that it reads.
+    """
     if planes.ndim == 3:
         return hashing.hash_projections(query, planes)
     grouped = jnp.moveaxis(
@@ -376,7 +392,7 @@ def _hash_queries(query: jax.Array, planes: jax.Array) -> jax.Array:
 
 
 def _widen(z: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """float64 hash projections where anything is float64; else as they are."""
+    """Converts hash projections to float64 if the sums are float64."""
     return z.astype(jnp.promote_types(z.dtype, dtype)) if dtype == jnp.float64 else z
 
 
@@ -418,6 +434,6 @@ def _reverse_mode(
         if "forward-mode" not in str(error):
             raise
         raise TypeError(
-            "race_attention has a written-out gradient, for reverse mode (jax.grad, jax.vjp) only; "
+            "race_attention supports differentiation in reverse mode (jax.grad, jax.vjp) only; "
             "for forward mode (jax.jvp, jax.jacfwd) differentiate race_jax.reference instead"
         ) from error

@@ -1,6 +1,6 @@
-"""What a call must satisfy before any work is done; every refusal shows the value and the way out.
+"""Checks of the arguments of ``race_attention``, made before any work is done.
 
-Comes in: the arguments of ``race_attention``. Goes out: nothing, or a ValueError or TypeError.
+Each check returns nothing, or raises an error that shows the value given and how to correct it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from race_jax.core.state import RACEState
 
 
 def check_inputs(query: jax.Array, key: jax.Array, value: jax.Array, planes: jax.Array) -> None:
-    """Ranks, dtypes and head dims of queries, keys, values and planes."""
+    """Checks the ranks, dtypes and head dims of queries, keys, values and planes."""
     check_floating(query=query, key=key, value=value, planes=planes)
     named = {"query": (query, "(B, T, N, H)"), "key": (key, "(B, S, K, H)")}
     named["value"] = (value, "(B, S, K, V)")
@@ -31,13 +31,13 @@ def check_inputs(query: jax.Array, key: jax.Array, value: jax.Array, planes: jax
     if planes.ndim == 4 and planes.shape[0] != key.shape[2]:
         raise ValueError(
             f"planes {planes.shape} are for {planes.shape[0]} key/value heads, but key {key.shape} "
-            f"has {key.shape[2]}; pass (L, P, H) planes or one set a key/value head"
+            f"has {key.shape[2]}; pass (L, P, H) planes, or one set per key/value head"
         )
     _check_heads(query, key, value)
 
 
 def check_projections(z_q: jax.Array, z_k: jax.Array, value: jax.Array) -> None:
-    """Ranks, dtypes and table sizes of hash projections and values."""
+    """Checks the ranks, dtypes and table sizes of hash projections and values."""
     check_floating(query_projections=z_q, key_projections=z_k, value=value)
     named = {"query_projections": (z_q, "(B, T, N, L, P)")}
     named["key_projections"] = (z_k, "(B, S, K, L, P)")
@@ -81,31 +81,34 @@ def check_modes(
     packed: bool,
     stateful: bool,
 ) -> None:
-    """Arguments that exclude each other."""
+    """Checks for arguments that exclude each other."""
     if gated and not is_causal:
         raise ValueError(
-            "log_decay needs is_causal=True: a forgetting gate has a direction; drop log_decay for "
-            "bidirectional attention"
+            "log_decay needs is_causal=True, because a forgetting gate has a direction in time; "
+            "leave log_decay out for bidirectional attention"
         )
     for name, used in (("is_causal", is_causal), ("segment_ids", packed)):
         if used and lengths[0] != lengths[1]:
             raise ValueError(
                 f"{name} needs as many queries as keys, got T = {lengths[0]} and S = {lengths[1]}; "
-                "to attend to earlier tokens pass their initial_state"
+                "to attend to earlier tokens, pass their state as initial_state"
             )
     if packed and stateful and not is_causal:
         raise ValueError(
-            "segment_ids with initial_state or return_state needs is_causal=True: bidirectional "
-            "totals would mix segments"
+            "segment_ids with initial_state or return_state needs is_causal=True, because the sums "
+            "of a bidirectional call would mix segments"
         )
 
 
 def check_sharpness(sharpness: jax.Array, heads: int, kv_heads: int) -> None:
-    """A positive scalar, or one positive number per key/value head."""
+    """Checks that sharpness is a positive scalar, or one positive number per key/value head."""
     if sharpness.shape not in ((), (kv_heads,)):
         hint = ""
         if sharpness.shape == (heads,):
-            hint = "; one per query head cannot be: queries and keys of a head share it"
+            hint = (
+                "; one value per query head is not possible, because the query heads that share "
+                "a key also share its hash"
+            )
         raise ValueError(
             f"sharpness must be a scalar or of shape (K,) = ({kv_heads},), got shape "
             f"{sharpness.shape}{hint}"
@@ -118,7 +121,7 @@ def check_sharpness(sharpness: jax.Array, heads: int, kv_heads: int) -> None:
 
 
 def check_state(state: RACEState, batch: int, kv_heads: int, features: int, value_dim: int) -> None:
-    """A state must have the shapes of this call."""
+    """Checks that a state has the shapes of this call."""
     if not isinstance(state, RACEState):
         raise TypeError(f"initial_state must be a race_jax.RACEState, got {type(state).__name__}")
     wanted = (batch, kv_heads, features, value_dim)

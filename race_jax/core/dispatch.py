@@ -1,7 +1,8 @@
-"""Which implementation runs, and why.
+"""Chooses the implementation of a call, and gives the reason for the choice.
 
-Comes in: shapes and dtypes of a call, and an implementation's name. Goes out: a `Choice`. What it
-leaves to the platform is decided in implementations.py; nothing is when a module is imported.
+The choice depends on the shapes and dtypes of the call and on the name that the caller asks for.
+It is made when a function is called, never when a module is imported. Where it depends on the
+platform, ``implementations.py`` completes it at lowering.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import jax.numpy as jnp
 
 IMPLEMENTATIONS = (None, "xla", "pallas")
 
-# In float32 XLA overtakes the kernels below so many tokens and above so many features
-# (docs/kernels.md). In bfloat16 the kernels were faster at every size measured.
+# In float32, XLA is at least as fast as the kernels below this number of tokens and above this
+# number of features (docs/kernels.md). In bfloat16 the kernels were faster at every size measured.
 FLOAT32_KERNELS_FROM = 1024
 FLOAT32_KERNELS_FEATURES = 64
 
-# What `jax_default_matmul_precision` may say where TF32 products are not enough.
+# The values of `jax_default_matmul_precision` that ask for more than TF32 products.
 EXACT_PRECISIONS = (
     "highest",
     "float32",
@@ -39,7 +40,7 @@ _log = logging.getLogger("race_jax")
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What runs, and why.
+    """The implementation that runs, and the reason for it.
 
     Attributes:
       implementation: ``"xla"``, ``"pallas"``, or ``"pallas on cuda, xla elsewhere"``.
@@ -77,11 +78,11 @@ def choose(
     normalization: str,
     implementation: str | None,
 ) -> Choice:
-    """Decides from static facts: shapes, dtypes, versions and the devices of this host.
+    """Chooses an implementation from shapes, dtypes, versions and the devices of this host.
 
     Raises:
-      ValueError: an unknown implementation.
-      NotImplementedError: ``"pallas"`` for a call that the kernels do not support.
+      ValueError: if the implementation is unknown.
+      NotImplementedError: if it is ``"pallas"`` and the kernels do not support the call.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
@@ -107,19 +108,19 @@ def _limit(
     z_q: Any, z_k: Any, value: Any, is_causal: bool, packed: bool, normalization: str
 ) -> str | None:
     if normalization != "global":
-        return f"the RACE kernels have normalization='global' only, got {normalization!r}"
+        return f"the RACE kernels support normalization='global' only; got {normalization!r}"
     if packed and not is_causal:
-        return "the RACE kernels take segment_ids with is_causal=True only"
+        return "the RACE kernels support segment_ids with is_causal=True only"
     if not all(isinstance(size, int) for size in (*z_q.shape, *value.shape)):
-        return "the RACE kernels need sizes that are known, and jax.export was given symbolic ones"
-    if not has_cuda():  # without one the kernels are not even imported
+        return "the RACE kernels need known sizes, but this call has symbolic ones (jax.export)"
+    if not has_cuda():  # the kernels are not imported on such a host
         return "the RACE kernels run on CUDA devices, and this host has none"
     exact = exact_products(jax.config.jax_default_matmul_precision)
     return kernels().supports(z_q, z_k, value, is_causal=is_causal, exact=exact)
 
 
 def exact_products(precision: str | None) -> bool:
-    """Whether this value of `jax_default_matmul_precision` asks for more than TF32 products."""
+    """Returns whether a value of `jax_default_matmul_precision` asks for more than TF32."""
     return precision in EXACT_PRECISIONS
 
 
@@ -138,7 +139,7 @@ def explain(
     """Says which implementation ``race_attention`` would run for these arguments, and why.
 
     Args:
-      query: ``(B, T, N, H)``; arrays or ``jax.ShapeDtypeStruct``, here and below.
+      query: ``(B, T, N, H)``. Every array may also be a ``jax.ShapeDtypeStruct``.
       key: ``(B, S, K, H)``.
       value: ``(B, S, K, V)``.
       planes: ``(L, P, H)`` or ``(K, L, P, H)``.
@@ -146,14 +147,14 @@ def explain(
       segment_ids: as for ``race_attention``.
       normalization: as for ``race_attention``.
       implementation: as for ``race_attention``.
-      **others: further arguments of ``race_attention``; they do not change the choice.
+      **others: further arguments of ``race_attention``. They do not change the choice.
 
     Returns:
       A ``Choice`` with the fields ``implementation`` and ``reason``.
 
     Raises:
-      ValueError: an unknown implementation.
-      NotImplementedError: ``"pallas"`` where the kernels do not support the call.
+      ValueError: if the implementation is unknown.
+      NotImplementedError: if it is ``"pallas"`` and the kernels do not support the call.
 
     Example:
       >>> import jax.numpy as jnp, race_jax
@@ -178,13 +179,13 @@ def explain(
 
 
 def has_cuda() -> bool:
-    """Whether JAX has a CUDA device here, or compiles for an abstract one."""
+    """Returns whether JAX has a CUDA device here, or compiles for an abstract one."""
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if abstract is not None:
         return abstract.platform in ("cuda", "gpu")
     try:
         return bool(jax.devices("cuda"))
-    except RuntimeError:  # JAX's word for "no such platform here"
+    except RuntimeError:  # JAX raises this if the platform does not exist here
         return False
 
 
@@ -194,7 +195,7 @@ def _say_once(sentence: str) -> None:
 
 
 def kernels() -> ModuleType:
-    """The kernel package, loaded only when a call asks for it."""
+    """Returns the kernel package, which is imported only when a call needs it."""
     import pallas_kernels
 
     return pallas_kernels

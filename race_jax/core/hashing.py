@@ -1,6 +1,7 @@
-"""From a query or key x to its hash projections z = W x and its soft buckets phi(z).
+"""Hash projections z = W x of a query or key x, and its soft buckets phi(z).
 
-Comes in: x (..., H) and planes W (L, P, H). Goes out: z (..., L, P) and phi (..., L * 2**P), with
+x has the shape (..., H) and the planes W have (L, P, H). z is (..., L, P), and phi is
+(..., L * 2**P):
 
     phi_l,r = softmax over corners r of beta * sum_p tanh(z_l,p) c_r,p
             = prod_p sigmoid(2 beta tanh(z_l,p) c_r,p)
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MAX_PLANES = 10  # 2**10 buckets a table; beyond it the tables no longer fit any cache
+MAX_PLANES = 10  # 2**10 buckets per table; larger tables do not fit into a cache
 
 
 def init_planes(
@@ -31,28 +32,27 @@ def init_planes(
     """Draws the hyperplanes that hash queries and keys.
 
     Every row is drawn from N(0, scale**2 I). With ``scale=1`` (the paper) and inputs of norm
-    sqrt(H), projections have standard deviation sqrt(H) and tanh saturates;
-    ``scale=head_dim**-0.5`` gives projections of order one and lets gradients through to queries
-    and keys.
+    sqrt(H), projections have standard deviation sqrt(H) and tanh saturates. With
+    ``scale=head_dim**-0.5`` projections are of order one, and gradients reach queries and keys.
 
     Args:
       key: a ``jax.random`` key.
-      num_tables: L >= 1, independent hash tables.
-      num_planes: P in 1..10, planes of a table; a table has 2**P buckets.
+      num_tables: L >= 1, the number of independent hash tables.
+      num_planes: P in 1..10, the number of planes per table. A table has 2**P buckets.
       head_dim: H >= 1, the width of queries and keys.
-      scale: standard deviation of an entry, > 0.
-      orthogonal: make the P rows of a table orthogonal, with the norms that Gaussian rows have
-        (chi-distributed with H degrees of freedom); needs P <= H.
-      num_kv_heads: None for one set of planes, K for one set per key/value head.
-      dtype: floating dtype of the result.
+      scale: the standard deviation of an entry, > 0.
+      orthogonal: whether the P rows of a table are orthogonal. Their norms are drawn as those of
+        Gaussian rows, chi-distributed with H degrees of freedom. This needs P <= H.
+      num_kv_heads: None for one set of planes, or K for one set per key/value head.
+      dtype: the floating dtype of the result.
 
     Returns:
       Planes of shape ``(L, P, H)``, or ``(K, L, P, H)`` with ``num_kv_heads``.
 
     Raises:
-      ValueError: a size below 1, P above 10, a scale that is not positive, or P > H with
+      ValueError: if a size is below 1, P is above 10, the scale is not positive, or P > H with
         ``orthogonal``.
-      TypeError: a dtype that is not floating.
+      TypeError: if the dtype is not floating.
 
     Example:
       >>> import jax, race_jax
@@ -69,7 +69,8 @@ def init_planes(
         raise TypeError(f"dtype of planes must be floating, got {jnp.dtype(dtype).name}")
     if not scale > 0:
         raise ValueError(
-            f"scale must be > 0, got {scale}; 1.0 is the paper, head_dim**-0.5 is soft"
+            f"scale must be > 0, got {scale}; use 1.0 as in the paper, or head_dim**-0.5 for a "
+            "softer hash"
         )
     lead = () if num_kv_heads is None else (num_kv_heads,)
     shape = (*lead, num_tables, num_planes, head_dim)
@@ -83,7 +84,8 @@ def init_planes(
     key_direction, key_norm = jax.random.split(key)
     gaussian = jax.random.normal(key_direction, (*shape[:-2], head_dim, num_planes), jnp.float32)
     directions, triangle = jnp.linalg.qr(gaussian)
-    # QR fixes signs by convention; the signs of R's diagonal make the directions uniform again.
+    # QR fixes the signs of Q by convention. Multiplying by the signs of R's diagonal makes the
+    # directions uniformly distributed again.
     signs = jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))
     norms = jnp.linalg.norm(jax.random.normal(key_norm, shape, jnp.float32), axis=-1)
     rows = jnp.swapaxes(directions * signs[..., None, :], -1, -2)
@@ -99,8 +101,8 @@ def _check_sizes(num_tables: int, num_planes: int, head_dim: int, num_kv_heads: 
             raise ValueError(f"{name} must be at least 1, got {size}")
     if num_planes > MAX_PLANES:
         raise ValueError(
-            f"num_planes must be at most {MAX_PLANES}, got {num_planes} (2**{num_planes} buckets a "
-            "table); use more tables instead"
+            f"num_planes must be at most {MAX_PLANES}, got {num_planes} (2**{num_planes} buckets "
+            "per table); use more tables instead"
         )
 
 
@@ -108,15 +110,15 @@ def hash_projections(x: jax.Array, planes: jax.Array) -> jax.Array:
     """Projects queries or keys onto the hash planes: z = W x.
 
     Args:
-      x: floating array ``(..., H)``; ``(..., K, H)`` with planes per key/value head.
+      x: a floating array ``(..., H)``, or ``(..., K, H)`` with planes per key/value head.
       planes: ``(L, P, H)``, or ``(K, L, P, H)``.
 
     Returns:
       ``(..., L, P)``, or ``(..., K, L, P)``, in float32 (float64 for float64 inputs).
 
     Raises:
-      ValueError: the last axes of x and planes do not match, or planes have a wrong rank.
-      TypeError: x or planes are not floating.
+      ValueError: if the last axes of x and planes do not match, or planes have a wrong rank.
+      TypeError: if x or planes are not floating.
 
     Example:
       >>> import jax, jax.numpy as jnp, race_jax
@@ -132,20 +134,22 @@ def hash_projections(x: jax.Array, planes: jax.Array) -> jax.Array:
     wanted = planes.shape[-1:] if planes.ndim == 3 else (planes.shape[0], planes.shape[-1])
     if x.shape[-len(wanted) :] != wanted:
         raise ValueError(
-            f"x of shape {x.shape} must end in {wanted} to meet planes of shape {planes.shape}"
+            f"x of shape {x.shape} must end in {wanted} to match planes of shape {planes.shape}"
         )
     x, planes = jnp.asarray(x), jnp.asarray(planes)
     dtype = jnp.result_type(x, planes, jnp.float32)
     equation = "...h,lph->...lp" if planes.ndim == 3 else "...kh,klph->...klp"
-    # Both as wide as the result: planes rounded to bfloat16 would err alike at every token, which
-    # shows in the gradient of sharpness, and a GPU widens x on the way into the product.
+    # Both operands are widened first. Planes rounded to bfloat16 would have the same error at every
+    # token, which shows in the gradient of sharpness. On a GPU, x is widened as it enters the
+    # product.
     return jnp.einsum(equation, x.astype(dtype), planes.astype(dtype))
 
 
 def flat_planes(planes: jax.Array, columns: int | None) -> jax.Array:
-    """Planes (..., L, P, H) as one table (..., 1, columns, H), with planes of zeros at its end.
+    """Joins all planes into one table ``(..., 1, columns, H)``, with zero planes at its end.
 
-    Projections onto it are those of all tables side by side, then zeros. None changes nothing.
+    Projections onto the result are those of all tables side by side, followed by zeros. If
+    ``columns`` is None, the planes ``(..., L, P, H)`` are returned unchanged.
     """
     if columns is None:
         return planes
@@ -156,32 +160,35 @@ def flat_planes(planes: jax.Array, columns: int | None) -> jax.Array:
 
 
 def fold_planes(kernel: jax.Array, planes: jax.Array) -> jax.Array:
-    """Folds the planes into a projection kernel, so that z comes straight from the hidden state.
+    """Folds the planes into a projection kernel, so that z comes directly from the hidden state.
 
-    With q = x A + b and z = W q, it holds z = x (A Wᵀ) + W b: queries and keys need never be made.
+    If q = x A + b and z = W q, then z = x (A Wᵀ) + W b, so that q itself is never formed.
 
     Args:
-      kernel: ``(D, N, H)``, a projection's kernel, or its bias ``(N, H)``; N may be K.
+      kernel: ``(D, N, H)``, a projection's kernel, or its bias ``(N, H)``. For keys, N is K.
       planes: ``(L, P, H)``, or ``(K, L, P, H)`` with K dividing N.
 
     Returns:
       ``(D, N, L, P)``, or ``(N, L, P)``, in float32.
 
     Raises:
-      ValueError: shapes do not match.
+      ValueError: if the shapes do not match.
 
     Example:
       >>> import jax, jax.numpy as jnp, race_jax
       >>> planes = race_jax.init_planes(jax.random.key(0), num_tables=4, num_planes=3, head_dim=8)
-      >>> race_jax.core.hashing.fold_planes(jnp.ones((16, 2, 8)), planes).shape
+      >>> fold_planes(jnp.ones((16, 2, 8)), planes).shape
       (16, 2, 4, 3)
 
-    Source: beyond the paper; exact because queries and keys enter RACE only through z.
+    Source: beyond the paper; exact, because RACE uses queries and keys only through z.
     """
     if planes.ndim == 4:
         heads, sets = kernel.shape[-2], planes.shape[0]
         if heads % sets:
-            raise ValueError(f"planes per head {planes.shape} do not divide kernel {kernel.shape}")
+            raise ValueError(
+                f"planes {planes.shape} are for {sets} heads, which must divide the {heads} heads "
+                f"of kernel {kernel.shape}; pass (L, P, H) planes to use one set for all heads"
+            )
         planes = jnp.repeat(planes, heads // sets, axis=0)
     return hash_projections(kernel.astype(jnp.float32), planes.astype(jnp.float32))
 
@@ -191,20 +198,22 @@ def soft_hash(projections: jax.Array, sharpness: jax.typing.ArrayLike = 1.0) -> 
 
         phi_l,r = prod_p sigmoid(2 beta tanh(z_l,p) c_r,p),   c_r in {-1, +1}^P
 
-    which equals the softmax over the 2**P corners of beta * tanh(z) . c, without ever forming it.
+    This equals the softmax over the 2**P corners of beta * tanh(z) . c, but never forms it.
 
     Args:
       projections: ``(..., L, P)``, floating.
       sharpness: beta > 0, a scalar or any array that broadcasts to ``projections.shape[:-2]``.
 
     Returns:
-      ``(..., L * 2**P)``, at least float32. The first plane is the slowest bit of a corner, -1
-      comes before +1; the features of one table are adjacent and sum to one.
+      ``(..., L * 2**P)``, in float32 or wider. The features of one table are adjacent and sum to
+      one.
+      Corners are ordered as binary numbers: the first plane is the most significant bit, and -1
+      comes before +1.
 
     Raises:
-      ValueError: fewer than two axes, P outside 1..10, sharpness that does not broadcast or is
-        not positive.
-      TypeError: projections are not floating.
+      ValueError: if there are fewer than two axes, P is outside 1..10, or sharpness does not
+        broadcast or is not positive.
+      TypeError: if projections are not floating.
 
     Example:
       >>> import jax.numpy as jnp, race_jax
@@ -233,19 +242,21 @@ def soft_hash(projections: jax.Array, sharpness: jax.typing.ArrayLike = 1.0) -> 
 
 
 def soft_buckets(projections: jax.Array, sharpness: jax.Array) -> jax.Array:
-    """``soft_hash`` with an axis of tokens last: ``(..., L, P, C)`` to ``(..., L * 2**P, C)``.
+    """Computes ``soft_hash`` with the tokens on the last axis.
 
-    With tokens last every step is a long vector operation, which is what a CPU wants.
+    ``(..., L, P, C)`` becomes ``(..., L * 2**P, C)``. With tokens on the last axis, every step is a
+    long vector operation, which is fast on a CPU.
     """
     logits = 2.0 * sharpness * jnp.tanh(projections)
-    # sigmoid of both signs rather than 1 - sigmoid: the smaller factor keeps its precision. Signs
-    # by a product rather than by stacking: XLA's CPU code for a concatenation is not vectorised.
+    # The sigmoid is taken of both signs, because 1 - sigmoid would lose the precision of the
+    # smaller factor. The signs come from a product, because XLA's CPU code for a concatenation is
+    # not vectorised.
     signs = jnp.array([[-1.0], [1.0]], logits.dtype)
     sides = jax.nn.sigmoid(
         logits[..., None, :] * jnp.expand_dims(signs, range(logits.ndim - 1))
     )  # (..., L, P, 2, C)
     *lead, tables, planes, _, tokens = sides.shape
-    phi = sides[..., 0, :, :]  # (..., L, 2, C), and twice as many corners with every plane
+    phi = sides[..., 0, :, :]  # (..., L, 2, C); every plane doubles the number of corners
     for plane in range(1, planes):
         phi = phi[..., :, None, :] * sides[..., plane, None, :, :]
         phi = phi.reshape(*lead, tables, 2 ** (plane + 1), tokens)
@@ -255,16 +266,18 @@ def soft_buckets(projections: jax.Array, sharpness: jax.Array) -> jax.Array:
 def soft_buckets_pullback(
     projections: jax.Array, sharpness: jax.Array, phi: jax.Array, d_phi: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradient of ``soft_buckets``, written out: of projections, and of sharpness a token.
+    """Computes the gradient of ``soft_buckets`` with respect to projections and sharpness.
 
     With Psi = phi . dphi, the corner signs M (L*P, F) and the table sums E (L, F),
 
         du = beta (M Psi - tanh(beta u) . E Psi),   dz = du (1 - u**2),   dbeta = sum u . du / beta
 
-    One small product with constants; left to autodiff, it would be a tree of narrow reductions.
+    This is one small product with constants. Automatic differentiation would build a tree of narrow
+    reductions instead.
 
     Returns:
-      ``(..., L, P, C)``, and ``(..., L, P, C)``, whose sum is the cotangent of sharpness.
+      The cotangent of projections, ``(..., L, P, C)``, and terms ``(..., L, P, C)`` whose sum is
+      the cotangent of sharpness.
     """
     *lead, tables, planes, tokens = projections.shape
     u = jnp.tanh(projections)
@@ -278,7 +291,7 @@ def soft_buckets_pullback(
 
 
 def check_floating(**arrays: jax.Array) -> None:
-    """Refuses arrays that are not floating, by name."""
+    """Raises TypeError for an argument that is not a floating array."""
     for name, array in arrays.items():
         if not hasattr(array, "dtype"):
             raise TypeError(f"{name} must be an array, got a {type(array).__name__}")

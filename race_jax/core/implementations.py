@@ -1,10 +1,8 @@
-"""The differentiable functions that run a choice of implementation.
+"""Differentiable functions that run the chosen implementation.
 
-Comes in: checked operands and a `Plan`. Goes out: outputs and final sums, with the written-out
-gradient of aggregate/ or of the Pallas kernels.
-
-Between platforms it is decided when a computation is lowered (``lax.platform_dependent``), where it
-is known what it will run on.
+They take checked operands and a `Plan`, and return outputs and final sums. Their gradients are
+those of ``race_jax/core/xla`` or of the Pallas kernels. The platform is taken into account when a
+computation is lowered (``lax.platform_dependent``), because only then is it known.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from race_jax.core.xla import bidirectional, causal
 from race_jax.core.xla.chunk import Sums
 from race_jax.core.xla.sweep import Tiling
 
-# One core likes small chunks one after the other, a wide machine all blocks at once.
+# A CPU is fastest with small chunks one after the other, a GPU or TPU with all blocks at once.
 CAUSAL_CPU = Tiling(chunk=32, parallel=False)
 CAUSAL_WIDE = Tiling(chunk=128, parallel=True)
 BIDIRECTIONAL_CPU = Tiling(chunk=128, parallel=False)
@@ -34,10 +32,13 @@ BIDIRECTIONAL_WIDE = Tiling(chunk=128, parallel=True)
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a differentiable function is made for: a choice, and (L, P) of flat z.
+    """The static arguments of a differentiable function.
 
-    `precision` is JAX's setting where the function was called. The gradient follows it too, also
-    where it is traced after the setting has changed.
+    Attributes:
+      choice: the implementation to run.
+      hash_shape: (L, P), which the shape of a flat z does not tell.
+      precision: JAX's setting `jax_default_matmul_precision` when the function was called. The
+        gradient uses it too, even if it is traced after the setting has changed.
     """
 
     choice: Choice
@@ -53,18 +54,18 @@ class Plan:
 
     @property
     def columns(self) -> int | None:
-        """How many columns z should have, flat and with zeros at the end; None for (L, P)."""
+        """The number of columns of a flat z, with the zeros at its end; None if z is (L, P)."""
         if self.choice.implementation == "xla":
             return None
         columns = kernels().projection_columns(*self.hash_shape)
         return None if columns == math.prod(self.hash_shape) else columns
 
     def logical(self, operands: Any) -> Any:
-        """Operands with z (..., L, P), as XLA's code takes them."""
+        """Returns operands with z of shape (..., L, P), as the XLA code takes them."""
         return operands._replace(z_q=self._logical(operands.z_q), z_k=self._logical(operands.z_k))
 
     def flat(self, gradient: Any, operands: Any) -> Any:
-        """The gradient of operands from that of `logical(operands)`."""
+        """Converts the gradient of ``logical(operands)`` to that of ``operands``."""
         z_q, z_k = (
             self._flat(getattr(gradient, name), getattr(operands, name)) for name in ("z_q", "z_k")
         )
@@ -84,7 +85,7 @@ class Plan:
 
 
 def _by_platform(plan: Plan, xla: Callable, tilings: tuple[Tiling, Tiling], pallas: Callable):
-    """Returns f(*arrays) for a plan; what runs is decided by platform when f is lowered."""
+    """Returns f(*arrays) for a plan, dispatched by platform at lowering."""
     cpu, wide = (functools.partial(xla, tiling=tiling) for tiling in tilings)
     pallas = functools.partial(pallas, plan)
     if plan.choice is PALLAS_ASKED:
@@ -94,7 +95,7 @@ def _by_platform(plan: Plan, xla: Callable, tilings: tuple[Tiling, Tiling], pall
 
 
 def _backward(plan: Plan, backward: Callable) -> Callable:
-    """XLA's gradients of the operands as they are given to the differentiable function."""
+    """Returns a function for XLA's gradients of the operands, with z in the shape given."""
 
     def run(operands, *rest, tiling):
         return plan.flat(backward(plan.logical(operands), *rest, tiling=tiling), operands)
@@ -102,13 +103,14 @@ def _backward(plan: Plan, backward: Callable) -> Callable:
     return run
 
 
-# custom_vjp outside and platform_dependent inside its two rules: the other way round, the residuals
-# would be the union of all branches'. So every branch saves residuals of the same shapes.
+# The custom_vjp is outside and platform_dependent is inside each of its two rules. In the opposite
+# order, the residuals of all branches would be saved. Every branch must therefore save residuals of
+# the same shapes.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run_causal(plan: Plan, operands: causal.Operands) -> tuple[jax.Array, Sums]:
-    """Causal attention: the output ``(B, T, N, V)`` and the final sums."""
+    """Computes causal attention: the output ``(B, T, N, V)`` and the final sums."""
     return _causal_forward(plan, operands)[0]
 
 
@@ -143,7 +145,7 @@ run_causal.defvjp(_causal_forward, _causal_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run_bidirectional(plan: Plan, operands: bidirectional.Operands) -> tuple[jax.Array, Sums]:
-    """Bidirectional attention: the output ``(B, T, N, V)`` and the total sums."""
+    """Computes bidirectional attention: the output ``(B, T, N, V)`` and the total sums."""
     return _bidirectional_forward(plan, operands)[0]
 
 
@@ -210,7 +212,10 @@ def _pallas_causal_backward(
 
 
 def _kernel_arguments(operands: causal.Operands) -> tuple:
-    """The kernels' order of arguments; z in the values' dtype, which halves its traffic in bf16."""
+    """Returns the arguments of the kernels.
+
+    z is cast to the values' dtype, which halves its traffic in bfloat16.
+    """
     dtype = operands.value.dtype
     return (
         operands.z_q.astype(dtype),

@@ -1,7 +1,7 @@
-"""Linear attention over ready features: what RACE does after its hash, for any feature map.
+"""Linear attention over given features, which is what RACE attention computes after its hash.
 
-The other linear attentions of this library build on it, so they share RACE's masks and its state.
-It is one rematerialised scan over chunks, clear rather than fast.
+The other linear attentions of this library build on it and share RACE's masks and state. It is one
+rematerialised scan over chunks, written for clarity rather than speed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from race_jax.core import masking
 from race_jax.core.state import RACEState, normalize
 
-CHUNK = 64  # tokens that are handled at once
+CHUNK = 64  # tokens per step of the scan
 
 
 def linear_attention(
@@ -27,29 +27,30 @@ def linear_attention(
     initial_state: RACEState | None = None,
     return_state: bool = False,
 ) -> jax.Array | tuple[jax.Array, RACEState]:
-    """Attention whose weights are products of features, at a cost linear in the length.
+    """Computes attention whose weights are products of features, at a cost linear in the length.
 
         out_t = sum_s w_ts v_s / sum_s w_ts
         w_ts  = visible(t, s) exp(G_t - G_s) phi_q(t) . phi_k(s)
 
-    G is the running sum of ``log_decay``. Sums are kept in float32 at least.
+    G is the running sum of ``log_decay``. Sums are kept in float32 or wider.
 
     Args:
-      phi_q: ``(B, T, N, F)``, features of the queries, not negative.
-      phi_k: ``(B, S, K, F)``; query head n reads key/value head ``n // (N // K)``.
-      value: ``(B, S, K, V)``; its dtype is the output's.
-      is_causal: whether a token sees only itself and what came before; needs T == S.
-      log_decay: ``(B, S, K)``, <= 0, the forgetting gate, causal only.
+      phi_q: ``(B, T, N, F)``, features of the queries, >= 0.
+      phi_k: ``(B, S, K, F)``, features of the keys, >= 0. Query head n reads key/value head
+        ``n // (N // K)``.
+      value: ``(B, S, K, V)``. The output has its dtype.
+      is_causal: whether a token sees only itself and earlier tokens. This needs T == S.
+      log_decay: ``(B, S, K)``, <= 0, the forgetting gate; it needs ``is_causal=True``.
       key_value_mask: ``(B, S)`` bool, True where there is a token.
-      segment_ids: ``(B, T)`` int >= 0, contiguous runs: tokens see their own segment only.
-      initial_state: the state that the tokens continue.
+      segment_ids: ``(B, T)`` int >= 0, in contiguous runs. A token sees only its own segment.
+      initial_state: the state of earlier tokens, which this call continues.
       return_state: whether to return the state after the last token as well.
 
     Returns:
-      ``(B, T, N, V)``, or that and a ``RACEState``.
+      The output ``(B, T, N, V)``, or the output and a ``RACEState``.
 
     Raises:
-      ValueError: shapes that do not fit, or arguments that exclude each other.
+      ValueError: if shapes do not fit, or two arguments exclude each other.
 
     Example:
       >>> import jax.numpy as jnp
@@ -58,7 +59,8 @@ def linear_attention(
       >>> linear_attention(phi, phi, value, is_causal=True).ravel().tolist()
       [0.0, 0.5, 1.0]
 
-    Source: Katharopoulos et al. 2020, section 3; gate, packing and state as in RACE attention here.
+    Source: Katharopoulos et al. 2020, section 3. The gate, packing and the state are those of RACE
+    attention.
     """
     batch, length, kv_heads, value_dim = value.shape
     _check(phi_q, phi_k, value, is_causal, log_decay, segment_ids, initial_state, return_state)
@@ -97,7 +99,7 @@ def linear_attention(
 def _scan(
     arrays: dict[str, jax.Array | None], state: RACEState, *, inclusive: bool
 ) -> tuple[jax.Array, RACEState]:
-    """Rows ``(B, T, K, G, V + 1)`` of numerators and masses, and the state after the last token."""
+    """Returns numerators and masses ``(B, T, K, G, V + 1)``, and the state after the last token."""
     batch, length, kv_heads = arrays["value"].shape[:3]
     grouped = _grouped(arrays["phi_q"], kv_heads)
     if not length:
@@ -130,7 +132,7 @@ def _scan(
 
 
 def _chunk_rows(chunk: dict, state: RACEState, *, inclusive: bool) -> jax.Array:
-    """Numerators and masses of one chunk's queries, from the chunk itself and from the state."""
+    """Returns numerators and masses of one chunk's queries, from the chunk and from the state."""
     visible = jnp.tril(jnp.ones((CHUNK, CHUNK), bool), 0 if inclusive else -1)[None, None]
     phi_q, segment = chunk["phi_q"], chunk["segment"]
     from_state = phi_q
@@ -142,7 +144,8 @@ def _chunk_rows(chunk: dict, state: RACEState, *, inclusive: bool) -> jax.Array:
     if chunk["log_decay"] is not None:
         total = jnp.moveaxis(jnp.cumsum(chunk["log_decay"], axis=1), 1, 2)  # (B, K, C)
         difference = total[..., :, None] - total[..., None, :]
-        # The exponent is masked, not only its exponential: above the diagonal it is positive.
+        # The exponent is masked before exp, because it is positive above the diagonal and could
+        # overflow.
         decay = jnp.exp(jnp.where(visible, difference, -jnp.inf))
         from_state = from_state * jnp.exp(jnp.moveaxis(total, 2, 1))[..., None, None]
     weights = jnp.einsum("btkgf,bskf->bkgts", phi_q, chunk["phi_k"]) * decay[:, :, None]
@@ -152,13 +155,13 @@ def _chunk_rows(chunk: dict, state: RACEState, *, inclusive: bool) -> jax.Array:
 
 
 def _grouped(phi_q: jax.Array, kv_heads: int) -> jax.Array:
-    """``(B, T, N, F)`` as ``(B, T, K, G, F)``: query heads under the head that they read."""
+    """Groups query heads by the head that they read: ``(B, T, N, F)`` to ``(B, T, K, G, F)``."""
     batch, length, heads, features = phi_q.shape
     return phi_q.reshape(batch, length, kv_heads, heads // kv_heads, features)
 
 
 def _read(phi_q: jax.Array, state: RACEState) -> jax.Array:
-    """Numerators and masses ``(B, T, K, G, V + 1)`` that queries read from a state."""
+    """Returns the numerators and masses ``(B, T, K, G, V + 1)`` that queries read from a state."""
     numerator = jnp.einsum("btkgf,bkfv->btkgv", phi_q, state.numerator)
     mass = jnp.einsum("btkgf,bkf->btkg", phi_q, state.mass)
     return jnp.concatenate([numerator, mass[..., None]], axis=-1)
@@ -182,5 +185,6 @@ def _check(phi_q, phi_k, value, is_causal, log_decay, segment_ids, initial_state
         )
     if segment_ids is not None and not is_causal and (initial_state is not None or return_state):
         raise ValueError(
-            "segment_ids with a state needs is_causal=True: bidirectional totals would mix segments"
+            "segment_ids with a state needs is_causal=True, because the sums of a bidirectional "
+            "call would mix segments"
         )

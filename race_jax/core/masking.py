@@ -1,7 +1,7 @@
-"""Who may see whom, as vectors over the tokens and never as a T x T matrix.
+"""Visibility of keys. Padding and packing are given as per-token vectors, never as T x T masks.
 
-Comes in: what the caller says about padding and packing. Goes out: checked vectors, with junk in
-padded slots selected away and every padded slot assigned to the segment before it.
+The functions check these vectors, clear padded slots, and assign every padded slot to the segment
+before it.
 
     visible(t, s) = (s <= t if causal) and key_value_mask[s] and segment[t] == segment[s]
 """
@@ -14,25 +14,25 @@ import numpy as np
 
 from race_jax.core.shapes import Size
 
-# exp(-80) is 2e-35: nothing that decays further can be seen in float32.
+# exp(-80) is 2e-35. A stronger decay makes no difference in float32.
 MIN_LOG_DECAY = -80.0
 
 
 def concrete(x: jax.Array | None) -> np.ndarray | None:
-    """The values of an array where they are known now, None under a trace."""
+    """Returns the values of an array if they are known now, and None for a traced array."""
     if x is None or isinstance(x, jax.core.Tracer):
         return None
     return np.asarray(x)
 
 
 def check_key_value_mask(mask: jax.Array | None, shape: tuple[Size, Size]) -> None:
-    """Refuses masks that are not one boolean per key."""
+    """Checks that a mask is one boolean per key."""
     if mask is None:
         return
     if mask.ndim > 2:
         raise ValueError(
             f"key_value_mask must be (B, S) = {shape}, got a dense mask of shape {mask.shape}. "
-            "RACE never forms the weight matrix: use is_causal=True for causality, key_value_mask "
+            "RACE never forms the weight matrix; use is_causal=True for causality, key_value_mask "
             "(B, S) for padding and segment_ids (B, T) for packing"
         )
     if mask.shape != shape:
@@ -47,7 +47,7 @@ def check_key_value_mask(mask: jax.Array | None, shape: tuple[Size, Size]) -> No
 def check_segment_ids(
     segment_ids: jax.Array | None, shape: tuple[Size, Size], mask: jax.Array | None
 ) -> None:
-    """Refuses segment ids of a wrong form and, where concrete, ids that are not contiguous runs."""
+    """Checks the form of segment ids and, if they are concrete, that they are contiguous runs."""
     if segment_ids is None:
         return
     if segment_ids.shape != shape:
@@ -73,7 +73,7 @@ def check_segment_ids(
 def check_log_decay(
     log_decay: jax.Array | None, shape: tuple[Size, Size, Size], mask: jax.Array | None
 ) -> None:
-    """Refuses gates of a wrong form and, where concrete, gates that are positive or not finite."""
+    """Checks the form of a gate and, if it is concrete, that it is finite and not positive."""
     if log_decay is None:
         return
     if log_decay.shape != shape:
@@ -86,7 +86,7 @@ def check_log_decay(
     values = values.astype(np.float32) if keep is None else values[keep].astype(np.float32)
     if not np.isfinite(values).all():
         wrong = values[~np.isfinite(values)][0]
-        raise ValueError(f"log_decay must be finite, got {wrong}; -80 forgets everything")
+        raise ValueError(f"log_decay must be finite, got {wrong}; use -80 to forget everything")
     if values.size and values.max() > 0:
         raise ValueError(
             f"log_decay must be <= 0, got {values.max()}; it is the logarithm of a factor in "
@@ -95,7 +95,10 @@ def check_log_decay(
 
 
 def select_tokens(x: jax.Array | None, mask: jax.Array | None) -> jax.Array | None:
-    """Zeros in padded slots. A select, since 0 * NaN is NaN, forward and backward."""
+    """Sets padded slots to zero.
+
+    This is a select and not a product, because 0 * NaN is NaN, forward and backward.
+    """
     if x is None or mask is None:
         return x
     return jnp.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
@@ -106,16 +109,18 @@ def bound_log_decay(
     mask: jax.Array | None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array | None:
-    """The gate as it is used: between -80 and 0, and zero in padded slots.
+    """Returns the gate as it is used: between -80 and 0, and zero in padded slots.
 
-    It has the dtype of the sums, ``dtype``; without one, its own or float32 if that is wider.
+    The result has ``dtype``, which is that of the sums. If ``dtype`` is None, the gate keeps its
+    own dtype but is widened to at least float32.
     """
     if log_decay is None:
         return None
     log_decay = select_tokens(jnp.asarray(log_decay), mask)
     dtype = jnp.result_type(log_decay, jnp.float32) if dtype is None else dtype
     log_decay = log_decay.astype(dtype)
-    # Selects, not jnp.clip: at the bounds themselves the gradient is whole, and NaN stays NaN.
+    # These are selects and not jnp.clip, so that a gate exactly at a bound gets its full gradient
+    # and NaN stays NaN.
     log_decay = jnp.where(log_decay < MIN_LOG_DECAY, MIN_LOG_DECAY, log_decay)
     return jnp.where(log_decay > 0.0, 0.0, log_decay)
 
@@ -123,12 +128,13 @@ def bound_log_decay(
 def fill_segments(
     segment_ids: jax.Array | None, mask: jax.Array | None, initial: jax.Array
 ) -> jax.Array | None:
-    """Gives a padded slot the id of the last token before it, at the start the initial state's.
+    """Gives every padded slot the segment id of the last token before it.
 
     Args:
       segment_ids: ``(B, T)`` int, or None.
       mask: ``(B, T)`` bool, or None where there is no padding.
-      initial: ``(B,)`` int32, the segment of the state that the tokens continue.
+      initial: ``(B,)`` int32, the segment of the initial state. Padded slots before the first token
+        get it.
 
     Returns:
       ``(B, T)`` int32, or None without segment ids.
@@ -147,9 +153,10 @@ def fill_segments(
 def last_segment(
     segment_ids: jax.Array | None, mask: jax.Array | None, initial: jax.Array, length: Size
 ) -> jax.Array:
-    """The segment of the state after the tokens, given *filled* ids: shape ``(B,)``, int32.
+    """Returns the segment of the state after the tokens, ``(B,)`` int32, from *filled* ids.
 
-    Without segment ids every token continues the initial state's segment, 0 if that is fresh.
+    Without segment ids, every token continues the segment of the initial state, or segment 0 if
+    that state is empty.
     """
     if length == 0:
         return initial

@@ -1,7 +1,8 @@
-"""Oracles: query, key, value and planes in; attention output and final table sums out.
+"""Two slow and plain implementations of the definition, with which the fast ones are compared.
 
-Each form is written for one key/value head of one sequence and mapped over the rest: `all_pairs`
-forms w_ts and normalises, `token_by_token` (the paper's Algorithms 1 and 2) keeps tables.
+`all_pairs` forms the weights w_ts and normalises them. `token_by_token` keeps tables, as the
+paper's Algorithms 1 and 2 do. Both are written for one key/value head of one sequence and are
+mapped over the others.
 """
 
 import functools
@@ -13,18 +14,18 @@ import jax
 import jax.numpy as jnp
 
 MIN_DENOMINATOR = 1e-30  # a row whose weights sum to less counts as seeing no key
-MIN_LOG_DECAY = -80.0  # a gate below this counts as this
-BUCKET_EPSILON = 1e-6  # keeps the released code's division by an empty bucket finite
+MIN_LOG_DECAY = -80.0  # the lower bound of the gate
+BUCKET_EPSILON = 1e-6  # keeps a division by an empty bucket finite, as in the released code
 
 
 class Tables(NamedTuple):
-    """Table sums over a span of tokens, the oracles' own form of `race_jax.RACEState`.
+    """Table sums over a span of tokens; the oracles' own form of `race_jax.RACEState`.
 
     Attributes:
-        numerator: decayed sum of phi(k) v, shape ``(B, K, F, V)``.
-        mass: decayed sum of phi(k), shape ``(B, K, F)``.
-        log_decay: total log decay of the span, shape ``(B, K)``.
-        segment: int32 segment of its last token, -1 before the first, shape ``(B,)``.
+      numerator: the decayed sum of phi(k) v, shape ``(B, K, F, V)``.
+      mass: the decayed sum of phi(k), shape ``(B, K, F)``.
+      log_decay: the total log decay of the span, shape ``(B, K)``.
+      segment: the int32 segment of its last token, -1 before the first token, shape ``(B,)``.
     """
 
     numerator: jax.Array
@@ -50,33 +51,34 @@ class Head(NamedTuple):
 def all_pairs(
     query: jax.Array, key: jax.Array, value: jax.Array, planes: jax.Array, **options: Any
 ) -> jax.Array | tuple[jax.Array, Tables]:
-    """RACE attention by its weights, in time and memory T * S.
+    """Computes RACE attention from its weights, in time and memory T * S.
 
         w_ts = visible(t, s) exp(G_t - G_s) phi(q_t) . phi(k_s)
         out_t = sum_s w_ts v_s / sum_s w_ts
 
     Args:
-        query: shape ``(B, T, N, H)``, float32 or float64; the result keeps the dtype.
-        key: shape ``(B, S, K, H)``.
-        value: shape ``(B, S, K, V)``.
-        planes: shape ``(L, P, H)`` or ``(K, L, P, H)``.
-        **options: `sharpness`, `is_causal`, `log_decay`, `key_value_mask`, `segment_ids`,
-            `normalization`, `initial_state` (Tables) and `return_state`, as in
-            `race_jax.race_attention`.
+      query: ``(B, T, N, H)``, float32 or float64. The result has the same dtype.
+      key: ``(B, S, K, H)``.
+      value: ``(B, S, K, V)``.
+      planes: ``(L, P, H)`` or ``(K, L, P, H)``.
+      **options: `sharpness`, `is_causal`, `log_decay`, `key_value_mask`, `segment_ids`,
+        `normalization`, `initial_state` (Tables) and `return_state`, as in
+        `race_jax.race_attention`.
 
     Returns:
-        Output ``(B, T, N, V)``, with `return_state` also the Tables after the last token.
+      The output ``(B, T, N, V)``, or the output and the Tables after the last token.
 
     Raises:
-        ValueError: for a `log_decay` without `is_causal`, or an unknown `normalization`.
+      ValueError: if `log_decay` is given without `is_causal`, or `normalization` is unknown.
 
     Example:
-        >>> x = jnp.arange(12.0).reshape(1, 3, 2, 2) / 12
-        >>> out = all_pairs(x, x, x, jnp.ones((1, 2, 2)), is_causal=True)
-        >>> out.shape, bool(jnp.allclose(out[:, 0], x[:, 0]))
-        ((1, 3, 2, 2), True)
+      >>> x = jnp.arange(12.0).reshape(1, 3, 2, 2) / 12
+      >>> out = all_pairs(x, x, x, jnp.ones((1, 2, 2)), is_causal=True)
+      >>> out.shape, bool(jnp.allclose(out[:, 0], x[:, 0]))
+      ((1, 3, 2, 2), True)
 
-    Source: the paper, Section 3 and Algorithms 1 and 2; gate, masks and state are beyond it.
+    Source: arXiv 2510.04008, Section 3 and Algorithms 1 and 2. The gate, masks and the state go
+    beyond the paper.
     """
     return _map_heads(_all_pairs_one_head, query, key, value, planes, **options)
 
@@ -84,55 +86,58 @@ def all_pairs(
 def token_by_token(
     query: jax.Array, key: jax.Array, value: jax.Array, planes: jax.Array, **options: Any
 ) -> jax.Array | tuple[jax.Array, Tables]:
-    """RACE attention by its tables, one token at a time.
+    """Computes RACE attention from its tables, one token at a time.
 
         B_t = exp(g_t) B_{t-1} + phi(k_t) v_t,  A_t = exp(g_t) A_{t-1} + phi(k_t)
         out_t = phi(q_t) B_t / phi(q_t) . A_t
 
-    Without causality every query reads the last tables, or its own segment's.
+    Without causality, every query reads the final tables, or those of its own segment.
 
     Args:
-        query: shape ``(B, T, N, H)``, float32 or float64; the result keeps the dtype.
-        key: shape ``(B, S, K, H)``.
-        value: shape ``(B, S, K, V)``.
-        planes: shape ``(L, P, H)`` or ``(K, L, P, H)``.
-        **options: those of `all_pairs`.
+      query: ``(B, T, N, H)``, float32 or float64. The result has the same dtype.
+      key: ``(B, S, K, H)``.
+      value: ``(B, S, K, V)``.
+      planes: ``(L, P, H)`` or ``(K, L, P, H)``.
+      **options: those of `all_pairs`.
 
     Returns:
-        Output ``(B, T, N, V)``, with `return_state` also the Tables after the last token.
+      The output ``(B, T, N, V)``, or the output and the Tables after the last token.
 
     Raises:
-        ValueError: as `all_pairs`.
+      ValueError: as for `all_pairs`.
 
     Example:
-        >>> x = jnp.arange(12.0).reshape(1, 3, 2, 2) / 12
-        >>> planes = jnp.ones((1, 2, 2))
-        >>> same = all_pairs(x, x, x, planes), token_by_token(x, x, x, planes)
-        >>> bool(jnp.allclose(*same, atol=1e-6))
-        True
+      >>> x = jnp.arange(12.0).reshape(1, 3, 2, 2) / 12
+      >>> planes = jnp.ones((1, 2, 2))
+      >>> same = all_pairs(x, x, x, planes), token_by_token(x, x, x, planes)
+      >>> bool(jnp.allclose(*same, atol=1e-6))
+      True
 
-    Source: the paper, Algorithms 1 and 2; gate, masks and state are beyond it.
+    Source: arXiv 2510.04008, Algorithms 1 and 2. The gate, masks and the state go beyond the paper.
     """
     return _map_heads(_token_by_token_one_head, query, key, value, planes, **options)
 
 
 def corner_softmax(x: jax.Array, planes: jax.Array, sharpness: jax.Array | float) -> jax.Array:
-    """phi_lr(x) = softmax over r of beta sum_p tanh(W x)_lp c_rp, by the 2**P corners c_r.
+    """Computes the soft buckets phi_lr(x) by a softmax over all corners c_r.
+
+        phi_lr(x) = softmax over r of beta sum_p tanh(W x)_lp c_rp
 
     Args:
-        x: shape ``(..., H)``.
-        planes: shape ``(L, P, H)``.
-        sharpness: beta > 0, a scalar.
+      x: ``(..., H)``.
+      planes: ``(L, P, H)``.
+      sharpness: beta > 0, a scalar.
 
     Returns:
-        Features, shape ``(..., L * 2**P)``; the first plane is the slowest bit, -1 before +1.
+      Features ``(..., L * 2**P)``. Corners are ordered as binary numbers: the first plane is the
+      most significant bit, and -1 comes before +1.
 
     Example:
-        >>> phi = corner_softmax(jnp.ones(3), jnp.ones((2, 2, 3)), 1.0)
-        >>> phi.shape, [round(float(p), 2) for p in phi[:4]]
-        ((8,), [0.01, 0.11, 0.11, 0.77])
+      >>> phi = corner_softmax(jnp.ones(3), jnp.ones((2, 2, 3)), 1.0)
+      >>> phi.shape, [round(float(p), 2) for p in phi[:4]]
+      ((8,), [0.01, 0.11, 0.11, 0.77])
 
-    Source: the paper, Section 3.
+    Source: arXiv 2510.04008, Section 3.
     """
     corners = jnp.array(list(itertools.product((-1, 1), repeat=planes.shape[-2])), x.dtype)
     u = jnp.tanh(jnp.einsum("...h,lph->...lp", x, planes))
@@ -165,10 +170,10 @@ def _all_pairs_one_head(
 
 
 def _visible_decay(head: Head, is_causal: bool) -> tuple[jax.Array, jax.Array]:
-    """visible(t, s) exp(G_t - G_s) for keys s and for the initial sums.
+    """Returns visible(t, s) exp(G_t - G_s) for keys s, and the same for the initial sums.
 
-    One row for every query, and one more for a reader behind the last token, who sees the final
-    state.
+    There is one row for every query, and a last row for a reader after the last token, who sees the
+    final state.
     """
     num_queries, num_keys = head.query.shape[1], head.real.size
     slots = _slot_segments(head)
@@ -186,7 +191,10 @@ def _visible_decay(head: Head, is_causal: bool) -> tuple[jax.Array, jax.Array]:
 
 
 def _slot_segments(head: Head) -> jax.Array:
-    """Segment of every slot, the initial state's first; a padded slot continues the last one."""
+    """Returns the segment of the initial state, then that of every slot.
+
+    A padded slot has the segment of the last token before it.
+    """
     start = head.initial.segment
     ids = jnp.maximum(start, 0) if head.segment_ids is None else head.segment_ids
     ids = jnp.concatenate([start[None], jnp.broadcast_to(ids, head.real.shape)])
@@ -210,7 +218,7 @@ def _token_by_token_one_head(
         numerator, mass = (jnp.broadcast_to(x, (num_queries, *x.shape)) for x in final[:2])
     else:
         empty = jax.tree.map(jnp.zeros_like, head.initial)._replace(segment=jnp.int32(-1))
-        real = jnp.ones_like(head.real)  # padded slots have taken their segment on the way out
+        real = jnp.ones_like(head.real)  # the forward scan gave padded slots their segments
         _, (before, _) = jax.lax.scan(
             _add_token, empty, (*tokens, real, after.segment), reverse=True
         )
@@ -224,7 +232,10 @@ def _token_by_token_one_head(
 def _add_token(
     tables: Tables, token: tuple[jax.Array, ...]
 ) -> tuple[Tables, tuple[Tables, Tables]]:
-    """The tables after a token; and those it met, decayed to its time or reset to its segment."""
+    """Returns the tables after a token, and the tables just before its key is added.
+
+    The latter are decayed to the time of the token, and are zero if it starts a new segment.
+    """
     phi, value, log_decay, real, segment_id = token
     segment = jnp.where(real, segment_id, tables.segment).astype(jnp.int32)
     keep = jnp.where(segment == tables.segment, jnp.exp(log_decay), 0)
@@ -235,7 +246,7 @@ def _add_token(
 
 
 def _features(head: Head, is_causal: bool) -> tuple[jax.Array, jax.Array]:
-    """phi(q) and phi(k), zero at padded keys and, when causal, at their queries."""
+    """Returns phi(q) and phi(k), zero at padded keys and, if causal, at padded queries."""
     phi_q = corner_softmax(head.query, head.planes, head.sharpness)
     phi_k = corner_softmax(head.key, head.planes, head.sharpness)
     phi_k = jnp.where(head.real[:, None], phi_k, 0)
@@ -243,7 +254,7 @@ def _features(head: Head, is_causal: bool) -> tuple[jax.Array, jax.Array]:
 
 
 def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """Rows over their weight; zeros with zero gradients where no key is seen."""
+    """Divides rows by their total weight. Rows that see no key are zero and have zero gradients."""
     seen = (denominator >= MIN_DENOMINATOR)[..., None]
     return jnp.where(seen, numerator / jnp.where(seen, denominator[..., None], 1), 0)
 
@@ -251,7 +262,10 @@ def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
 def _read_buckets(
     phi_q: jax.Array, numerator: jax.Array, mass: jax.Array, num_tables: int
 ) -> jax.Array:
-    """1/L sum_lr phi_lr(q) B_lr / (A_lr + 1e-6): the released code's normalisation."""
+    """Normalises per bucket, as the released code does.
+
+    The result is 1/L sum_lr phi_lr(q) B_lr / (A_lr + 1e-6).
+    """
     buckets = numerator / (mass + BUCKET_EPSILON)[..., None]
     return jnp.einsum("gtf,tfv->gtv", phi_q, buckets) / num_tables
 
@@ -271,9 +285,9 @@ def _map_heads(
 ) -> jax.Array | tuple[jax.Array, Tables]:
     """Maps `one_head` over the batch and the key/value heads."""
     if log_decay is not None and not is_causal:
-        raise ValueError("log_decay has a direction: pass is_causal=True with it.")
+        raise ValueError("log_decay has a direction in time; pass is_causal=True with it")
     if normalization not in ("global", "bucket"):
-        raise ValueError(f"{normalization=} must be 'global' or 'bucket'.")
+        raise ValueError(f"{normalization=} must be 'global' or 'bucket'")
     if log_decay is None:
         log_decay = jnp.zeros(value.shape[:3], value.dtype)
     heads = _split_heads(query, key, value, planes, log_decay, is_causal=is_causal, **options)
@@ -305,7 +319,7 @@ def _split_heads(
     segment_ids: jax.Array | None = None,
     initial_state: Tables | None = None,
 ) -> Head:
-    """The arguments, key/value head first, with defaults filled in and junk selected away."""
+    """Returns the arguments, heads first, with defaults filled in and padding cleared."""
     batch, num_keys, kv_heads, value_dim = value.shape
     num_features = planes.shape[-3] * 2 ** planes.shape[-2]
     if initial_state is None:

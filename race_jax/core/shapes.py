@@ -1,19 +1,18 @@
 """The letters of every shape in this library, and jaxtyping aliases for them.
 
-Comes in: nothing. Goes out: array types that internal signatures are annotated with.
-
     B  batch                      L  hash tables
     T  query tokens               P  planes of a table
     S  key tokens                 R  corners (buckets) of a table, 2**P
     N  query heads                F  features, L * R
     K  key/value heads            C  tokens of a chunk
-    G  query heads a key/value head, N / K
+    G  query heads per key/value head, N / K
     H  head dim of queries and keys
     V  head dim of values
 
-Inside ``aggregate/`` heads lead and the tokens of a chunk follow: products batch over heads.
-The annotations are checked in tests only (``pytest --jaxtyping-packages``); at run time they cost
-nothing. Public entry points are annotated plainly, because they check their arguments in words.
+Inside ``race_jax/core/xla`` the head axes come first and the tokens of a chunk come after them, so
+that matrix products batch over heads. The annotations are checked in tests only
+(``pytest --jaxtyping-packages``) and cost nothing at run time. Public functions are annotated with
+plain ``jax.Array``, because they check their arguments themselves and raise clearer errors.
 """
 
 from __future__ import annotations
@@ -34,4 +33,4 @@ Numerator = Float[jax.Array, "B K F V"]
 Mass = Float[jax.Array, "B K F"]
 Sharpness = Float[jax.Array, "K"]
 
-Size = Any  # of an axis: an int, or a symbol of jax.export
+Size = Any  # the size of an axis: an int, or a symbolic size of jax.export

@@ -1,9 +1,9 @@
-"""How a call follows the sharding of its arguments, inside ``jax.shard_map`` and on a mesh.
+"""Sharded arguments: how a call runs on a mesh, and inside ``jax.shard_map``.
 
-RACE attention works on every row of the batch and every key/value head by itself. So where
-arguments are sharded over Explicit mesh axes, each device runs the call on its own rows and heads,
-and no device needs what another one holds. Inside ``jax.shard_map`` all arrays of a call are made
-to vary over the same mesh axes, so that carries and buffers that are made from them do too.
+RACE attention treats every row of the batch and every key/value head independently. If arguments
+are sharded over Explicit mesh axes, each device therefore runs the call on its own rows and heads,
+and no device needs data of another. Inside ``jax.shard_map``, all arrays of a call are made to vary
+over the same mesh axes. Loop carries and buffers that are made from them then vary alike too.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ TABLES = "tables"  # (B, K, ...)
 def over_shards(
     run: Callable[[Any], Any], arrays: Any, axes: Any, out_axes: Any, *, kv_heads: int
 ) -> Any:
-    """``run(arrays)``, on each device's part where arrays are sharded over Explicit mesh axes.
+    """Returns ``run(arrays)``, computed per device if arrays are sharded over Explicit mesh axes.
 
     Args:
       run: a function of the arrays that treats batch rows and key/value heads independently.
-      arrays: a pytree of arrays; its tokens say how batch and heads are sharded.
-      axes: TOKENS, ROWS, HEADS or TABLES for every array: a pytree of the same structure.
+      arrays: a pytree of arrays. Those of kind TOKENS determine how batch and heads are sharded.
+      axes: TOKENS, ROWS, HEADS or TABLES for every array, in a pytree of the same structure.
       out_axes: the same for what ``run`` returns.
-      kv_heads: K. Heads are split only where K splits as evenly as the query heads do.
+      kv_heads: K. Heads are split only if the mesh axes that split the query heads divide K.
 
     Returns:
       What ``run`` returns, sharded as the batch and the heads of the arguments are.
@@ -60,10 +60,10 @@ def over_shards(
 
 
 def vary_alike(arrays: Any, kinds: Any) -> Any:
-    """The arrays, varying alike over the mesh axes that any of them varies over (``shard_map``).
+    """Makes arrays vary over all mesh axes that any of them varies over (``jax.shard_map``).
 
-    Masks and segments, which are ROWS, stay as they are: they are in no carry, and the segment of
-    the returned state should vary with the rows only.
+    Masks and segments, which are ROWS, are left unchanged. They are in no loop carry, and the
+    segment of the returned state should vary with the rows only.
     """
     axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(arrays)))
 
@@ -85,7 +85,7 @@ def _explicit_axes(mesh: Any) -> tuple[str, ...]:
 
 
 def _explicit_mesh(arrays: Any) -> Any:
-    """The mesh over whose Explicit axes an array is sharded, None if there is no such array."""
+    """Returns the mesh over whose Explicit axes some array is sharded, or None."""
     for x in jax.tree.leaves(arrays):
         sharding = jax.typeof(x).sharding
         if any(set(_names(entry)) & set(_explicit_axes(sharding.mesh)) for entry in sharding.spec):
@@ -94,7 +94,7 @@ def _explicit_mesh(arrays: Any) -> Any:
 
 
 def _sharded_axes(arrays: Any, axes: Any, mesh: Any, kv_heads: int) -> tuple[Any, Any]:
-    """The mesh axes that split the batch and those that split the heads."""
+    """Returns the mesh axes that split the batch, and those that split the heads."""
     tokens = functools.partial(_first_split, arrays, axes)
     batch = tokens(0)
     heads = tuple(name for name in tokens(2) if name not in batch)
@@ -104,7 +104,10 @@ def _sharded_axes(arrays: Any, axes: Any, mesh: Any, kv_heads: int) -> tuple[Any
 
 
 def _first_split(arrays: Any, axes: Any, axis: int) -> tuple[str, ...]:
-    """The mesh axes over which the first array of tokens that is split along ``axis`` is split."""
+    """Returns the mesh axes that split ``axis`` of the tokens.
+
+    All arrays of tokens are searched in order; the first that is split along ``axis`` decides.
+    """
     for x, kind in zip(jax.tree.leaves(arrays), jax.tree.leaves(axes), strict=True):
         spec = jax.typeof(x).sharding.spec if kind == TOKENS else ()
         if axis < len(spec) and _names(spec[axis]):
@@ -113,7 +116,7 @@ def _first_split(arrays: Any, axes: Any, axis: int) -> tuple[str, ...]:
 
 
 def _names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
+    """Returns the mesh axes of one entry of a PartitionSpec."""
     if isinstance(entry, str):
         return (entry,)
     return tuple(entry) if isinstance(entry, tuple) else ()

@@ -1,10 +1,11 @@
-"""The table counts as a value: what a stretch of tokens leaves behind for the tokens after it.
+"""The state of RACE attention: sums that summarise a span of tokens for the tokens after it.
 
-Comes in: features and values of keys. Goes out: a pytree of fixed size, whatever the length, with
+Its size does not depend on the length of the span:
 
     numerator_f = sum_s exp(G_end - G_s) phi_f(k_s) v_s      mass_f = the same with v = 1
 
-and an associative merge, so that chunks, devices, segments of a stream and decoding steps combine.
+States have an associative merge, so that chunks, devices, parts of a stream and decoding steps
+combine.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import jax.numpy as jnp
 from race_jax.core import masking
 
 EMPTY = -1  # the segment of a state that has seen no token
-MIN_MASS = 1e-30  # a smaller denominator is float32 underflow: the row counts as seeing no key
-BUCKET_EPSILON = (
-    1e-6  # added to each bucket's mass by normalization="bucket", as in the paper's code
-)
+# A smaller denominator is an underflow in float32, and the row counts as seeing no key.
+MIN_MASS = 1e-30
+# This is added to each bucket's mass if normalization="bucket", as in the paper's code.
+BUCKET_EPSILON = 1e-6
 
 
 @jax.tree_util.register_dataclass
@@ -30,13 +31,14 @@ class RACEState:
 
         numerator = sum_s exp(G_end - G_s) phi(k_s) v_sᵀ,   mass = sum_s exp(G_end - G_s) phi(k_s)
 
-    over the tokens of the last segment in the span. All sums are float32 (float64 under x64).
+    The sums run over the tokens of the last segment in the span. They are float32, or float64 under
+    x64.
 
     Attributes:
       numerator: ``(B, K, F, V)``.
       mass: ``(B, K, F)``.
-      log_decay: ``(B, K)``, the gate's total over the span.
-      segment: ``(B,)`` int32, the segment of the last token; -1 where there was no token yet.
+      log_decay: ``(B, K)``, the total log decay of the span.
+      segment: ``(B,)`` int32, the segment of the last token, or -1 before the first token.
 
     Example:
       >>> import jax.numpy as jnp, race_jax
@@ -44,7 +46,8 @@ class RACEState:
       >>> state.numerator.shape, state.mass.shape, int(state.segment[0])
       ((1, 2, 8, 4), (1, 2, 8), -1)
 
-    Source: the sums are arXiv 2510.04008, Algorithm 2; decay, segments and merge go beyond it.
+    Source: the sums are those of arXiv 2510.04008, Algorithm 2. Decay, segments and the merge go
+    beyond it.
     """
 
     numerator: jax.Array
@@ -61,14 +64,14 @@ class RACEState:
         value_dim: int,
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> RACEState:
-        """The state before any token: zero sums, no segment.
+        """Returns the state before any token, with sums of zero and no segment.
 
         Args:
           batch: B.
           kv_heads: K.
           features: F = num_tables * 2**num_planes.
           value_dim: V.
-          dtype: of the sums, float32 or wider.
+          dtype: the dtype of the sums, float32 or wider.
 
         Returns:
           An empty state.
@@ -94,20 +97,21 @@ class RACEState:
         key_value_mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
     ) -> RACEState:
-        """The state after a further span of tokens.
+        """Returns the state after a further span of tokens.
 
         Args:
           phi_k: ``(B, S, K, F)``, features of the keys.
           value: ``(B, S, K, V)``.
           log_decay: ``(B, S, K)``, <= 0, or None.
           key_value_mask: ``(B, S)`` bool, True where there is a token.
-          segment_ids: ``(B, S)`` int >= 0, contiguous runs.
+          segment_ids: ``(B, S)`` int >= 0, in contiguous runs.
 
         Returns:
           ``merge(self, state of the span)``.
 
         Raises:
-          ValueError, TypeError: shapes or values that the contract does not allow.
+          ValueError: if a shape or a value is wrong.
+          TypeError: if a dtype is wrong.
 
         Example:
           >>> import jax.numpy as jnp, race_jax
@@ -121,7 +125,7 @@ class RACEState:
         for name, (array, letter, size) in sizes.items():
             if array.shape != (batch, *phi_k.shape[1:2], heads, size):
                 raise ValueError(
-                    f"{name} must be (B, S, K, {letter}) = ({batch}, S, {heads}, {size}) to meet "
+                    f"{name} must be (B, S, K, {letter}) = ({batch}, S, {heads}, {size}) to match "
                     f"this state, got shape {array.shape}"
                 )
         length = phi_k.shape[1]
@@ -136,7 +140,8 @@ class RACEState:
         gate = masking.bound_log_decay(log_decay, key_value_mask, self.mass.dtype)
         total = jnp.zeros_like(self.log_decay) if gate is None else gate.sum(axis=1)
         if gate is not None:
-            # What is still to come after a token, summed from the end: exact where it matters.
+            # The decay that follows each token. It is summed from the end, so that it is most
+            # accurate for the last tokens, which decay least.
             after = jax.lax.cumsum(gate, axis=1, reverse=True) - gate
             phi = phi * jnp.exp(after)[..., None]
         if segments is not None:
@@ -156,20 +161,21 @@ class RACEState:
         normalization: str = "global",
         segment_ids: jax.Array | None = None,
     ) -> jax.Array:
-        """What queries read from the state alone.
+        """Returns the attention of queries to the tokens that the state summarises.
 
             out = phi(q) . numerator / phi(q) . mass
 
         Args:
-          phi_q: ``(B, T, N, F)``, features of the queries; N a multiple of K.
+          phi_q: ``(B, T, N, F)``, features of the queries. N must be a multiple of K.
           normalization: ``"global"`` (the paper) or ``"bucket"`` (the released code).
-          segment_ids: ``(B, T)`` int; a query reads only if its segment is the state's.
+          segment_ids: ``(B, T)`` int. A query reads the state only if both have the same segment.
 
         Returns:
-          ``(B, T, N, V)`` in the state's dtype; zeros where nothing is visible.
+          ``(B, T, N, V)`` in the state's dtype, zero where nothing is visible.
 
         Raises:
-          ValueError: an unknown normalization, heads that do not divide, or wrong shapes.
+          ValueError: if the normalization is unknown, N is not a multiple of K, or a shape is
+            wrong.
 
         Example:
           >>> import jax.numpy as jnp, race_jax
@@ -182,7 +188,7 @@ class RACEState:
         rows, kv_heads, features = self.mass.shape
         if phi_q.ndim != 4 or phi_q.shape[0] != rows or phi_q.shape[3] != features:
             raise ValueError(
-                f"phi_q must be (B, T, N, F) = ({rows}, T, N, {features}) to meet this state, got "
+                f"phi_q must be (B, T, N, F) = ({rows}, T, N, {features}) to match this state, got "
                 f"shape {phi_q.shape}"
             )
         batch, length, heads, _ = phi_q.shape
@@ -208,19 +214,22 @@ class RACEState:
 
 
 def merge(earlier: RACEState, later: RACEState) -> RACEState:
-    """The state of two adjoining spans: associative, with the empty state as its identity.
+    """Returns the state of two adjoining spans.
 
-        sums = later + exp(later.log_decay) * earlier   (earlier only if it is the same segment)
+        sums = later + exp(later.log_decay) * earlier
+
+    The earlier sums are dropped if the later span ends in another segment. The operation is
+    associative, and the empty state is its identity.
 
     Args:
       earlier: the state of the first span.
       later: the state of the span that follows it.
 
     Returns:
-      The state of both.
+      The state of both spans together.
 
     Raises:
-      ValueError: the two do not have the same shapes.
+      ValueError: if the two do not have the same shapes.
 
     Example:
       >>> import jax.numpy as jnp, race_jax
@@ -229,12 +238,15 @@ def merge(earlier: RACEState, later: RACEState) -> RACEState:
       >>> race_jax.merge(one, race_jax.merge(empty, one)).mass.tolist()
       [[[2.0, 2.0]]]
 
-    Source: beyond the paper; the operation of ``jax.lax.associative_scan``.
+    Source: beyond the paper. The operation suits ``jax.lax.associative_scan``.
     """
     for field in dataclasses.fields(RACEState):
         shapes = getattr(earlier, field.name).shape, getattr(later, field.name).shape
         if shapes[0] != shapes[1]:
-            raise ValueError(f"states differ in {field.name}: {shapes[0]} and {shapes[1]}")
+            raise ValueError(
+                f"states differ in the shape of {field.name}: {shapes[0]} and {shapes[1]}; merge "
+                "states of equal batch, heads, features and value dim"
+            )
     empty = later.segment == EMPTY
     keep = empty | (earlier.segment == later.segment)
     factor = jnp.where(keep[:, None], jnp.exp(later.log_decay), 0.0)
@@ -247,13 +259,13 @@ def merge(earlier: RACEState, later: RACEState) -> RACEState:
 
 
 def check_normalization(normalization: str) -> None:
-    """Refuses names other than the two forms."""
+    """Checks that a normalization is one of the two that exist."""
     if normalization not in ("global", "bucket"):
         raise ValueError(f'normalization must be "global" or "bucket", got {normalization!r}')
 
 
 def normalize(numerator: jax.Array, mass: jax.Array) -> jax.Array:
-    """numerator / mass, and zero with zero gradients where no mass is visible."""
+    """Returns numerator / mass, and zero with zero gradients where the mass is zero."""
     seen = mass > MIN_MASS
     inverse = jnp.where(seen, 1.0 / jnp.where(seen, mass, 1.0), 0.0)
     return jnp.where(seen[..., None], numerator, 0.0) * inverse[..., None]

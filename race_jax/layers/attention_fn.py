@@ -1,10 +1,8 @@
-"""RACE attention in the place of softmax attention, inside Flax's own attention modules.
-
-Comes in: heads, and whatever Flax passes beside them. Goes out: attended heads, by
+"""RACE attention for the ``attention_fn`` argument of Flax's own attention modules.
 
     out_t = sum_s w_ts v_s / sum_s w_ts,   w_ts = visible(t, s) phi(q_t) . phi(k_s)
 
-Flax itself is not imported: its modules call the function that is made here.
+Flax is not imported here. Its modules call the function that this module makes.
 """
 
 from __future__ import annotations
@@ -31,30 +29,32 @@ def attention_fn(
 
         out_t = sum_s w_ts v_s / sum_s w_ts,   w_ts = visible(t, s) phi(q_t) . phi(k_s)
 
-    The result fits ``nnx.MultiHeadAttention`` (with ``num_kv_heads`` and ``decode`` too),
-    ``nn.MultiHeadDotProductAttention``, and code written for ``jax.nn.dot_product_attention``.
-    Planes and sharpness are constants in it; where they should belong to the model, or where the
-    memory of decoding should not grow, use `race_jax.RACEAttention`.
+    The result works in ``nnx.MultiHeadAttention`` (also with ``num_kv_heads`` and ``decode``), in
+    ``nn.MultiHeadDotProductAttention``, and in code written for ``jax.nn.dot_product_attention``.
+    Planes and sharpness are constants in it. Use `race_jax.RACEAttention` if they should be part of
+    the model, or if the memory of decoding should not grow with the length.
 
     Args:
-      planes: ``(L, P, H)`` or ``(K, L, P, H)``, from `race_jax.init_planes`; with ``scale=H**-0.5``
-        the gradients to queries and keys do not vanish.
+      planes: ``(L, P, H)`` or ``(K, L, P, H)``, from `race_jax.init_planes`. With ``scale=H**-0.5``
+        the gradients of queries and keys do not vanish.
       sharpness: beta > 0, a scalar or ``(K,)``.
-      is_causal: whether a token sees only itself and what stands before it. A call can ask for it
-        too. One query with a mask ignores it: that is how Flax decodes, its mask being the cache's.
+      is_causal: whether a token sees only itself and earlier tokens. A single call can ask for this
+        too. It is ignored for one query with a mask, because this is how Flax decodes: the mask
+        then selects the filled part of the cache.
       normalization: ``"global"`` (the paper) or ``"bucket"`` (the released code).
-      implementation: None, ``"xla"`` or ``"pallas"``.
+      implementation: None, ``"xla"`` or ``"pallas"``, as for `race_jax.race_attention`.
 
     Returns:
-      ``attend(query, key, value, bias=None, mask=None, *, ...)`` over ``(..., T, N, H)``,
-      ``(..., S, K, H)`` and ``(..., S, K, V)``, giving ``(..., T, N, V)``; N is a multiple of K.
-      ``mask`` marks keys: it broadcasts to ``(..., 1, 1, S)``. ``segment_ids`` ``(..., T)`` packs
-      documents. Sums are kept in float32 at least, so ``precision`` changes nothing. A bias, a
-      scale, a local window, attention dropout, sown weights and residuals need the weight matrix,
-      which RACE never forms: asking for one raises ``NotImplementedError``.
+      A function ``attend(query, key, value, bias=None, mask=None, *, ...)`` of ``(..., T, N, H)``,
+      ``(..., S, K, H)`` and ``(..., S, K, V)``, which returns ``(..., T, N, V)``. N is a multiple
+      of K. ``mask`` marks keys and must broadcast to ``(..., 1, 1, S)``. Packed documents are
+      marked by ``segment_ids`` ``(..., T)``. Sums are kept in float32 or wider, whatever
+      ``precision`` is.
+      ``NotImplementedError`` is raised for a bias, a scale, a local window, attention dropout, sown
+      weights and residuals, because they need the weight matrix, which RACE never forms.
 
     Raises:
-      ValueError: planes are neither ``(L, P, H)`` nor ``(K, L, P, H)``.
+      ValueError: if planes are neither ``(L, P, H)`` nor ``(K, L, P, H)``.
 
     Example:
       >>> import jax, jax.numpy as jnp, race_jax
@@ -98,8 +98,9 @@ def attention_fn(
         segment_ids: jax.Array | None = None,
         input_positions: jax.Array | None = None,
     ) -> jax.Array:
-        """RACE attention under the argument names of Flax and of jax.nn."""
-        del broadcast_dropout, dropout_rng, precision, input_positions  # nothing hangs on them
+        """Computes RACE attention, with the argument names of Flax and of jax.nn."""
+        # These are accepted for compatibility and are unused.
+        del broadcast_dropout, dropout_rng, precision, input_positions
         _refuse(
             bias=bias is not None,
             scale=scale is not None,
@@ -133,7 +134,7 @@ def attention_fn(
 
 
 def key_padding(mask: jax.Array | None, lead: tuple[int, ...], length: int) -> jax.Array | None:
-    """From an attention mask in Flax's form to one boolean a key.
+    """Turns an attention mask in Flax's form into one boolean per key.
 
     Args:
       mask: None, or an array that broadcasts to ``(*lead, 1, 1, S)``, nonzero where there is a key.
@@ -144,7 +145,7 @@ def key_padding(mask: jax.Array | None, lead: tuple[int, ...], length: int) -> j
       ``(prod(lead), S)`` bool, or None.
 
     Raises:
-      ValueError: the mask differs between heads or between queries, or does not fit.
+      ValueError: if the mask differs between heads or between queries, or has a wrong shape.
     """
     if mask is None:
         return None
@@ -160,18 +161,18 @@ def key_padding(mask: jax.Array | None, lead: tuple[int, ...], length: int) -> j
 
 
 _REASONS = {
-    "bias": "a bias is added to the logarithm of each weight; shape the input instead",
+    "bias": "a bias is added to the logarithm of each weight; encode it in the input instead",
     "scale": "there are no dot products to scale; use sharpness, or the scale of the planes",
-    "local_window_size": "a window cuts the weight matrix; RACEAttention has a forget_gate instead",
+    "local_window_size": "a window masks single weights; use the forget_gate of RACEAttention",
     "dropout_rate": "attention dropout drops single weights; pass deterministic=True, or use the "
     "dropout_rate of RACEAttention, which acts on the layer's output",
     "module": "there are no attention weights to sow; pass sow_weights=False",
-    "return_residual": "there is no log-sum-exp; race_attention has return_state instead",
+    "return_residual": "there is no log-sum-exp; use return_state of race_attention",
 }
 
 
 def _refuse(**asked: bool) -> None:
-    """Raises for the first thing asked for that would need the weight matrix."""
+    """Raises NotImplementedError for the first requested option that needs the weight matrix."""
     for name, is_asked in asked.items():
         if is_asked:
             raise NotImplementedError(
@@ -201,5 +202,5 @@ def _visible_keys(
 
 
 def _present(lengths: jax.Array, length: int) -> jax.Array:
-    """From lengths ``(B,)`` to ``(B, length)``, True below them."""
+    """Turns lengths ``(B,)`` into a mask ``(B, length)``, True below each length."""
     return jnp.arange(length)[None] < lengths.reshape(lengths.size, 1)

@@ -1,7 +1,6 @@
 """The RACE attention layer as a pure function of arrays, shared by the NNX and the Linen module.
 
-Comes in: hidden states, parameters by Flax's names, planes, the state of earlier calls. Goes out:
-hidden states, and the state after the call. For every head, with x after the short convolution,
+Parameters have Flax's names. For every head, with x after the short convolution,
 
     z_q = W (x A_q),  z_k = W (x A_k),  v = x A_v,  out = race(z_q, z_k, v, g(x)) A_out
 """
@@ -27,15 +26,15 @@ Projection = Mapping[str, Any] | Callable[[jax.Array], jax.Array]
 
 
 class LayerState(NamedTuple):
-    """What a layer carries from one call to the next: of one size, whatever the length.
+    """The state that a layer passes from one call to the next, of a size that never grows.
 
-    The state is a value: nothing is written into the module, and keeping an old state is all it
-    takes to go back to it.
+    The state is a value: nothing is written into the module. To go back to an earlier state, keep
+    it and pass it again.
 
     Attributes:
       race: the table sums of the attention, a `race_jax.RACEState`.
-      taps: ``(B, 3, D)``, the last hidden states of the running segment, oldest first; None without
-        a short convolution.
+      taps: ``(B, 3, D)``, the last hidden states of the current segment, oldest first, or None
+        without a short convolution.
     """
 
     race: RACEState
@@ -43,7 +42,7 @@ class LayerState(NamedTuple):
 
 
 def init_state(settings: LayerSettings, batch: int) -> LayerState:
-    """The state before any token, for `batch` sequences. Its arrays are float32 at least."""
+    """Returns the state before any token, for `batch` sequences, in float32 or wider."""
     dtype = jnp.promote_types(settings.param_dtype, jnp.float32)
     race = RACEState.init(
         batch, settings.num_kv_heads, settings.features, settings.value_dim, dtype
@@ -72,28 +71,28 @@ def race_layer(
     Args:
       params: ``query``, ``key``, ``value`` with ``kernel`` ``(D, heads, H or V)`` and ``bias``;
         ``out`` with ``kernel`` ``(N, V, D)`` and ``bias``; and `LayerSettings.own_parameters`.
-        Each of the four may also be a function of its input, such as a Flax module; then nothing
-        is folded into it. ``query_ln`` and ``key_ln`` are functions of heads ``(..., H)``, needed
-        if queries and keys are normalised.
+        Each of the four may also be a function of its input, such as a Flax module. Planes are not
+        folded into such a function. ``query_ln`` and ``key_ln`` are functions of heads
+        ``(..., H)``, needed if queries and keys are normalised.
       planes: ``(L, P, H)``.
       inputs_q: ``(B, T, D)``.
-      inputs_k: ``(B, S, D)``; None for self-attention.
-      inputs_v: ``(B, S, D)``; None for `inputs_k`.
-      settings: sizes and choices.
+      inputs_k: ``(B, S, D)``, or None for self-attention.
+      inputs_v: ``(B, S, D)``, or None to use `inputs_k`.
+      settings: the static settings of the layer.
       mask: key padding, ``(B, S)`` or ``(B, 1, 1, S)``, True where there is a token.
       segment_ids: ``(B, T)`` int, packed documents.
-      is_causal: whether a token sees only itself and what stands before it.
-      state: of earlier calls; needs `is_causal`.
-      dropout_key: a key drops out entries of the output, None does not.
-      kernel_dtype: dtype of the projections' kernels, where ``query`` is a function;
-        ``settings.param_dtype`` if None.
+      is_causal: whether a token sees only itself and earlier tokens.
+      state: the state after earlier calls; it needs `is_causal`.
+      dropout_key: the key for dropout of the output, or None for no dropout.
+      kernel_dtype: the dtype of the projections' kernels if ``query`` is a function. If None,
+        ``settings.param_dtype`` is assumed.
 
     Returns:
-      ``(B, T, D)``, and with a `state` also the state after the call.
+      The output ``(B, T, D)``, or the output and the state after the call if `state` is given.
 
     Raises:
-      ValueError: shapes that do not fit, or arguments that exclude each other.
-      TypeError: a state of another kind.
+      ValueError: if shapes do not fit, or two arguments exclude each other.
+      TypeError: if the state is of another type.
     """
     check_static(is_causal=is_causal)
     inputs = _complete_inputs(inputs_q, inputs_k, inputs_v)
@@ -158,7 +157,7 @@ def race_layer(
 
 
 def check_static(**flags: Any) -> None:
-    """Raises TypeError for a flag that a transform, such as remat, has made an array."""
+    """Raises TypeError for a flag that a transform such as remat has turned into an array."""
     for name, flag in flags.items():
         if isinstance(flag, jax.Array):
             raise TypeError(
@@ -171,7 +170,7 @@ def check_static(**flags: Any) -> None:
 def _complete_inputs(
     inputs_q: jax.Array, inputs_k: jax.Array | None, inputs_v: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Flax's rule: keys default to the queries, values to the keys."""
+    """Applies Flax's defaults: keys default to the queries, and values to the keys."""
     if inputs_k is None:
         if inputs_v is not None:
             raise ValueError("inputs_v without inputs_k: pass the keys' inputs as inputs_k")
@@ -202,18 +201,18 @@ def _check_call(
     if is_causal and x_q.shape[1] != x_k.shape[1]:
         raise ValueError(
             f"is_causal=True needs as many keys as queries, got {x_k.shape[1]} keys and "
-            f"{x_q.shape[1]} queries; to continue a sequence pass state="
+            f"{x_q.shape[1]} queries; to continue a sequence, pass state="
         )
     if settings.forget_gate is not None and not is_causal:
         raise ValueError(
-            f"forget_gate={settings.forget_gate!r} has a direction: pass is_causal=True, or build "
-            "the layer with forget_gate=None"
+            f"forget_gate={settings.forget_gate!r} has a direction in time; pass is_causal=True, "
+            "or build the layer with forget_gate=None"
         )
     if has_state and not is_causal:
-        raise ValueError("a state holds what came before: pass is_causal=True with state=")
+        raise ValueError("a state summarises earlier tokens; pass is_causal=True with state=")
     if settings.short_conv and (x_k is not x_q or x_v is not x_q):
         raise ValueError(
-            "short_conv=True runs along one sequence: leave inputs_k and inputs_v out, or build "
+            "short_conv=True runs along one sequence; leave inputs_k and inputs_v out, or build "
             "the layer with short_conv=False for cross-attention"
         )
 
@@ -229,12 +228,13 @@ def _check_state(state: LayerState, settings: LayerSettings, batch: int) -> None
     if given != (sums, taps):
         raise ValueError(
             f"state must have race.numerator of shape {sums} and taps of shape {taps}, got "
-            f"{given[0]} and {given[1]}; make it with this layer's init_state, for batch {batch}"
+            f"{given[0]} and {given[1]}; make a state with this layer's init_state, for batch "
+            f"{batch}"
         )
 
 
 def _shapes(x_q: jax.Array, x_k: jax.Array, settings: LayerSettings) -> tuple:
-    """Of the hash projections that `_hash` makes with all tables apart."""
+    """Returns the shapes and dtypes of the hash projections that `_hash` makes if not flat."""
     dtype = jnp.promote_types(x_q.dtype, jnp.float32)
     heads = settings.num_heads, settings.num_kv_heads
     tables = settings.num_tables, settings.num_planes
@@ -251,10 +251,11 @@ def _hash(
     planes: jax.Array,
     settings: LayerSettings,
 ) -> jax.Array:
-    """Hash projections ``(B, T, heads, L, P)`` of the queries or the keys."""
+    """Returns hash projections ``(B, T, heads, L, P)`` of the queries or the keys."""
     weights = params[name]
     if settings.fold_planes and isinstance(weights, Mapping):
-        # Weights times weights, once a call: a GPU's TF32 would keep ten bits of each.
+        # This product of weights is small and made once per call, so it is made exactly. TF32,
+        # the default on a GPU, would keep only ten bits of each weight.
         with jax.default_matmul_precision("highest"):
             folded = {part: hashing.fold_planes(array, planes) for part, array in weights.items()}
         dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -268,7 +269,7 @@ def _hash(
 def _project(
     x: jax.Array, name: str, params: Mapping[str, Any], settings: LayerSettings
 ) -> jax.Array:
-    """The projection `name` of x, in x's dtype: heads, or the output of the layer."""
+    """Applies the projection `name` to x, and returns heads or the layer's output in x's dtype."""
     projection: Projection = params[name]
     shape = {
         "query": (settings.num_heads, settings.head_dim),
@@ -280,7 +281,7 @@ def _project(
         return _linear(x, projection, settings.precision, axes=2 if name == "out" else 1)
     out = projection(x)
     wanted = *x.shape[:2], *shape
-    if out.shape == (*x.shape[:2], math.prod(shape)):  # heads side by side, as nnx.Linear gives
+    if out.shape == (*x.shape[:2], math.prod(shape)):  # nnx.Linear returns heads side by side
         out = out.reshape(wanted)
     if out.shape != wanted:
         raise ValueError(
@@ -298,7 +299,7 @@ def _linear(
     axes: int = 1,
     out_dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
-    """The last `axes` axes of x times the kernel's first, plus the bias."""
+    """Contracts the last `axes` axes of x with the first ones of the kernel, and adds the bias."""
     out = jnp.tensordot(
         x,
         weights["kernel"].astype(x.dtype),

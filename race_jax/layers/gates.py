@@ -1,9 +1,8 @@
-"""Gates of the layer: what the running sums forget, and what of the heads goes out.
-
-Comes in: hidden states and gate parameters. Goes out: the log decay g of every token and key/value
-head, and heads after the output gate:
+"""The two gates of the layer: the forget gate of the sums, and the output gate of the heads.
 
     g = log sigmoid(x w + b)          heads = RMSNorm(heads) * silu(x W_g)
+
+g is the log decay of every token and key/value head.
 """
 
 from __future__ import annotations
@@ -23,14 +22,18 @@ EPSILON = 1e-6
 
 
 def half_lives(num_kv_heads: int, longest: float) -> np.ndarray:
-    """Half-lives in tokens ``(K,)``, geometric from 2 to `longest`; one head gets the longest."""
+    """Returns half-lives in tokens ``(K,)``, in a geometric series from 2 to `longest`.
+
+    A single head gets the longest half-life.
+    """
     return np.geomspace(longest, SHORTEST_HALF_LIFE, num_kv_heads)[::-1]
 
 
 def initial_bias(num_kv_heads: int, half_life: float | None) -> np.ndarray:
-    """Gate biases ``(K,)`` that spread the heads from short to long memory.
+    """Returns gate biases ``(K,)`` that spread the heads from short to long memory.
 
-    From 1 to 6, or such that ``sigmoid(b)`` halves in the half-lives up to `half_life`.
+    If `half_life` is None, the biases go from 1 to 6. Otherwise ``sigmoid(b)`` is the decay per
+    token of the half-lives from 2 to `half_life`.
     """
     if half_life is None:
         return np.linspace(*BIAS_RANGE[::-1], num_kv_heads)[::-1]
@@ -46,16 +49,16 @@ def log_decay(
     num_kv_heads: int,
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array | None:
-    """The log decay of every token, in float32 at least.
+    """Returns the log decay of every token, in float32 or wider.
 
     Args:
-      x: ``(B, S, D)`` hidden states, free of junk.
-      params: ``gate_bias`` ``(K,)`` if the gate is learned or from the data; for the latter also
-        ``gate_kernel`` ``(D, K)``.
+      x: ``(B, S, D)``, hidden states with padded slots cleared.
+      params: ``gate_bias`` ``(K,)`` if the gate is ``"learned"`` or ``"data"``, and ``gate_kernel``
+        ``(D, K)`` if it is ``"data"``.
       forget_gate: None, ``"fixed"``, ``"learned"`` or ``"data"``.
       half_life: the longest half-life of a fixed gate, in tokens.
       num_kv_heads: K.
-      precision: of the matrix product.
+      precision: the precision of the matrix product.
 
     Returns:
       ``(B, S, K)``, <= 0, or None without a gate.
@@ -84,15 +87,15 @@ def output_gate(
     kernel: jax.Array,
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
-    """Heads after normalisation and gating.
+    """Normalises and gates the heads.
 
         heads / sqrt(mean(heads**2) + 1e-6) * silu(x W_g)
 
     Args:
-      heads: ``(B, T, N, V)``; the mean runs over V, in float32 at least.
-      x: ``(B, T, D)`` hidden states of the queries.
+      heads: ``(B, T, N, V)``. The mean is taken over V, in float32 or wider.
+      x: ``(B, T, D)``, hidden states of the queries.
       kernel: ``(D, N, V)``.
-      precision: of the matrix product.
+      precision: the precision of the matrix product.
 
     Returns:
       ``(B, T, N, V)`` in the dtype of `heads`.

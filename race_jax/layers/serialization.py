@@ -1,4 +1,4 @@
-"""``flax.serialization`` of a `RACEState`; imported by the modules that import Flax themselves."""
+"""Registers `RACEState` with ``flax.serialization``, for modules that import Flax themselves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _to_state_dict(state: RACEState) -> dict[str, Any]:
 
 
 def _from_state_dict(state: RACEState, stored: dict[str, Any]) -> RACEState:
-    """The stored state; `state` gives the form, as Flax's targets do."""
+    """Returns the stored state. `state` is the target, in the sense of Flax."""
     return dataclasses.replace(state, **stored)
 
 

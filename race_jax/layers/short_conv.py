@@ -1,9 +1,10 @@
-"""Short convolution: each token's hidden state is mixed with those of the three tokens before it.
+"""Short convolution: mixes each token's hidden state with those of the three tokens before it.
 
-Comes in: hidden states (B, T, D) and the taps that an earlier call left. Goes out: mixed states and
-new taps. With x_{t-j} the j-th real token before t in the segment of t, zero if there is none,
+With x_{t-j} the j-th real token before t in the segment of t, or zero if there is none,
 
     y_t = sum_{j=0..3} kernel_j * x_{t-j}
+
+The last three hidden states, called taps, are passed on to the next call.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import jax.numpy as jnp
 
 from race_jax.core import masking, shards
 
-WIDTH = 4  # tokens that an output sees, its own included
-TAPS = WIDTH - 1  # tokens that a later call needs to know
+WIDTH = 4  # tokens that an output depends on, its own included
+TAPS = WIDTH - 1  # tokens that a later call needs
 
 
 def identity_kernel(features: int, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """The kernel ``(4, D)`` that passes every token through unchanged."""
+    """Returns the kernel ``(4, D)`` that leaves every token unchanged."""
     return jnp.zeros((WIDTH, features), dtype).at[0].set(1)
 
 
@@ -31,23 +32,25 @@ def short_convolution(
     mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Depthwise causal convolution over the real tokens of a segment.
+    """Applies a depthwise causal convolution over the real tokens of a segment.
 
         y_t = sum_j kernel[j] * x_{t-j}
 
-    A padded slot is not a token: others look past it, and its own output is zero. Sums are kept in
-    float32 at least.
+    A padded slot is not a token: it is skipped by the tokens after it, and its own output is zero.
+    Sums are kept in float32 or wider.
 
     Args:
-      x: ``(B, T, D)`` hidden states; junk may stand in padded slots.
-      kernel: ``(4, D)``; row j weighs the j-th token back.
+      x: ``(B, T, D)``, hidden states. Padded slots may hold any value.
+      kernel: ``(4, D)``. Row j weighs the j-th token back.
       taps: ``(B, 3, D)``, the last tokens before the call, oldest first, zero where there is none.
       segment: ``(B,)`` int32, the segment that the taps belong to.
       mask: ``(B, T)`` bool, True where there is a token.
-      segment_ids: ``(B, T)`` int, contiguous runs; without them the taps' segment goes on.
+      segment_ids: ``(B, T)`` int, in contiguous runs. Without them all tokens belong to the taps'
+        segment.
 
     Returns:
-      ``(B, T, D)`` in x's dtype, and ``(B, 3, D)``, the taps after the call, in the taps' dtype.
+      The output ``(B, T, D)`` in x's dtype, and the taps after the call ``(B, 3, D)`` in the dtype
+      of `taps`.
 
     Source: beyond the paper.
     """
@@ -83,7 +86,7 @@ def _convolve(
     slots = None if mask is None else _earlier_slots(mask)
 
     def earlier(array: jax.Array, back: int) -> jax.Array:
-        """What stands `back` tokens before each slot, and before the slot behind the last one."""
+        """Returns the element `back` real tokens before each slot, and before the end."""
         if slots is None:
             return array[:, TAPS - back : TAPS - back + length + 1]
         index = slots[back - 1].reshape(*slots[0].shape, *(1,) * (array.ndim - 2))
@@ -109,9 +112,9 @@ def _convolve(
 
 
 def _earlier_slots(mask: jax.Array) -> list[jax.Array]:
-    """For each slot, and the one behind the last, the slots of the three real tokens before it.
+    """Returns the slots of the three real tokens before each slot, and before the end.
 
-    Slots are counted from the oldest tap; since the taps count as real, every slot has three.
+    Slots are counted from the oldest tap. Taps count as real tokens, so that three always exist.
     """
     real = jnp.pad(mask, ((0, 0), (TAPS, 0)), constant_values=True)
     latest = jax.lax.cummax(jnp.where(real, jnp.arange(real.shape[1])[None], 0), axis=1)

@@ -1,9 +1,9 @@
 """Bidirectional RACE attention: one pass over the keys, then one over the queries.
 
-Comes in: hash projections, values and sums to start from. Goes out: outputs and total sums, which
-are also the residual of the backward pass.
-
     X = X_0 + sum_s phi(k_s) [v_s | 1]       [N | z]_t = phi(q_t) X       o_t = N_t / z_t
+
+X_0 are the initial sums. The total sums X are returned, and they are the only residual that the
+backward pass needs beside the operands.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from race_jax.core.xla import chunk as chunks
 from race_jax.core.xla.chunk import Sums
 from race_jax.core.xla.sweep import Layout, Tiling, is_known, layout, pad_time, sweep
 
-PARALLEL_BLOCK = 4096  # tokens that one lane of a wide machine sums by itself
+PARALLEL_BLOCK = 4096  # tokens per lane, where lanes run in parallel
 
 
 class Operands(NamedTuple):
@@ -33,7 +33,7 @@ class Operands(NamedTuple):
       value: ``(B, S, K, V)``.
       sharpness: ``(K,)``.
       mask: ``(B, S)`` bool, or None.
-      sums: sums to start from.
+      sums: the initial sums.
     """
 
     z_q: jax.Array
@@ -45,11 +45,11 @@ class Operands(NamedTuple):
 
 
 def forward(operands: Operands, *, tiling: Tiling) -> tuple[jax.Array, Sums]:
-    """The output ``(B, T, N, V)`` and the total sums.
+    """Returns the output ``(B, T, N, V)`` and the total sums.
 
     Args:
-      operands: the arrays, T >= 1 and S >= 1.
-      tiling: chunk size, and whether blocks run in parallel.
+      operands: the arrays, with T >= 1 and S >= 1.
+      tiling: the chunk size, and whether blocks run in parallel.
     """
     sharpness = operands.sharpness
 
@@ -76,13 +76,13 @@ def forward(operands: Operands, *, tiling: Tiling) -> tuple[jax.Array, Sums]:
 def backward(
     operands: Operands, totals: Sums, d_out: jax.Array, d_totals: Sums, *, tiling: Tiling
 ) -> Operands:
-    """Cotangents of the operands; None in place of the mask's.
+    """Returns the cotangents of the operands, with None for the mask.
 
     Args:
       operands: as given to ``forward``.
-      totals: from ``forward``.
+      totals: the total sums from ``forward``.
       d_out: ``(B, T, N, V)``.
-      d_totals: cotangent of the returned totals.
+      d_totals: the cotangent of the total sums.
       tiling: as given to ``forward``.
     """
     sharpness = operands.sharpness
@@ -131,7 +131,10 @@ def _plan(length: Size, tiling: Tiling) -> Layout:
 
 
 def _walk(step: Callable, carry: Any, arrays: Any, buffers: Any, tiling: Tiling) -> tuple[Any, Any]:
-    """A sweep over the whole length, in parallel lanes (whose carries add up) if tiled so."""
+    """Sweeps over the whole length, in parallel lanes if the tiling says so.
+
+    The final carry is the first one plus what every lane adds to a carry of zeros.
+    """
     length = jax.tree.leaves(arrays)[0].shape[1]
     if length == 0:
         return carry, buffers
@@ -154,7 +157,10 @@ def _walk(step: Callable, carry: Any, arrays: Any, buffers: Any, tiling: Tiling)
 def _key_arrays(
     operands: Operands, tiling: Tiling
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Keys, values and their mask, which has to exist where slots are appended."""
+    """Returns z of the keys, values and their mask.
+
+    A mask is made if padding will be appended.
+    """
     batch, length = operands.value.shape[:2]
     mask = operands.mask
     even = is_known(length) and (not length or _plan(length, tiling).length == length)
@@ -164,14 +170,14 @@ def _key_arrays(
 
 
 def group(x: jax.Array, kv_heads: int) -> jax.Array:
-    """Query heads under their key/value head: ``(B, T, N, ...)`` as ``(B, T, K, G, ...)``."""
+    """Groups query heads by their key/value head: ``(B, T, N, ...)`` to ``(B, T, K, G, ...)``."""
     return x.reshape(*x.shape[:2], kv_heads, x.shape[2] // kv_heads, *x.shape[3:])
 
 
 def hash_keys(
     sharpness: jax.Array, z_k: jax.Array, value: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """phi_k ``(B, K, F, C)`` of a chunk's keys, zero in padded slots, and v ``(B, K, C, V)``."""
+    """Returns phi_k ``(B, K, F, C)`` of a chunk, zero in padded slots, and v ``(B, K, C, V)``."""
     phi = chunks.features(z_k, sharpness)
     if mask is not None:
         phi = jnp.where(mask[:, None, None], phi, 0.0)

@@ -1,9 +1,9 @@
-"""Causal RACE attention: sweeps over chunks, blocks in parallel or one after the other.
-
-Comes in: hash projections, values and the initial sums. Goes out: outputs, the final sums and, as
-the residual of the backward pass, the sums at the start of every block.
+"""Causal RACE attention: sweeps over chunks, with blocks in parallel or one after the other.
 
     [N | z] = ((phi_q phi_kᵀ) . D) [v | 1] + into . (phi_q X),   o = N / z      in chunk.py
+
+The forward pass also returns the sums at the start of every block. They are the residual from which
+the backward pass recomputes the rest.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from race_jax.core.xla.sweep import (
     sweep,
 )
 
-BLOCK = (
-    1024  # tokens between two saved sums: 2 % of the bytes of float32 q, k, v at F = 64, V = 128
-)
-SYMBOLIC_BLOCK = 128  # the same where the length is a symbol of jax.export
+# The number of tokens between two saved sums. At F = 64 and V = 128 the saved sums take 2 % of the
+# bytes of q, k and v in float32.
+BLOCK = 1024
+SYMBOLIC_BLOCK = 128  # the same where jax.export gives a symbolic length
 
 
 class Operands(NamedTuple):
-    """The arrays of one causal call; None where an argument is not in use.
+    """The arrays of one causal call. An argument that is not used is None.
 
     Attributes:
       z_q: ``(B, T, N, L, P)``.
       z_k: ``(B, T, K, L, P)``.
       value: ``(B, T, K, V)``.
       sharpness: ``(K,)``.
-      log_decay: ``(B, T, K)``, bounded, zero in padded slots.
+      log_decay: ``(B, T, K)``, bounded, and zero in padded slots.
       mask: ``(B, T)`` bool.
-      segment: ``(B, T)`` int32, filled at padded slots.
+      segment: ``(B, T)`` int32, with the ids of padded slots filled in.
       sums: the initial sums.
       initial_segment: ``(B,)`` int32.
     """
@@ -73,12 +73,18 @@ class _Written(NamedTuple):
 
 
 def block_count(length: Size) -> Size:
-    """Blocks of a sequence: the same on every platform, since residuals hold the sums of each."""
+    """Returns the number of blocks of a sequence.
+
+    It is the same on every platform, because the residuals hold the sums of each block.
+    """
     return -(-length // (BLOCK if is_known(length) else SYMBOLIC_BLOCK))
 
 
 def _layout(length: Size, blocks: Size, chunk: int) -> Layout:
-    """The layout of the blocks; a block has a known size even where their number is symbolic."""
+    """Returns the layout of the blocks.
+
+    A block has a known size even if the number of blocks is symbolic.
+    """
     return (
         layout(length, blocks, chunk)
         if is_known(length)
@@ -87,12 +93,12 @@ def _layout(length: Size, blocks: Size, chunk: int) -> Layout:
 
 
 def forward(operands: Operands, *, blocks: Size, tiling: Tiling) -> tuple[jax.Array, Sums, Sums]:
-    """Causal attention.
+    """Computes causal attention.
 
     Args:
-      operands: the arrays, T >= 1.
-      blocks: how many blocks of the sequence leave their first sums as residuals.
-      tiling: chunk size, and whether the blocks run in parallel.
+      operands: the arrays, with T >= 1.
+      blocks: the number of blocks. The sums at the start of each are residuals.
+      tiling: the chunk size, and whether the blocks run in parallel.
 
     Returns:
       The output ``(B, T, N, V)``, the final sums, and the sums at the start of every block,
@@ -127,13 +133,13 @@ def forward(operands: Operands, *, blocks: Size, tiling: Tiling) -> tuple[jax.Ar
 def backward(
     operands: Operands, starts: Sums, d_out: jax.Array, d_final: Sums, *, tiling: Tiling
 ) -> Operands:
-    """Cotangents of the operands; None in place of those of masks and segments.
+    """Returns the cotangents of the operands, with None for masks and segments.
 
     Args:
       operands: as given to ``forward``.
       starts: the sums at the start of every block, from ``forward``.
       d_out: ``(B, T, N, V)``.
-      d_final: cotangent of the final sums.
+      d_final: the cotangent of the final sums.
       tiling: as given to ``forward``.
     """
     blocks = starts.mass.shape[2]
@@ -179,7 +185,7 @@ def backward(
 
 
 def pad_operands(operands: Operands, plan: Layout) -> Tokens:
-    """The operands as padded tokens with query heads grouped under their key/value head."""
+    """Returns the operands as padded tokens, with query heads grouped by their key/value head."""
     batch, length, kv_heads = operands.value.shape[:3]
     groups = operands.z_q.shape[2] // kv_heads
     z_q = operands.z_q.reshape(batch, length, kv_heads, groups, *operands.z_q.shape[3:])
@@ -195,14 +201,14 @@ def pad_operands(operands: Operands, plan: Layout) -> Tokens:
 
 
 def features(sharpness: jax.Array, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """phi_q, phi_k and v of a chunk, heads leading."""
+    """Returns phi_q, phi_k and v of a chunk, with the head axes first."""
     phi_q = chunks.features(tokens.z_q, sharpness)
     phi_k = chunks.key_features(tokens, sharpness)
     return phi_q, phi_k, chunks.head_values(tokens.value, phi_k.dtype)
 
 
 def visible_rows(tokens: Tokens, rows: jax.Array) -> jax.Array:
-    """Rows ``(B, K, G, C, V)`` of queries, zero in padded slots."""
+    """Sets the rows ``(B, K, G, C, V)`` of padded queries to zero."""
     return (
         rows if tokens.mask is None else jnp.where(tokens.mask[:, None, None, :, None], rows, 0.0)
     )
@@ -229,7 +235,7 @@ def _backward_block(
     loop: tuple[Sums, jax.Array, _Written],
     start: jax.typing.ArrayLike,
 ) -> tuple[Sums, jax.Array, _Written]:
-    """One block: the sums of its chunks forward once more, then the gradients in reverse."""
+    """Recomputes the sums of one block's chunks, then takes their gradients in reverse order."""
     d_sums, d_sharpness, written = loop
     walk = functools.partial(sweep, chunk=plan.chunk, count=plan.chunks, start=start)
 
@@ -240,7 +246,7 @@ def _backward_block(
     (end, history), _ = walk(remember, (sums, _history(sums, plan.chunks)), tokens, ())
     later = None
     if tokens.log_decay is not None:
-        # All that later tokens ask of the gates of this block is in its last sums.
+        # Later tokens depend on the gates of this block only through the sums at its end.
         later = (d_sums.numerator * end.numerator).sum((2, 3)) + (d_sums.mass * end.mass).sum(2)
 
     def differentiate(carry: tuple, piece: tuple[Tokens, jax.Array], index: jax.Array):
@@ -294,7 +300,7 @@ def _store(history: Sums, index: jax.Array, sums: Sums) -> Sums:
 def _block_starts(
     sharpness: jax.Array, tokens: Tokens, initial: Sums, plan: Layout
 ) -> tuple[Sums, Sums]:
-    """The sums that enter every block, ``(blocks, B, ...)``, and those that leave the last."""
+    """Returns the sums that enter every block, ``(blocks, B, ...)``, and those after the last."""
 
     def step(carry: tuple[jax.Array, Sums], tokens: Tokens, index: jax.Array):
         factor, sums = carry
@@ -315,7 +321,7 @@ def _block_ends(
     d_final: Sums,
     plan: Layout,
 ) -> tuple[Sums, Sums]:
-    """Cotangents of the sums that leave every block, ``(blocks, B, ...)``, and of the first."""
+    """Returns the cotangents of the sums that leave every block, and of the initial sums."""
 
     def step(carry: tuple, piece: tuple[Tokens, jax.Array], index: jax.Array):
         factor, sums, d_start = carry
@@ -339,7 +345,7 @@ def _block_ends(
 
 
 def _fresh(sums: Sums, blocks: Size) -> Sums:
-    """Zero sums for every block of every row of the batch."""
+    """Returns zero sums for every block of every row of the batch."""
     return jax.tree.map(
         lambda x: jnp.zeros_like(x, shape=(x.shape[0] * blocks, *x.shape[1:])), sums
     )

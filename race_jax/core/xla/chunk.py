@@ -1,8 +1,8 @@
 """The mathematics of one chunk of C consecutive tokens, forward and backward.
 
-Comes in: the chunk's tokens and the sums X of everything before it. Goes out: the chunk's outputs
-and the sums after it; backward, the gradients of both. With D the decay between two tokens of the
-chunk, ``into`` that from its start, ``out_of`` that to its end, ``across`` the whole chunk's,
+X are the sums of everything before the chunk, and X' those after it. D is the decay between two
+tokens of the chunk, ``into`` the decay from its start, ``out_of`` the decay to its end, and
+``across`` that of the whole chunk:
 
     [N | z] = ((phi_q phi_kᵀ) . D) [v | 1] + into . (phi_q X)
     X'      = across X + (out_of . phi_k)ᵀ [v | 1]
@@ -30,11 +30,11 @@ from race_jax.core.shapes import (
 
 
 class Tokens(NamedTuple):
-    """What attention needs to know of a stretch of tokens; None where an argument is not in use.
+    """The arrays of a span of tokens. An argument that is not used is None.
 
     Attributes:
-      z_q: ``(B, C, K, G, L, P)`` hash projections of the queries.
-      z_k: ``(B, C, K, L, P)`` hash projections of the keys.
+      z_q: ``(B, C, K, G, L, P)``, hash projections of the queries.
+      z_k: ``(B, C, K, L, P)``, hash projections of the keys.
       value: ``(B, C, K, V)``.
       log_decay: ``(B, C, K)``.
       mask: ``(B, C)`` bool, True where there is a token.
@@ -52,25 +52,25 @@ class Tokens(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Table counts X = [numerator (B, K, F, V) | mass (B, K, F)]."""
+    """The table sums X = [numerator (B, K, F, V) | mass (B, K, F)]."""
 
     numerator: Numerator
     mass: Mass
 
 
 def zeros_like(sums: Sums) -> Sums:
-    """The sums before any token."""
+    """Returns the sums before any token."""
     return jax.tree.map(jnp.zeros_like, sums)
 
 
 class Decay(NamedTuple):
-    """Factors in [0, 1] by which weights shrink; None stands for one.
+    """Factors in [0, 1] by which weights decay. None stands for a factor of one.
 
     Attributes:
-      within: ``(B or 1, K or 1, 1, C, C)`` from key s to query t, zero where s is not visible to t.
-      into: ``(B, K or 1, C)`` from the chunk's start.
-      out_of: ``(B, K or 1, C)`` to the chunk's end.
-      across: ``(B, K or 1)`` from start to end.
+      within: ``(B or 1, K or 1, 1, C, C)``, from key s to query t, zero where t does not see s.
+      into: ``(B, K or 1, C)``, from the chunk's start.
+      out_of: ``(B, K or 1, C)``, to the chunk's end.
+      across: ``(B, K or 1)``, from start to end.
     """
 
     within: jax.Array
@@ -80,7 +80,7 @@ class Decay(NamedTuple):
 
 
 def decay_factors(tokens: Tokens, *, inclusive: bool = True) -> Decay:
-    """Causality, gate and segments of a chunk as factors; every exponent is at most zero."""
+    """Returns causality, gate and segments of a chunk as factors. No exponent is above zero."""
     length = tokens.value.shape[1]
     visible = jnp.tril(jnp.ones((length, length), bool), 0 if inclusive else -1)[None, None, None]
     into = out_of = across = None
@@ -95,7 +95,8 @@ def decay_factors(tokens: Tokens, *, inclusive: bool = True) -> Decay:
         return Decay(*(x if x is None else x.astype(jnp.float32) for x in factors))
     total = jnp.cumsum(jnp.moveaxis(tokens.log_decay, 1, 2), axis=-1)  # (B, K, C), from the start
     difference = (total[..., :, None] - total[..., None, :])[:, :, None]
-    # The exponent is masked, not only its exponential: above the diagonal it is positive.
+    # The exponent is masked before exp, because it is positive above the diagonal and could
+    # overflow.
     within = jnp.exp(jnp.where(visible, difference, -jnp.inf))
     into = _select(into, jnp.exp(total))
     out_of = _select(out_of, jnp.exp(total[..., -1:] - total))
@@ -108,16 +109,17 @@ def _select(keep: jax.Array | None, factor: jax.Array) -> jax.Array:
 
 
 def features(z: jax.Array, sharpness: Sharpness) -> jax.Array:
-    """phi ``(B, K, .., F, C)`` of z ``(B, C, K, .., L, P)``.
+    """Returns phi ``(B, K, .., F, C)`` of z ``(B, C, K, .., L, P)``.
 
-    The head axes lead, so that products batch over them; tokens come last, for long vectors.
+    The head axes come first, so that products batch over them. Tokens come last, which makes long
+    vectors.
     """
     z, sharpness = _heads_first(z, sharpness)
     return hashing.soft_buckets(z, sharpness)
 
 
 def key_features(tokens: Tokens, sharpness: Sharpness) -> KeyFeatures:
-    """phi_k ``(B, K, F, C)``, zero in padded slots."""
+    """Returns phi_k ``(B, K, F, C)``, zero in padded slots."""
     phi = features(tokens.z_k, sharpness)
     return phi if tokens.mask is None else jnp.where(tokens.mask[:, None, None], phi, 0.0)
 
@@ -125,7 +127,7 @@ def key_features(tokens: Tokens, sharpness: Sharpness) -> KeyFeatures:
 def pull_features(
     z: jax.Array, sharpness: Sharpness, phi: jax.Array, d_phi: jax.Array
 ) -> tuple[jax.Array, Sharpness]:
-    """Cotangents of z ``(B, C, K, .., L, P)`` and of sharpness ``(K,)`` from that of phi."""
+    """Returns the cotangents of z ``(B, C, K, .., L, P)`` and of sharpness ``(K,)``."""
     heads_first = _heads_first(z, sharpness)
     d_z, d_sharpness = hashing.soft_buckets_pullback(*heads_first, phi, d_phi)
     axes = tuple(axis for axis in range(d_z.ndim) if axis != 1)
@@ -138,24 +140,24 @@ def _heads_first(z: jax.Array, sharpness: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def head_values(value: jax.Array, dtype: jnp.dtype) -> HeadValues:
-    """v ``(B, K, C, V)`` of ``(B, C, K, V)``, in the dtype of the sums."""
+    """Returns values ``(B, C, K, V)`` as ``(B, K, C, V)``, in the dtype of the sums."""
     return jnp.moveaxis(value, 1, 2).astype(dtype)
 
 
 def scale(factor: jax.Array | None, x: jax.Array, axes: int) -> jax.Array:
-    """``factor * x`` where the factor lacks the last ``axes`` axes of x; None stands for one."""
+    """Returns ``factor * x``. The factor lacks the last ``axes`` axes of x; None stands for one."""
     return x if factor is None else factor.reshape(*factor.shape, *(1,) * axes) * x
 
 
 def scale_tokens(factor: jax.Array | None, phi: jax.Array) -> jax.Array:
-    """Features ``(B, K, .., F, C)`` times a factor ``(B, K, C)`` a token; None stands for one."""
+    """Multiplies features ``(B, K, .., F, C)`` by a factor ``(B, K, C)``; None stands for one."""
     if factor is None:
         return phi
     return factor.reshape(*factor.shape[:2], *(1,) * (phi.ndim - 3), factor.shape[2]) * phi
 
 
 def add_keys(phi_k: KeyFeatures, value: HeadValues, decay: Decay, sums: Sums) -> Sums:
-    """X' = across X + (out_of . phi_k)ᵀ [v | 1]."""
+    """Returns the sums after the chunk, X' = across X + (out_of . phi_k)ᵀ [v | 1]."""
     phi_k = scale_tokens(decay.out_of, phi_k)
     return Sums(
         scale(decay.across, sums.numerator, 2) + jnp.einsum("bkfs,bksv->bkfv", phi_k, value),
@@ -166,7 +168,7 @@ def add_keys(phi_k: KeyFeatures, value: HeadValues, decay: Decay, sums: Sums) ->
 def forward(
     phi_q: QueryFeatures, phi_k: KeyFeatures, value: HeadValues, decay: Decay, sums: Sums
 ) -> tuple[HeadOutputs, HeadMass]:
-    """The unnormalised N ``(B, K, G, C, V)`` and z ``(B, K, G, C)`` of a chunk's queries."""
+    """Returns N ``(B, K, G, C, V)`` and z ``(B, K, G, C)`` of a chunk's queries."""
     weights = jnp.einsum("bkgft,bkfs->bkgts", phi_q, phi_k) * decay.within
     phi_in = scale_tokens(decay.into, phi_q)
     numerator = jnp.einsum("bkgts,bksv->bkgtv", weights, value)
@@ -176,14 +178,14 @@ def forward(
 
 
 def running_mass(phi_k: KeyFeatures, decay: Decay, sums: Sums) -> KeyFeatures:
-    """The bucket masses A_f(t) that token t sees, ``(B, K, F, C)``."""
+    """Returns the bucket masses A_f(t) that token t sees, ``(B, K, F, C)``."""
     within = jnp.broadcast_to(decay.within[:, :, 0], (*phi_k.shape[:2], *decay.within.shape[-2:]))
     own = jnp.einsum("bkfs,bkts->bkft", phi_k, within)
     return own + scale_tokens(decay.into, jnp.broadcast_to(sums.mass[..., None], own.shape))
 
 
 class Rows(NamedTuple):
-    """The backward pass up to the rows: what the cotangent do of o = N / z asks of N and z.
+    """Intermediate results of the backward pass of o = N / z, from which all gradients follow.
 
     Attributes:
       phi_in: ``into . phi_q``.
@@ -210,9 +212,10 @@ def backward_rows(
     sums: Sums,
     d_out: HeadOutputs,
 ) -> Rows:
-    """Recomputes the rows and takes the cotangent through the division.
+    """Recomputes N and z, and takes the cotangent through the division.
 
-    do . o is formed from products that the gradient needs anyway, so that the output is not saved.
+    do . o is formed from products that the gradient needs anyway, so that the output need not be
+    saved.
     """
     weights = jnp.einsum("bkgft,bkfs->bkgts", phi_q, phi_k) * decay.within
     phi_in = scale_tokens(decay.into, phi_q)
@@ -222,7 +225,7 @@ def backward_rows(
     seen = mass > state.MIN_MASS
     inverse = jnp.where(seen, 1.0 / jnp.where(seen, mass, 1.0), 0.0)
     d_out_numerator = (weights * along).sum(axis=-1) + (phi_in * from_state).sum(axis=-2)
-    d_mass = -(d_out_numerator * inverse) * inverse  # never 1 / z**2, which overflows first
+    d_mass = -(d_out_numerator * inverse) * inverse  # 1 / z**2 would overflow sooner
     return Rows(
         phi_in=phi_in,
         weights=weights,
@@ -235,7 +238,7 @@ def backward_rows(
 
 
 def add_rows(rows: Rows, decay: Decay, d_sums: Sums) -> Sums:
-    """The cotangent of the sums that enter a chunk, from that of the sums that leave it."""
+    """Returns the cotangent of the sums that enter a chunk, from that of the sums that leave it."""
     return Sums(
         scale(decay.across, d_sums.numerator, 2)
         + jnp.einsum("bkgft,bkgtv->bkfv", rows.phi_in, rows.d_numerator),
@@ -252,7 +255,7 @@ def backward(
     rows: Rows,
     d_sums: Sums,
 ) -> tuple[QueryFeatures, KeyFeatures, HeadValues]:
-    """Cotangents of phi_q, phi_k and value, given that of the sums that leave the chunk."""
+    """Returns the cotangents of phi_q, phi_k and value, from that of the sums after the chunk."""
     d_weights = rows.d_weights * decay.within
     d_phi_q = jnp.einsum("bkfs,bkgts->bkgft", phi_k, d_weights)
     d_phi_q += scale_tokens(decay.into, rows.d_state)
@@ -271,10 +274,10 @@ def log_decay_gradient(
     d_phi_k: KeyFeatures,
     later: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """dg ``(B, C, K)`` of the gate, and its value at the chunk's start, ``(B, K)``.
+    """Returns the gate's gradient dg ``(B, C, K)``, and its value at the chunk's start ``(B, K)``.
 
-    dg_t = later + sum over u >= t in the chunk of (phi_q . dphi_q - phi_k . dphi_k), where
-    ``later`` collects the same of all later tokens and of the final sums.
+    dg_t = later + sum over u >= t in the chunk of (phi_q . dphi_q - phi_k . dphi_k). Here ``later``
+    is the same sum over all later tokens, plus the term of the final sums.
     """
     rows = (phi_q * d_phi_q).sum(axis=(2, 3))
     columns = (phi_k * d_phi_k).sum(axis=2)

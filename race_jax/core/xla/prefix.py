@@ -1,7 +1,7 @@
-"""What enters every block of a sequence: an exclusive scan over the blocks' own sums.
+"""The sums at the start of every block of a sequence, by an exclusive scan over the blocks.
 
-Comes in: for each block its decay a and the sums X it adds. Goes out: the sums at every block's
-start (or, in reverse, the cotangents at every block's end), with the associative operation
+Each block has a decay a, and sums X that it adds. The scan gives the sums at every block's start
+or, in reverse, the cotangents at every block's end. Its associative operation is
 
     (a1, X1) then (a2, X2)  =  (a1 a2, a2 X1 + X2)
 """
@@ -18,7 +18,7 @@ from race_jax.core.xla.chunk import Sums
 
 
 def combine(earlier: tuple[jax.Array, Sums], later: tuple[jax.Array, Sums]):
-    """The sums of two adjoining stretches; factors ``(..., B, K)``."""
+    """Returns the factor and the sums of two adjoining spans. Factors are ``(..., B, K)``."""
     (factor_1, sums_1), (factor_2, sums_2) = earlier, later
     return factor_1 * factor_2, Sums(
         factor_2[..., None, None] * sums_1.numerator + sums_2.numerator,
@@ -31,11 +31,12 @@ def exclusive(factors: jax.Array, sums: Sums, first: Sums) -> tuple[Sums, Sums]:
 
     Args:
       factors: ``(blocks, B, K)``, the decay across every block.
-      sums: ``(blocks, B, ...)``, what every block adds by itself.
-      first: ``(B, ...)``, what enters the first block.
+      sums: ``(blocks, B, ...)``, the sums that every block adds by itself.
+      first: ``(B, ...)``, the sums that enter the first block.
 
     Returns:
-      What enters every block ``(blocks, B, ...)``, and what leaves the last ``(B, ...)``.
+      The sums that enter every block ``(blocks, B, ...)``, and those that leave the last
+      ``(B, ...)``.
     """
     elements = (
         jnp.concatenate([jnp.ones_like(factors[:1]), factors]),
@@ -46,10 +47,10 @@ def exclusive(factors: jax.Array, sums: Sums, first: Sums) -> tuple[Sums, Sums]:
 
 
 def exclusive_reverse(factors: jax.Array, sums: Sums, last: Sums) -> tuple[Sums, Sums]:
-    """The same from the last block to the first, for cotangents.
+    """Scans from the last block to the first, for cotangents.
 
     Returns:
-      What enters every block from later ones, and what leaves the first.
+      What enters every block from later ones, and what leaves the first block.
     """
     flip = lambda tree: jax.tree.map(lambda x: x[::-1], tree)  # noqa: E731
     entering, leaving = exclusive(flip(factors), flip(sums), last)
@@ -57,10 +58,10 @@ def exclusive_reverse(factors: jax.Array, sums: Sums, last: Sums) -> tuple[Sums,
 
 
 def fold(sums: Sums) -> Sums:
-    """``(blocks, B, ...)`` as ``(B * blocks, ...)``, as ``sweep.split_blocks`` has it."""
+    """Reshapes ``(blocks, B, ...)`` to ``(B * blocks, ...)``, like ``sweep.split_blocks``."""
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), sums)
 
 
 def unfold(sums: Any, blocks: Size) -> Any:
-    """The inverse of ``fold``."""
+    """Undoes ``fold``."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, blocks, *x.shape[1:]), 1, 0), sums)

@@ -1,9 +1,10 @@
-"""The rare forms by one rematerialised scan, differentiated by JAX: clear rather than fast.
+"""Rare forms of attention, by one rematerialised scan that JAX differentiates.
 
-Comes in: the operands of a causal or bidirectional call. Goes out: outputs and final sums of
+They are written for clarity rather than speed:
 
     bucket normalisation    o_t = 1/L sum_f phi_f(q_t) B_f(t) / (A_f(t) + 1e-6)
-    packed, bidirectional   the causal rows, own token included, plus the reversed ones, excluded
+    packed, bidirectional   a causal pass that includes the own token, plus a reversed pass that
+                            excludes it
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Chunk(NamedTuple):
 
 
 def causal_bucket(operands: causal.Operands) -> tuple[jax.Array, Sums]:
-    """Causal attention normalised per bucket: the output ``(B, T, N, V)`` and the final sums."""
+    """Computes causal attention normalised per bucket: the output and the final sums."""
 
     def rows(chunk: Chunk, tokens: Tokens) -> jax.Array:
         mass = chunks.running_mass(chunk.phi_k, chunk.decay, chunk.sums)
@@ -47,7 +48,7 @@ def causal_bucket(operands: causal.Operands) -> tuple[jax.Array, Sums]:
 
 
 def bidirectional_packed(operands: causal.Operands) -> jax.Array:
-    """Bidirectional attention within segments, in linear time: the output ``(B, T, N, V)``."""
+    """Computes bidirectional attention within segments, ``(B, T, N, V)``, in linear time."""
 
     def rows(chunk: Chunk, tokens: Tokens) -> jax.Array:
         numerator, mass = chunks.forward(*chunk)
@@ -58,7 +59,10 @@ def bidirectional_packed(operands: causal.Operands) -> jax.Array:
 
 
 def bidirectional_packed_bucket(operands: causal.Operands) -> jax.Array:
-    """The same normalised per bucket; the masses of its segment are formed for every token."""
+    """Computes bidirectional attention within segments, normalised per bucket.
+
+    A first pass forms, for every token, the bucket masses of its segment.
+    """
 
     def masses(chunk: Chunk, tokens: Tokens) -> jax.Array:
         mass = chunks.running_mass(chunk.phi_k, chunk.decay, chunk.sums)
@@ -74,7 +78,7 @@ def bidirectional_packed_bucket(operands: causal.Operands) -> jax.Array:
 
 
 def bidirectional_bucket(operands: bidirectional.Operands) -> tuple[jax.Array, Sums]:
-    """Bidirectional attention normalised per bucket: the output and the total sums."""
+    """Computes bidirectional attention normalised per bucket: the output and the total sums."""
 
     def add(sums: Sums, piece: tuple[jax.Array, ...]) -> tuple[Sums, tuple]:
         phi_k, value = bidirectional.hash_keys(operands.sharpness, *piece)
@@ -99,7 +103,7 @@ def bidirectional_bucket(operands: bidirectional.Operands) -> tuple[jax.Array, S
 
 
 def _scan(step: Callable, carry: Any, arrays: Any) -> tuple[Any, Any]:
-    """``step`` over chunks of time under ``lax.scan``, rematerialised when differentiated."""
+    """Scans ``step`` over chunks of time with ``lax.scan``, rematerialised when differentiated."""
     length = jax.tree.leaves(arrays)[0].shape[1]
     plan = layout(length, 1, CHUNK)
     arrays = jax.tree.map(lambda x: pad_time(x, plan.length), arrays)
@@ -120,7 +124,10 @@ def _scan(step: Callable, carry: Any, arrays: Any) -> tuple[Any, Any]:
 def _causal_scan(
     operands: causal.Operands, rows: Callable, *extra: jax.Array, inclusive: bool = True
 ) -> tuple[jax.Array, Sums]:
-    """``rows(chunk, tokens, *extra)`` of every chunk, ``(B, T, K, G, ..)``, and the final sums."""
+    """Returns ``rows(chunk, tokens, *extra)`` of all chunks, and the final sums.
+
+    The rows have the shape ``(B, T, K, G, ..)``.
+    """
     length = operands.value.shape[1]
     tokens = causal.pad_operands(operands, layout(length, 1, CHUNK))
     extra = jax.tree.map(lambda x: pad_time(x, tokens.value.shape[1]), extra)
@@ -137,7 +144,7 @@ def _causal_scan(
 
 
 def _both_directions(operands: causal.Operands, rows: Callable, *extra: jax.Array) -> jax.Array:
-    """The causal rows, own token included, plus the reversed ones, own token excluded."""
+    """Adds a causal pass that includes the own token and a reversed pass that excludes it."""
     flip = lambda tree: jax.tree.map(lambda x: jnp.flip(x, axis=1), tree)  # noqa: E731
     before, _ = _causal_scan(operands, rows, *extra)
     arrays = {name: getattr(operands, name) for name in ("z_q", "z_k", "value", "mask", "segment")}
@@ -147,7 +154,7 @@ def _both_directions(operands: causal.Operands, rows: Callable, *extra: jax.Arra
 
 
 def _join_heads(rows: jax.Array) -> jax.Array:
-    """``(B, T, K, G, V)`` as ``(B, T, N, V)``."""
+    """Reshapes ``(B, T, K, G, V)`` to ``(B, T, N, V)``."""
     return rows.reshape(*rows.shape[:2], rows.shape[2] * rows.shape[3], rows.shape[-1])
 
 

@@ -1,8 +1,8 @@
-"""How a long sequence is cut, and one loop that walks over the pieces.
+"""The layout of a long sequence, and the loop that walks over its chunks.
 
-Comes in: arrays with time on axis 1. Goes out: what a step carried and wrote.
+    T tokens = blocks x chunks x chunk
 
-    T tokens = blocks x chunks x chunk, every block alike, padded at the end only
+All blocks are alike, and padding is appended at the end only. Time is axis 1 of every array.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Tiling:
     """How one platform walks over the tokens.
 
     Attributes:
-      chunk: most tokens that are handled at once.
-      parallel: all blocks at once (a wide machine), or one after the other (a core).
+      chunk: the largest number of tokens per step.
+      parallel: whether all blocks run at once (GPU, TPU) or one after the other (CPU).
     """
 
     chunk: int
@@ -34,9 +34,9 @@ class Layout(NamedTuple):
     """Equal blocks of equal chunks.
 
     Attributes:
-      blocks: blocks of the sequence.
-      chunks: chunks of a block.
-      chunk: tokens of a chunk.
+      blocks: the number of blocks in the sequence.
+      chunks: the number of chunks in a block.
+      chunk: the number of tokens in a chunk.
     """
 
     blocks: Size
@@ -45,24 +45,25 @@ class Layout(NamedTuple):
 
     @property
     def block(self) -> Size:
-        """Tokens of a block."""
+        """The number of tokens in a block."""
         return self.chunks * self.chunk
 
     @property
     def length(self) -> Size:
-        """Tokens of the whole, padding included."""
+        """The number of tokens in the sequence, padding included."""
         return self.blocks * self.block
 
 
 def is_known(length: Any) -> bool:
-    """Whether a length is a number, rather than a symbol of ``jax.export``."""
+    """Returns whether a length is a number, and not a symbolic size of ``jax.export``."""
     return isinstance(length, int)
 
 
 def layout(length: Size, blocks: Size, chunk: int) -> Layout:
-    """The most even layout of ``length`` tokens: 65 of them give two chunks of 33, not 64 and 1.
+    """Returns the most even layout of ``length`` tokens.
 
-    A symbolic length (``jax.export``) is cut into full chunks; their number is symbolic.
+    65 tokens give two chunks of 33, rather than one of 64 and one of 1. A symbolic length is cut
+    into full chunks, whose number is symbolic.
     """
     if not is_known(length):
         return Layout(blocks, -(-length // (blocks * chunk)), chunk)
@@ -82,20 +83,20 @@ def sweep(
     start: jax.typing.ArrayLike = 0,
     reverse: bool = False,
 ) -> tuple[Any, Any]:
-    """Walks over ``count`` chunks of ``arrays`` from ``start`` on and writes ``buffers`` in place.
+    """Walks over ``count`` chunks of ``arrays`` from ``start`` on, and writes ``buffers`` in place.
 
-    A ``fori_loop`` with slices in and updates out, rather than ``lax.scan``: nothing is transposed
-    and nothing but the carry is kept.
+    This is a ``fori_loop`` that slices its inputs and updates its outputs. Unlike ``lax.scan``, it
+    transposes nothing, and it keeps nothing but the carry.
 
     Args:
       step: ``(carry, chunk of arrays, index of the chunk) -> (carry, chunk of buffers)``.
       carry: any pytree.
-      arrays: pytree of ``(B, T, ...)``.
-      buffers: pytree of ``(B, T, ...)``, of the structure that ``step`` writes.
-      chunk: tokens of a chunk.
-      count: number of chunks.
-      start: first token, may be traced.
-      reverse: walk from the last chunk to the first.
+      arrays: a pytree of ``(B, T, ...)``.
+      buffers: a pytree of ``(B, T, ...)``, of the structure that ``step`` writes.
+      chunk: the number of tokens in a chunk.
+      count: the number of chunks.
+      start: the first token; it may be traced.
+      reverse: whether to walk from the last chunk to the first.
 
     Returns:
       The carry after the last step, and the buffers.
@@ -120,7 +121,7 @@ def sweep(
 
 
 def pad_time(x: jax.Array, length: Size, mode: str = "constant") -> jax.Array:
-    """Appends zeros (or the last element, ``mode="edge"``) up to ``length`` on axis 1."""
+    """Appends zeros (or the last element, if ``mode="edge"``) up to ``length`` on axis 1."""
     missing = length - x.shape[1]
     if is_known(missing) and not missing:
         return x
@@ -128,10 +129,10 @@ def pad_time(x: jax.Array, length: Size, mode: str = "constant") -> jax.Array:
 
 
 def split_blocks(x: jax.Array, blocks: Size) -> jax.Array:
-    """``(B, blocks * t, ...)`` as ``(B * blocks, t, ...)``: blocks become part of the batch."""
+    """Makes blocks part of the batch: ``(B, blocks * t, ...)`` becomes ``(B * blocks, t, ...)``."""
     return x.reshape(x.shape[0] * blocks, x.shape[1] // blocks, *x.shape[2:])
 
 
 def join_blocks(x: jax.Array, blocks: Size) -> jax.Array:
-    """The inverse of ``split_blocks``."""
+    """Undoes ``split_blocks``."""
     return x.reshape(x.shape[0] // blocks, x.shape[1] * blocks, *x.shape[2:])
