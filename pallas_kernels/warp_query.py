@@ -131,7 +131,7 @@ def _send(place: tiles.Place, refs: SimpleNamespace, turn, member, results: tupl
     # The row sums of a group go to one place again and again: each has to be there before the next.
     wg.sent(read_only=refs.row is None or place.problem.group == 1)
     for (source, _), result in zip(targets, results, strict=True):
-        source[reader] = result.astype(source.dtype)
+        wg.store(source.at[reader], result.astype(source.dtype))
     wg.send(*((source.at[reader], target) for source, target in targets))
 
 
