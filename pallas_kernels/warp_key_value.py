@@ -190,7 +190,7 @@ def _differentiate_keys(place: tiles.Place, pipeline: Pipeline, refs: SimpleName
         d_z, d_beta = features.gradient(squashed, phi, d_phi)
         wg.sent()
         tokens = place.tokens(turn)
-        refs.d_zk_tiles[...] = d_z.astype(jnp.bfloat16)
+        wg.store(refs.d_zk_tiles, d_z.astype(jnp.bfloat16))
         copies = [(refs.d_zk_tiles, refs.d_zk.at[place.batch, tokens, place.head])]
         if gate:
             column = jnp.sum(phi * (d_phi + wg.by_rows(in_common)), axis=1)

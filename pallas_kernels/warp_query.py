@@ -138,7 +138,7 @@ def _send(place: tiles.Place, refs: SimpleNamespace, turn, member, results: tupl
     # arrived before the next one starts.
     wg.sent(read_only=refs.row is None or place.problem.group == 1)
     for (source, _), result in zip(targets, results, strict=True):
-        source[reader] = result.astype(source.dtype)
+        wg.store(source.at[reader], result.astype(source.dtype))
     wg.send(*((source.at[reader], target) for source, target in targets))
 
 

@@ -127,6 +127,14 @@ def load(ref: Any, layout: Any = TILE) -> jax.Array:
     return x if x.dtype == jnp.int32 else x.astype(jnp.float32)
 
 
+def store(ref: Any, x: jax.Array) -> None:
+    """Stores a tile of any width in plain shared memory."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:  # jax 0.11, where an assignment takes every width
+        ref[...] = x
+
+
 def multiply(accumulator: Any, a: Any, b: Any) -> None:
     """Starts accumulator += a b. a may be in registers; b is in shared memory."""
     plgpu.wgmma(accumulator, a, b)

@@ -19,10 +19,11 @@ from benchmarks.plot import Point, plot
 from benchmarks.programs import Program
 from benchmarks.timing import Clock, Figures
 
+pytestmark = pytest.mark.once
+
 SMALL = Sizes(heads=2, head_dim=4, value_dim=4, tables=1, planes=1)
 
 
-@pytest.mark.once
 def test_one_command_prints_the_table_and_writes_its_files(run_python, tmp_path):
     words = "--lengths 256 --heads 2 --head_dim 8 --value_dim 8 --repeats 2 --decay".split()
     words += ["--table", "peak", "--rows", "race causal,softmax causal"]

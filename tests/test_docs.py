@@ -94,6 +94,7 @@ def test_a_wrong_example_link_name_or_path_is_found(tmp_path):
     assert not MACHINE_PATH.search("https://site.org" + "/home" + "/page")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_is_true(page, tmp_path, monkeypatch):
     text = page.read_text("utf-8")

@@ -12,6 +12,8 @@ from jax.test_util import check_grads
 from race_jax.core import reference
 from tests.problems import make_problem, oracle
 
+pytestmark = pytest.mark.once
+
 SHAPE = {"batch": 5, "queries": 9, "heads": 4, "kv_heads": 2, "head_dim": 5, "value_dim": 3}
 ALL_TOGETHER = {"gate": 0.3, "padding": True, "state": True, "planes_per_head": True}
 

@@ -22,6 +22,8 @@ from race_jax.train.state import TrainState
 from race_jax.train.vocabulary import ByteTokenizer, CharacterTokenizer, WordTokenizer
 from tests.models.small import SIZES, build
 
+pytestmark = pytest.mark.once
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "generate.py"
 WORDS = WordTokenizer(["<eos>", "the", "cat", "sat"], end_of_line=True)

@@ -17,6 +17,8 @@ from race_jax.train.metrics import MetricsLog, read_records
 from race_jax.train.report import xz_bits_per_byte
 from tests.train.small import small_config
 
+pytestmark = pytest.mark.once
+
 SENTENCES = "the cat sat on the mat\nthe dog ate the cat food\na bird saw the dog and sang\n"
 
 
@@ -95,7 +97,6 @@ def test_a_run_says_what_it_is_and_leaves_its_traces(config, capsys):
         train(config)
 
 
-@pytest.mark.once
 def test_every_option_together_and_a_time_limit(config, capsys):
     config.data.packing = "packed"
     config.data.document_separator = "\n"

@@ -142,4 +142,5 @@ def test_two_devices_equal_one(run_python, tmp_path, assert_close):
         for count in ("1/", "2/")
     )
     assert len(one) > 10
-    assert_close("two devices", two, one, kind="outputs")
+    # Adam divides a gradient by its own size, so that rounding shows where that is small.
+    assert_close("two devices", two, one, kind="gradients")
