@@ -144,14 +144,14 @@ def forward_panel() -> Panel:
             Arrive("keys_free", chunk),
         ]
     return Panel(
-        "Outputs, forward in time: chunk 0, 1, 2, …  "
+        "Outputs, forward in time: chunk 0, 1, 2, … "
         "(the queries' gradients have the same form; their readers make dzq)",
         steps,
         {"keys_free": 2},
         [
             Arrow("keys_full", 0, "fetcher", "keeper"),
-            Arrow("queries_full", 1, "fetcher", "reader 1"),
-            Arrow("state_full", 0, "keeper", "reader 0", "left"),
+            Arrow("queries_full", 0, "fetcher", "reader 0"),
+            Arrow("state_full", 0, "keeper", "reader 0"),
             Arrow("state_free", 1, "reader 1", "keeper"),
             Arrow("keys_free", 0, "reader 0", "fetcher", "left"),
         ],
@@ -275,8 +275,8 @@ def draw(target: pathlib.Path) -> None:
         ):
             draw_panel(axes, panel, end=11.8)
         figure.supxlabel(
-            "time →      boxes: step and chunk      "
-            "blue: a slot is full      red, dashed: a slot is free again",
+            "Time runs to the right. A box is a step and its chunk. "
+            "Blue: a slot is full. Red, dashed: a slot is free again.",
             fontsize=9,
         )
         target.parent.mkdir(parents=True, exist_ok=True)
