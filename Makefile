@@ -15,7 +15,7 @@ help:  ## say what can be made
 	@echo "make TARGET [PYTHON=python3.12] [ARGS=...]"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-# Large pages: fresh arrays cost fewer page faults (docs/results.md).
+# Large pages: fresh arrays cost fewer page faults (docs/benchmarks.md).
 train: $(VENV)  ## train a language model on this machine's own text; ARGS="--config.model.num_layers=4"
 	@echo "[train] scripts/train_lm.py --config configs/lm_default.py $(ARGS)"
 	@GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(RUN) scripts/train_lm.py --config configs/lm_default.py $(ARGS)
