@@ -49,6 +49,8 @@ TOLERANCES = {
         "float32": Tolerance(atol=5e-5, scaled=True),
         "bfloat16": Tolerance(rms=2e-2),
     },
+    # dg and dzk where values and cotangents have a mean: 2.8e-3 and 3.6e-3 where measured.
+    "means": {"bfloat16": Tolerance(rms=6e-3)},
     # Folded against unfolded planes, outputs and gradients of the projection kernels.
     "folded": {
         "float32": Tolerance(atol=1e-5, rtol=1e-5),
