@@ -95,7 +95,8 @@ def _key_value_kernel(problem: Problem, refs: SimpleNamespace) -> None:
         squashed = feature_map.squash(load(refs.zk, rows, chunk.rows))
         keys = math.cast(chunk.masked(feature_map.expand(squashed)))
         d_phi = math.dot(load(refs.value, rows, chunk.rows), numerator, "nt") + mass_row
-        d_z, d_beta = feature_map.gradient(squashed, keys, chunk.masked(d_phi))
+        d_phi = chunk.masked(d_phi)
+        d_z, d_beta = feature_map.gradient(squashed, keys, d_phi, halves=True)
         store(refs.d_zk, rows, d_z, chunk.rows)
         d_value = chunk.masked(math.dot(keys, numerator) + common)
         store(refs.d_value, rows, d_value, chunk.rows)

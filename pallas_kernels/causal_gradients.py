@@ -46,8 +46,7 @@ def _query_kernel(problem: Problem, refs: SimpleNamespace) -> None:
         mean, mass = refs.mean[...], math.cast(state[1])
         numerators = centred(state[0], jnp.max(state[1], axis=1), mean)
         numerators = math.halves(numerators) if gate else (math.cast(numerators),)
-        masses = state[1] if gate else mass.astype(jnp.float32)
-        mass_row = jnp.max(masses, axis=1)[None, :]
+        mass_row = jnp.max(state[1] if gate else mass.astype(jnp.float32), axis=1)[None, :]
         mean_rows = math.cast(jnp.broadcast_to(mean[None, :], (MASS, problem.value_block)))
 
         def query_head(head, carry):
@@ -55,17 +54,14 @@ def _query_kernel(problem: Problem, refs: SimpleNamespace) -> None:
             rows = chunk.span, head, slice(None)
             squashed = feature_map.squash(load(refs.zq, rows, chunk.rows))
             phi_q = feature_map.expand(squashed)
-            queries = math.cast(phi_q)
+            queries, rounded_q = math.cast(phi_q), math.rounded(phi_q)
             d_out = load(refs.d_out, rows, chunk.rows)
             attention = chunk.visible(math.dot(queries, keys, "nt"))
-            rounded_q = queries.astype(jnp.float32)
             if gate:  # δ as exact as it can be had: its error would add up along the sequence
-                read = chunk.enter(jnp.sum(rounded_q * mass_row, axis=1)[:, None])
-                denominator = jnp.sum(attention, axis=1) + jnp.max(read, axis=1)
+                denominator = _exact_denominators(chunk, attention, rounded_q, mass_row)
             else:
-                attention = math.cast(attention)
-                denominator = denominators(problem, chunk, attention, queries, mass)
-                attention = attention.astype(jnp.float32)
+                denominator = denominators(problem, chunk, math.cast(attention), queries, mass)
+                attention = math.rounded(attention)
             inverse = reciprocals(problem, chunk, denominator)
             offset = jnp.max(math.dot(d_out, mean_rows, "nt"), axis=1)
             along = math.dot(d_out, value, "nt")
@@ -76,8 +72,7 @@ def _query_kernel(problem: Problem, refs: SimpleNamespace) -> None:
             )
             whole = delta + offset
             scores = chunk.visible(along - whole[:, None])
-            by_state = by_state - delta[:, None] * mass_row
-            within = math.dot(scores, keys)
+            by_state, within = by_state - delta[:, None] * mass_row, math.dot(scores, keys)
             d_phi = (within + chunk.enter(by_state)) * inverse[:, None]
             d_z, d_beta = feature_map.gradient(squashed, queries, d_phi)
             store(refs.d_zq, rows, d_z, chunk.rows)
@@ -85,8 +80,8 @@ def _query_kernel(problem: Problem, refs: SimpleNamespace) -> None:
             refs.delta[head, chunk.span] = whole
             if gate:
                 scaled = math.rounded(phi_q * inverse[:, None])
-                entering = math.rounded(chunk.enter(scaled))
-                row = row + jnp.sum(scaled * within + entering * by_state, axis=1)
+                row_terms = scaled * within + math.rounded(chunk.enter(scaled)) * by_state
+                row = row + jnp.sum(row_terms, axis=1)
             return d_sharpness + d_beta, row
 
         zeros = jnp.zeros((problem.chunk,), jnp.float32)
@@ -98,6 +93,12 @@ def _query_kernel(problem: Problem, refs: SimpleNamespace) -> None:
     zeros = jnp.zeros((problem.chunk, problem.projections), jnp.float32)
     _, d_sharpness = problem.for_chunks(body, (load_state(problem, refs), zeros))
     refs.d_sharpness[...] = jnp.sum(d_sharpness)
+
+
+def _exact_denominators(chunk: Chunk, attention, queries, mass_row) -> jax.Array:
+    """z (C,), where nothing but φ is rounded."""
+    read = chunk.enter(jnp.sum(queries * mass_row, axis=1)[:, None])
+    return jnp.sum(attention, axis=1) + jnp.max(read, axis=1)
 
 
 def _scaled_queries(chunk: Chunk, feature_map: FeatureMap, refs: SimpleNamespace, head):
@@ -166,7 +167,7 @@ def _key_value_kernel(problem: Problem, refs: SimpleNamespace) -> None:
             value = load(refs.value, (chunk.span, slice(None)), chunk.rows)
             by_state, within = _d_phi_k(problem, chunk, value, heads, state, refs)
             d_phi = chunk.masked(within + chunk.leave(by_state))
-            d_z, d_beta = feature_map.gradient(squashed, math.cast(phi_k), d_phi)
+            d_z, d_beta = feature_map.gradient(squashed, math.cast(phi_k), d_phi, halves=True)
             d_sharpness = d_sharpness + d_beta
             store(refs.d_zk, (chunk.span, slice(None)), d_z, chunk.rows)
         if refs.column is not None:

@@ -60,16 +60,19 @@ class FeatureMap:
         )
 
     def gradient(
-        self, squashed: jax.Array, phi: jax.Array, d_phi: jax.Array
+        self, squashed: jax.Array, phi: jax.Array, d_phi: jax.Array, *, halves: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns dz (C, LP), and the terms (C, LP) whose sum is dβ, from dφ (C, F)."""
+        """Returns dz (C, LP), and the terms (C, LP) whose sum is dβ, from dφ (C, F).
+
+        With `halves`, φ dφ is multiplied with twice the bits of an operand.
+        """
         math, scaled = self.arithmetic, self._scaled(squashed)
         weight = phi.astype(jnp.float32) * d_phi
         decayed = math.exp2(-jnp.abs(scaled))
         larger = math.reciprocal(1.0 + decayed)
         smaller = decayed * larger
         up = scaled >= 0.0
-        weights = math.halves(weight)
+        weights = math.halves(weight) if halves else (weight,)
         positive = sum(math.dot_signs(x, self.positive, "nt") for x in weights)
         negative = sum(math.dot_signs(x, self.negative, "nt") for x in weights)
         d_scaled = positive * jnp.where(up, smaller, larger)

@@ -65,6 +65,20 @@ def _fetch(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> Non
     lax.fori_loop(0, place.count, chunk, jnp.int32(0))
 
 
+def _pass_adjoint(refs: SimpleNamespace, turn: jax.Array, numerator, mass) -> None:
+    """Stores Λ' and Λ_Z' for the others; with a gate also what Λ' loses there to rounding."""
+    passed = lax.rem(turn, PASSED_SLOTS)
+    refs.state_tiles[passed, pl.ds(0, tiles.FEATURES)] = numerator.astype(jnp.bfloat16)
+    if refs.fine_tiles is not None:
+
+        @pl.when(turn > 0)
+        def _():
+            wg.wait(refs.fine_free)
+
+        refs.fine_tiles[...] = (numerator - wg.rounded(numerator)).astype(jnp.bfloat16)
+    refs.mass_numbers[passed] = -jnp.sum(jnp.where(wg.index(1, 8) < 2, mass, 0.0), axis=1)
+
+
 def _keep_adjoint(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
     where = place.batch, place.head, place.split
     features = tiles.TileFeatures(refs, place.head)
@@ -82,16 +96,7 @@ def _keep_adjoint(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace)
         def _():
             wg.wait(refs.state_free.at[passed])
 
-        numerator, mass = state
-        refs.state_tiles[passed, pl.ds(0, tiles.FEATURES)] = numerator.astype(jnp.bfloat16)
-        if refs.fine_tiles is not None:
-
-            @pl.when(turn > 0)
-            def _():
-                wg.wait(refs.fine_free)
-
-            refs.fine_tiles[...] = (numerator - wg.rounded(numerator)).astype(jnp.bfloat16)
-        refs.mass_numbers[passed] = -jnp.sum(jnp.where(wg.index(1, 8) < 2, mass, 0.0), axis=1)
+        _pass_adjoint(refs, turn, *state)
         if refs.entering_tiles is not None:
             wg.wait(refs.keys_full.at[lax.rem(turn, pipeline.key_slots)])
             refs.decay_tiles[passed] = weights.decay(transposed=True).astype(jnp.float16)
@@ -148,19 +153,16 @@ def _differentiate_keys(place: tiles.Place, pipeline: Pipeline, refs: SimpleName
         weights, values = tiles.Weights(refs, slot), refs.value_tiles.at[slot]
         decay = None if refs.decay_tiles is None else refs.decay_tiles.at[passed]
         wg.wait(refs.keys_full.at[slot])
-        wg.wait(refs.state_full.at[passed])
         by_state, in_common = _from_adjoint(refs, values, passed)
         by_state += wg.by_columns(wg.load(refs.mass_numbers.at[passed], wg.COLUMNS))
         if gate:
             wg.arrive(refs.fine_free)
             in_common = decayed * (in_common + common_mass)
             wg.wait(refs.phi_full.at[passed])
-            phi = wg.load(refs.phi_tiles.at[passed])
-            leaving = weights.times("leave", phi)
             # out∘φk as the states take it, twice rounded, against what is added up below.
-            lost = (wg.rounded(leaving) - leaving) * (by_state + wg.by_rows(in_common))
-            lost = jnp.sum(lost, axis=1)
-            in_common = weights.times_rows("leave", in_common)
+            lost = weights.times("leave", wg.load(refs.phi_tiles.at[passed]))
+            lost = (wg.rounded(lost) - lost) * (by_state + wg.by_rows(in_common))
+            lost, in_common = jnp.sum(lost, axis=1), weights.times_rows("leave", in_common)
         d_phi = weights.times("leave", by_state)
 
         def query_head(member, d_phi):
@@ -183,13 +185,10 @@ def _differentiate_keys(place: tiles.Place, pipeline: Pipeline, refs: SimpleName
         squashed = features.squash(refs.zk_tiles.at[slot])
         wg.arrive(refs.state_free.at[passed])
         wg.arrive(refs.keys_free.at[slot])
-        if not gate:
-            wg.wait(refs.phi_full.at[passed])
-        phi = wg.load(refs.phi_tiles.at[passed])
-        wg.arrive(refs.phi_free.at[passed])
-        d_z, d_beta = features.gradient(squashed, phi, d_phi)
-        wg.sent()
+        phi = _shared_features(refs, passed, waited=gate)
+        d_z, d_beta = features.gradient(squashed, phi, d_phi, halves=True)
         tokens = place.tokens(turn)
+        wg.sent()
         wg.store(refs.d_zk_tiles, d_z.astype(jnp.bfloat16))
         copies = [(refs.d_zk_tiles, refs.d_zk.at[place.batch, tokens, place.head])]
         if gate:
@@ -205,11 +204,21 @@ def _differentiate_keys(place: tiles.Place, pipeline: Pipeline, refs: SimpleName
     wg.sent(read_only=False)
 
 
+def _shared_features(refs: SimpleNamespace, passed: jax.Array, *, waited: bool) -> jax.Array:
+    """φk (64, F) of the values' warpgroup, which may go on with the slot."""
+    if not waited:
+        wg.wait(refs.phi_full.at[passed])
+    phi = wg.load(refs.phi_tiles.at[passed])
+    wg.arrive(refs.phi_free.at[passed])
+    return phi
+
+
 def _from_adjoint(refs: SimpleNamespace, values: Any, passed: jax.Array):
     """v Λ'ᵀ (64, F), with a gate to twice the bits of an operand, and v·λ (64,): λ lies below Λ'.
 
     What the decay's gradient adds up along the sequence must not lose Λ' to rounding.
     """
+    wg.wait(refs.state_full.at[passed])
     adjoint = refs.state_tiles.at[passed, pl.ds(0, tiles.FEATURES)].transpose((1, 0))
     if refs.fine_tiles is None:
         return wg.product((values, adjoint)), None

@@ -179,14 +179,18 @@ class TileFeatures:
         """Returns φ (64, F) in float32, from z in shared memory."""
         return self.expand(self.squash(z))
 
-    def gradient(self, squashed: jax.Array, phi: jax.Array, d_phi: jax.Array):
-        """dz (64, LP), and the terms whose sum is dβ, from φ and dφ (64, F) in float32."""
+    def gradient(self, squashed, phi: jax.Array, d_phi: jax.Array, *, halves: bool = False):
+        """dz (64, LP), and the terms whose sum is dβ, from φ and dφ (64, F) in float32.
+
+        With `halves` φ dφ is multiplied to twice the bits of an operand.
+        """
         weight = phi * d_phi
-        coarse = weight.astype(jnp.bfloat16)
-        fine = (weight - coarse.astype(jnp.float32)).astype(jnp.bfloat16)
+        parts = [weight.astype(jnp.bfloat16)]
+        if halves:
+            parts.append((weight - parts[0].astype(jnp.float32)).astype(jnp.bfloat16))
 
         def body(up, down):
-            for part in (coarse, fine):
+            for part in parts:
                 wg.multiply(up, part, self.refs.positive_columns.transpose((1, 0)))
                 wg.multiply(down, part, self.refs.negative_columns.transpose((1, 0)))
 

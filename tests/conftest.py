@@ -68,6 +68,8 @@ TOLERANCES = {
         "float32": Tolerance(rms=3e-5, max=1e-4),
         "bfloat16": Tolerance(rms=2e-2, max=3e-1),
     },
+    # dg and dzk where values and cotangents have a mean: 2.1e-3 and 3.7e-3 where measured.
+    "means": {"bfloat16": Tolerance(rms=6e-3)},
     # Folded against unfolded planes, outputs and gradients of the projection kernels.
     "folded": {
         "float32": Tolerance(rms=3e-6, max=3e-5),
