@@ -78,7 +78,8 @@ def on_explicit_mesh(axis, query, key, value, planes, *, initial_state, return_s
 
 def language_model() -> None:
     """A small language model whose rows lie over an Explicit mesh, forward and gradient."""
-    settings = {"num_layers": 1, "width": 16, "num_heads": 2, "num_tables": 2, "num_planes": 2}
+    settings = {"num_layers": 1, "width": 16, "num_heads": 2}
+    settings |= {"race": {"num_tables": 2, "num_planes": 2}}
     model = TransformerLM(ModelConfig(**settings), vocab_size=20, rngs=nnx.Rngs(0))
     graph, params = nnx.split(model)
     tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12) % 20
