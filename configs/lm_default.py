@@ -18,8 +18,8 @@ def get_config() -> Config:
     config.model.num_layers = 3
     config.model.width = 128
     config.model.num_heads = 4
-    config.model.short_conv = True
-    config.model.output_gate = True
+    config.model.race.short_conv = True
+    config.model.race.output_gate = True
 
     config.data.source = "stdlib"
     config.data.tokenizer = "bytes"

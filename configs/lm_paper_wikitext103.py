@@ -2,7 +2,7 @@ r"""The paper's language model on WikiText-103, at the paper's training settings
 
 8 layers of width 512 with 8 heads, 4 tables of 4 planes, 1,024 byte pairs of context, 192
 sequences a step in 12 parts, AdamW at 6e-4, 1 % warm-up, then linear to zero. The attention has
-the data gate, which goes beyond the paper; `--config.model.forget_gate=none` takes it away.
+the data gate, which goes beyond the paper; `--config.model.race.forget_gate=none` takes it away.
 
 Command:   python scripts/train_lm.py --config configs/lm_paper_wikitext103.py \
                --config.data.tokenizer_file=gpt2-tokenizer.json
@@ -23,8 +23,8 @@ def get_config() -> Config:
     config.model.dropout_rate = 0.1
     config.model.positions = "learned"
     config.model.max_length = 1024
-    config.model.num_tables = 4
-    config.model.num_planes = 4
+    config.model.race.num_tables = 4
+    config.model.race.num_planes = 4
     config.model.dtype = "bfloat16"
 
     config.data.source = "huggingface"

@@ -81,8 +81,8 @@ def on_explicit_mesh(axis, query, key, value, planes, *, initial_state, return_s
 
 def language_model() -> None:
     """A small language model whose rows lie over an Explicit mesh, forward and gradient."""
-    settings = {"num_layers": 2, "width": 16, "num_heads": 2, "num_tables": 2, "num_planes": 2}
-    config = ModelConfig(**settings, short_conv=True, output_gate=True)
+    own = {"num_tables": 2, "num_planes": 2, "short_conv": True, "output_gate": True}
+    config = ModelConfig(num_layers=2, width=16, num_heads=2, race=own)
     model = TransformerLM(config, vocab_size=20, rngs=nnx.Rngs(0))
     graph, params, fixed = nnx.split(model, nnx.Param, ...)
     tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12) % 20

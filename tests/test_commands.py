@@ -30,7 +30,7 @@ from race_jax.train.config import Config
 def get_config():
     config = Config()
     config.model.num_layers, config.model.width, config.model.num_heads = 1, 16, 2
-    config.model.num_tables, config.model.num_planes = 2, 2
+    config.model.race.num_tables, config.model.race.num_planes = 2, 2
     config.data.source, config.data.sequence_length = "files", 32
     config.data.train_files = (str(pathlib.Path(__file__).parents[1] / "text.txt"),)
     config.optimizer.warmup_steps = 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from race_jax.layers.functional import LayerState, init_state, race_layer
-from race_jax.layers.settings import LayerSettings
+from race_jax.layers.race_config import RACEConfig
 
 BATCH, LENGTH, WIDTH = 2, 9, 8
 ALL = {  # every option that may stand beside the others, in a causal layer
@@ -30,7 +30,7 @@ SEGMENTS = np.array([[0, 0, 0, 0, 1, 1, 1, 1, 1], [3, 3, 3, 3, 5, 5, 5, 5, 6]])
 
 def make(rng, **options):
     """Settings, random parameters and planes; every parameter is off its initial value."""
-    s = LayerSettings(**{"in_features": WIDTH, **options})
+    s = RACEConfig(**{"in_features": WIDTH, **options})
 
     def normal(*shape):
         return rng.normal(size=shape).astype(np.float32) * shape[0] ** -0.5
@@ -195,7 +195,7 @@ def test_folded_planes_give_the_same_outputs_and_gradients(rng, assert_close):
     @functools.partial(jax.jit, static_argnums=3)
     @functools.partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
     def run(params, planes, x, fold):
-        settings = LayerSettings(**vars(s) | {"fold_planes": fold})
+        settings = RACEConfig(**vars(s) | {"fold_planes": fold})
         out = race_layer(params, planes, x, settings=settings, mask=jnp.asarray(MASK))
         return jnp.sum(weights * out), out
 
@@ -282,7 +282,7 @@ def test_bfloat16_is_close_to_float32_and_keeps_sums_in_float32(rng, assert_clos
                 params,
                 planes,
                 x,
-                settings=LayerSettings(**vars(s) | {"dtype": dtype}),
+                settings=RACEConfig(**vars(s) | {"dtype": dtype}),
                 is_causal=True,
                 state=init_state(s, BATCH),
             )

@@ -40,14 +40,16 @@ SOURCES = {
     "layers.attention_fn": "core.attention",
     "layers.gates": "core.shapes",
     "layers.short_conv": "core.shapes core.masking core.shards",
-    "layers.settings": "layers.gates layers.short_conv core.dispatch core.hashing core.state",
-    "layers.functional": "sequence layers.settings layers.attention_fn",
+    "layers.race_config": "layers.gates layers.short_conv core.dispatch core.hashing core.state",
+    "layers.functional": "sequence layers.race_config layers.attention_fn",
     "layers.serialization": "core.state",
     "layers.race": "layers.functional layers.serialization",
     "layers.race_linen": "layers.functional layers.serialization",
     "layers.softmax": "core.shapes core.masking",
+    "layers.linear": "core.linear layers.gates",
+    "layers.registry": "",
     "linen": "layers.race_linen",
-    "models": "layers.race layers.softmax",
+    "models": "layers.registry core.masking core.state",
     "train": "models streaming",
 }
 CORE_LIBRARIES = {"jax", "numpy", "jaxtyping"}
@@ -56,6 +58,8 @@ LIBRARIES = {
     "configs": set(),
     "layers.serialization": CORE_LIBRARIES | {"flax"},
     "layers.race": CORE_LIBRARIES | {"flax"},
+    "layers.softmax": CORE_LIBRARIES | {"flax"},
+    "layers.linear": CORE_LIBRARIES | {"flax"},
     "layers.race_linen": CORE_LIBRARIES | {"flax"},
     "models": CORE_LIBRARIES | {"flax"},
 }

@@ -1,8 +1,9 @@
 """Attention layers for Flax, one file each, and the parts that they share.
 
-settings, functional      the RACE layer as a checked record and a pure function
+registry                  the attentions that a model can be built with, by name
+race_config, functional   the RACE layer as a checked record and a pure function
 race, race_linen          its two Flax modules, NNX and Linen
 gates, short_conv         parts that a layer may take
-softmax                   exact attention, for comparison
+softmax, linear           other attentions, for comparison
 attention_fn              RACE in the place of Flax's own attention function
 """

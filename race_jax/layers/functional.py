@@ -19,7 +19,7 @@ from race_jax.core.attention import Options, attend
 from race_jax.core.state import RACEState
 from race_jax.layers import gates
 from race_jax.layers.attention_fn import key_padding
-from race_jax.layers.settings import LayerSettings
+from race_jax.layers.race_config import RACEConfig
 from race_jax.layers.short_conv import TAPS, short_convolution
 
 Projection = Mapping[str, Any] | Callable[[jax.Array], jax.Array]
@@ -41,7 +41,7 @@ class LayerState(NamedTuple):
     taps: jax.Array | None
 
 
-def init_state(settings: LayerSettings, batch: int) -> LayerState:
+def init_state(settings: RACEConfig, batch: int) -> LayerState:
     """Returns the state before any token, for `batch` sequences, in float32 or wider."""
     dtype = jnp.promote_types(settings.param_dtype, jnp.float32)
     race = RACEState.init(
@@ -58,7 +58,7 @@ def race_layer(
     inputs_k: jax.Array | None = None,
     inputs_v: jax.Array | None = None,
     *,
-    settings: LayerSettings,
+    settings: RACEConfig,
     mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     is_causal: bool = False,
@@ -70,7 +70,7 @@ def race_layer(
 
     Args:
       params: ``query``, ``key``, ``value`` with ``kernel`` ``(D, heads, H or V)`` and ``bias``;
-        ``out`` with ``kernel`` ``(N, V, D)`` and ``bias``; and `LayerSettings.own_parameters`.
+        ``out`` with ``kernel`` ``(N, V, D)`` and ``bias``; and `RACEConfig.own_parameters`.
         Each of the four may also be a function of its input, such as a Flax module. Planes are not
         folded into such a function. ``query_ln`` and ``key_ln`` are functions of heads
         ``(..., H)``, needed if queries and keys are normalised.
@@ -180,7 +180,7 @@ def _complete_inputs(
 
 def _check_call(
     inputs: tuple[jax.Array, jax.Array, jax.Array],
-    settings: LayerSettings,
+    settings: RACEConfig,
     *,
     is_causal: bool,
     has_state: bool,
@@ -217,7 +217,7 @@ def _check_call(
         )
 
 
-def _check_state(state: LayerState, settings: LayerSettings, batch: int) -> None:
+def _check_state(state: LayerState, settings: RACEConfig, batch: int) -> None:
     if not isinstance(state, LayerState):
         raise TypeError(
             f"state must be a LayerState, from init_state or an earlier call; got {type(state)}"
@@ -233,7 +233,7 @@ def _check_state(state: LayerState, settings: LayerSettings, batch: int) -> None
         )
 
 
-def _shapes(x_q: jax.Array, x_k: jax.Array, settings: LayerSettings) -> tuple:
+def _shapes(x_q: jax.Array, x_k: jax.Array, settings: RACEConfig) -> tuple:
     """Returns the shapes and dtypes of the hash projections that `_hash` makes if not flat."""
     dtype = jnp.promote_types(x_q.dtype, jnp.float32)
     heads = settings.num_heads, settings.num_kv_heads
@@ -249,7 +249,7 @@ def _hash(
     name: str,
     params: Mapping[str, Any],
     planes: jax.Array,
-    settings: LayerSettings,
+    settings: RACEConfig,
 ) -> jax.Array:
     """Returns hash projections ``(B, T, heads, L, P)`` of the queries or the keys."""
     weights = params[name]
@@ -266,9 +266,7 @@ def _hash(
     return hashing.hash_projections(heads, planes)
 
 
-def _project(
-    x: jax.Array, name: str, params: Mapping[str, Any], settings: LayerSettings
-) -> jax.Array:
+def _project(x: jax.Array, name: str, params: Mapping[str, Any], settings: RACEConfig) -> jax.Array:
     """Applies the projection `name` to x, and returns heads or the layer's output in x's dtype."""
     projection: Projection = params[name]
     shape = {
@@ -312,13 +310,11 @@ def _linear(
     return out + jnp.expand_dims(weights["bias"].astype(out.dtype), (0, 1))
 
 
-def _sharpness(params: Mapping[str, Any], settings: LayerSettings) -> jax.Array | float:
+def _sharpness(params: Mapping[str, Any], settings: RACEConfig) -> jax.Array | float:
     return jnp.exp(params["log_sharpness"]) if settings.learn_sharpness else settings.sharpness
 
 
-def _log_decay(
-    x: jax.Array, params: Mapping[str, Any], settings: LayerSettings
-) -> jax.Array | None:
+def _log_decay(x: jax.Array, params: Mapping[str, Any], settings: RACEConfig) -> jax.Array | None:
     return gates.log_decay(
         x,
         params,

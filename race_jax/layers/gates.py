@@ -21,6 +21,34 @@ BIAS_RANGE = (1.0, 6.0)  # half-lives of 2 to 280 tokens
 EPSILON = 1e-6
 
 
+def check_gate(forget_gate: str | None, half_life: float | None) -> None:
+    """Raises ValueError unless the gate is a known one and its half-life fits it."""
+    if forget_gate not in FORGET_GATES:
+        choices = ", ".join(map(repr, FORGET_GATES))
+        raise ValueError(f"forget_gate must be one of {choices}; got {forget_gate!r}")
+    if half_life is None:
+        if forget_gate == "fixed":
+            raise ValueError(
+                'forget_gate="fixed" needs half_life, the longest half-life in tokens, for '
+                "instance half_life=1024"
+            )
+    elif forget_gate is None:
+        raise ValueError(f"half_life={half_life} has no effect without a forget_gate")
+    elif not SHORTEST_HALF_LIFE <= half_life < math.inf:
+        raise ValueError(
+            f"half_life must be finite and at least {SHORTEST_HALF_LIFE} tokens, got {half_life}"
+        )
+
+
+def check_direction(forget_gate: str | None, is_causal: bool) -> None:
+    """Raises ValueError for a gate in a model that also sees later tokens."""
+    if forget_gate is not None and not is_causal:
+        raise ValueError(
+            f"forget_gate={forget_gate!r} needs a causal model, because a gate has a direction; "
+            "take forget_gate=None for an encoder."
+        )
+
+
 def half_lives(num_kv_heads: int, longest: float) -> np.ndarray:
     """Returns half-lives in tokens ``(K,)``, in a geometric series from 2 to `longest`.
 

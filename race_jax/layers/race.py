@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 import race_jax.layers.serialization  # noqa: F401  (flax.serialization of states)
+from race_jax.layers import gates
 from race_jax.layers.functional import LayerState, check_static, init_state, race_layer
-from race_jax.layers.settings import PAPER, LayerSettings, warn_of_shared_planes
+from race_jax.layers.race_config import PAPER, RACEConfig, warn_of_shared_planes
 
 _log = logging.getLogger("race_jax")
 default_kernel_init = nnx.initializers.lecun_normal()
@@ -139,6 +140,8 @@ class RACEAttention(nnx.Module):
     beyond the paper.
     """
 
+    config_class = RACEConfig
+
     def __init__(
         self,
         num_heads: int,
@@ -180,9 +183,9 @@ class RACEAttention(nnx.Module):
         keep_rngs: bool = True,
         rngs: nnx.Rngs,
     ) -> None:
-        given = locals()  # the settings are arguments by name; LayerSettings holds the one list
-        settings = LayerSettings(**{name: given[name] for name in LayerSettings.names()})
-        for name in LayerSettings.names():
+        given = locals()  # the settings are arguments by name; RACEConfig holds the one list
+        settings = RACEConfig(**{name: given[name] for name in RACEConfig.names()})
+        for name in RACEConfig.names():
             setattr(self, name, getattr(settings, name))
         self.deterministic = deterministic
         self.is_causal = is_causal
@@ -257,6 +260,33 @@ class RACEAttention(nnx.Module):
         """
         return cls(num_heads, in_features, rngs=rngs, **PAPER, **options)
 
+    @classmethod
+    def from_config(
+        cls,
+        config: RACEConfig,
+        *,
+        is_causal: bool = False,
+        rngs: nnx.Rngs,
+        **initializers: Any,
+    ) -> RACEAttention:
+        """The layer that a record describes.
+
+        Args:
+          config: sizes and options.
+          is_causal: as for the class.
+          rngs: as for the class.
+          **initializers: `kernel_init`, `out_kernel_init`, `bias_init`, `out_bias_init`.
+
+        Returns:
+          The layer.
+
+        Raises:
+          ValueError: the record has a forget gate, and the layer is not causal.
+        """
+        gates.check_direction(config.forget_gate, is_causal)
+        options = {name: getattr(config, name) for name in RACEConfig.names()}
+        return cls(is_causal=is_causal, rngs=rngs, **options, **initializers)
+
     def init_state(self, batch: int) -> LayerState:
         """The state before any token, to be passed as ``state=``.
 
@@ -274,7 +304,7 @@ class RACEAttention(nnx.Module):
           >>> state.race.numerator.shape, state.taps.shape
           ((3, 2, 64, 8), (3, 3, 16))
         """
-        return init_state(LayerSettings.of(self), batch)
+        return init_state(RACEConfig.of(self), batch)
 
     def __call__(
         self,
@@ -287,6 +317,8 @@ class RACEAttention(nnx.Module):
         state: LayerState | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
+        *,
+        positions: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, LayerState]:
         """Attends.
 
@@ -303,6 +335,7 @@ class RACEAttention(nnx.Module):
             tokens, and resuming are this one argument. Needs `is_causal`.
           deterministic: turns dropout off; the constructor's if None.
           rngs: for dropout; the constructor's if None.
+          positions: accepted because all attentions of the models take it; unused.
 
         Returns:
           ``(B, T, D)`` in `dtype`; with a `state` also the state after the call.
@@ -312,7 +345,8 @@ class RACEAttention(nnx.Module):
             `deterministic` or a random stream.
           TypeError: a state of another kind, or a flag that is no Python bool.
         """
-        settings = LayerSettings.of(self)
+        del positions
+        settings = RACEConfig.of(self)
         return race_layer(
             self._parameters(settings),
             self.planes[...],
@@ -337,7 +371,7 @@ class RACEAttention(nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
-    def _parameters(self, settings: LayerSettings) -> dict[str, Any]:
+    def _parameters(self, settings: RACEConfig) -> dict[str, Any]:
         parameters = {name: getattr(self, name)[...] for name in settings.own_parameters()}
         for name in ("query", "key"):
             module = getattr(self, name)

@@ -18,7 +18,7 @@ from flax import linen as nn
 
 import race_jax.layers.serialization  # noqa: F401  (flax.serialization of states)
 from race_jax.layers.functional import LayerState, check_static, init_state, race_layer
-from race_jax.layers.settings import PAPER, LayerSettings, warn_of_shared_planes
+from race_jax.layers.race_config import PAPER, RACEConfig, warn_of_shared_planes
 
 Initializer = Callable[..., Any]
 
@@ -229,10 +229,10 @@ class RACEAttention(nn.Module):
             kernel_dtype=self._kernel_dtype(),
         )
 
-    def _settings(self, in_features: int, in_kv_features: int) -> LayerSettings:
-        return LayerSettings.of(self, in_features=in_features, in_kv_features=in_kv_features)
+    def _settings(self, in_features: int, in_kv_features: int) -> RACEConfig:
+        return RACEConfig.of(self, in_features=in_features, in_kv_features=in_kv_features)
 
-    def _parameters(self, settings: LayerSettings) -> dict[str, Any]:
+    def _parameters(self, settings: RACEConfig) -> dict[str, Any]:
         heads, kv_heads = settings.num_heads, settings.num_kv_heads
         head_dim, value_dim = settings.head_dim, settings.value_dim
         shapes = {"query": (heads, head_dim), "key": (kv_heads, head_dim)}
@@ -287,7 +287,7 @@ class RACEAttention(nn.Module):
         kernel = self.variables.get("params", {}).get("query", {}).get("kernel")
         return None if kernel is None else nn.unbox(kernel).dtype
 
-    def _planes(self, settings: LayerSettings) -> jax.Array:
+    def _planes(self, settings: RACEConfig) -> jax.Array:
         if not self.learn_planes:
             return self.variable("hash_planes", "planes", self._draw_planes, settings).value
         # Flax also runs the initialiser of a parameter that exists, to compare shapes; then there
@@ -296,7 +296,7 @@ class RACEAttention(nn.Module):
             return self.param("planes", settings.draw_planes)
         return self.param("planes", lambda key: self._draw_planes(settings))
 
-    def _draw_planes(self, settings: LayerSettings) -> jax.Array:
+    def _draw_planes(self, settings: RACEConfig) -> jax.Array:
         key = self.make_rng("planes")
         warn_of_shared_planes(self.make_rng("params"), key)
         return settings.draw_planes(key)

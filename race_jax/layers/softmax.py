@@ -1,17 +1,22 @@
-"""Softmax attention, the method to compare with, behind the signature of `race_attention`.
+"""Softmax attention, the method to compare with: the operation and its Flax layer.
 
 In: query, key, value, an additive bias, and masks as vectors. Out: (B, T, N, V).
 Equation: out_t = sum_s softmax_s(q_t . k_s / sqrt(H) + bias_ts) v_s over visible keys s.
 """
 
+import dataclasses
 import math
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from race_jax.core import masking
 
 IMPLEMENTATIONS = (None, "xla", "cudnn")
+ROPE_BASE = 10_000.0
+default_kernel_init = nnx.initializers.lecun_normal()
 
 
 def softmax_attention(
@@ -43,7 +48,7 @@ def softmax_attention(
         key: shape (B, S, K, H); query head n uses key/value head n // (N // K).
         value: shape (B, S, K, V), of query's dtype; V may differ from H.
         aux: bias added to the logits, broadcastable to (B, N, T, S), such as that of
-            `race_jax.models.layers.alibi_bias`; or None.
+            `race_jax.layers.softmax.alibi_bias`; or None.
         is_causal: a query sees its own token and earlier ones; needs T == S.
         log_decay: not supported.
         key_value_mask: shape (B, S) bool, True where there is a token; what stands in the other
@@ -101,6 +106,186 @@ def softmax_attention(
     return jnp.where(seeing[:, :, None, None], out, jnp.zeros((), out.dtype))
 
 
+def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
+    r"""Rotary positions: turns pair i of a head by the angle :math:`p \cdot 10000^{-2i/H}`.
+
+    Args:
+        x: shape (B, T, N, H), H even; pair i is (x[i], x[i + H/2]).
+        positions: shape (B, T) int32, p of each token.
+
+    Returns:
+        Shape (B, T, N, H), x's dtype; angles and products are float32.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from race_jax.layers.softmax import rotate
+        >>> rotate(jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1), jnp.int32)).tolist()
+        [[[[1.0, 1.0]]]]
+
+    Source: Su et al. 2021 (RoFormer), section 3.2.2.
+    """
+    half = x.shape[-1] // 2
+    frequencies = ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
+    cosine, sine = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def alibi_bias(num_heads: int, positions: jax.Array) -> jax.Array:
+    r"""Linear biases: :math:`-2^{-8(n+1)/N} \, |p_t - p_s|` added to the logits of head n.
+
+    Args:
+        num_heads: number of query heads N.
+        positions: shape (B, T) int32.
+
+    Returns:
+        Shape (B, N, T, T) float32.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from race_jax.layers.softmax import alibi_bias
+        >>> alibi_bias(2, jnp.array([[0, 3]]))[0, :, 1, 0].tolist()  # two heads, distance 3
+        [-0.1875, -0.01171875]
+
+    Source: Press et al. 2022 (ALiBi), section 3; their slopes for N a power of two.
+    """
+    slopes = 2.0 ** (-8.0 * jnp.arange(1, num_heads + 1, dtype=jnp.float32) / num_heads)
+    distance = jnp.abs(positions[:, :, None] - positions[:, None, :]).astype(jnp.float32)
+    return -slopes[None, :, None, None] * distance[:, None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftmaxConfig:
+    """Options of softmax attention, and the sizes of a layer.
+
+    Attributes:
+        num_heads: query heads N.
+        in_features: width D of the input and the output.
+        num_kv_heads: key/value heads K, dividing N.
+        head_dim: width H of a head.
+        positions: "rope" rotates queries and keys, "alibi" biases the logits; else neither.
+        dtype: dtype of the computation; parameters are float32.
+        implementation: as `softmax_attention` takes it.
+
+    Raises:
+        ValueError: an unknown implementation, or rotary positions of a head of odd width.
+    """
+
+    POSITIONS: ClassVar[tuple[str, ...]] = ("rope", "alibi")
+    LAYER_ONLY: ClassVar[tuple[str, ...]] = ()
+    MODEL_DEFAULTS: ClassVar[dict[str, Any]] = {}
+
+    num_heads: int
+    in_features: int
+    num_kv_heads: int
+    head_dim: int
+    positions: str = "none"
+    dtype: Any = None
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_implementation(self.implementation)
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ValueError(
+                f"positions='rope' rotates pairs and needs an even head_dim; got {self.head_dim}."
+            )
+
+    def describe(self, batch: int, length: int, is_packed: bool) -> tuple[str, str]:
+        """Its name, and which implementation runs."""
+        del batch, length, is_packed
+        return "softmax", f"implementation {self.implementation or 'xla'}"
+
+
+class SoftmaxAttention(nnx.Module):
+    """Self-attention by softmax, with the parameters of `RACEAttention` by name and shape.
+
+    Args:
+        config: sizes and options.
+        kernel_init: of the kernels of query, key and value.
+        out_kernel_init: of the kernel of ``out``.
+        rngs: streams "params".
+    """
+
+    config_class = SoftmaxConfig
+
+    def __init__(
+        self,
+        config: SoftmaxConfig,
+        *,
+        kernel_init: nnx.Initializer = default_kernel_init,
+        out_kernel_init: nnx.Initializer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        def projection(heads: int) -> nnx.LinearGeneral:
+            return nnx.LinearGeneral(
+                config.in_features,
+                (heads, config.head_dim),
+                dtype=config.dtype,
+                kernel_init=kernel_init,
+                rngs=rngs,
+            )
+
+        self.query = projection(config.num_heads)
+        self.key = projection(config.num_kv_heads)
+        self.value = projection(config.num_kv_heads)
+        self.out = nnx.LinearGeneral(
+            (config.num_heads, config.head_dim),
+            config.in_features,
+            axis=(-2, -1),
+            dtype=config.dtype,
+            kernel_init=out_kernel_init or kernel_init,
+            rngs=rngs,
+        )
+        self.config = config
+
+    @classmethod
+    def from_config(
+        cls, config: SoftmaxConfig, *, is_causal: bool, **options: Any
+    ) -> "SoftmaxAttention":
+        """The layer that a record describes; it may be causal or not."""
+        del is_causal
+        return cls(config, **options)
+
+    def init_state(self, batch: int) -> None:
+        """None: softmax carries no state and attends to the whole sequence again."""
+        del batch
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        is_causal: bool = False,
+        state: None = None,
+        deterministic: bool | None = None,
+        rngs: Any = None,
+    ) -> jax.Array:
+        """x (B, T, D), positions (B, T) for "rope" and "alibi", mask (B, T) bool; to (B, T, D)."""
+        del deterministic, rngs
+        _refuse(None, state, False)
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        bias = None
+        if self.config.positions == "rope":
+            query, key = rotate(query, positions), rotate(key, positions)
+        elif self.config.positions == "alibi":
+            bias = alibi_bias(self.config.num_heads, positions)
+        attended = softmax_attention(
+            query,
+            key,
+            value,
+            bias,
+            is_causal=is_causal,
+            key_value_mask=mask,
+            segment_ids=segment_ids,
+            implementation=self.config.implementation,
+        )
+        return self.out(attended)
+
+
 def _refuse(log_decay: object, initial_state: object, return_state: bool) -> None:
     if log_decay is not None:
         raise NotImplementedError("softmax attention has no forgetting gate; leave log_decay=None.")
@@ -131,11 +316,15 @@ def _check_shapes(query, key, value, is_causal, key_value_mask, segment_ids) -> 
     masking.check_segment_ids(segment_ids, key.shape[:2], key_value_mask)
 
 
-def _choose(implementation, query, value, aux, key_value_mask, segment_ids) -> str:
+def _check_implementation(implementation: str | None) -> None:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"{implementation=} is unknown; softmax attention takes one of {IMPLEMENTATIONS}."
         )
+
+
+def _choose(implementation, query, value, aux, key_value_mask, segment_ids) -> str:
+    _check_implementation(implementation)
     if implementation == "xla":
         return "xla"
     dense = any(x is not None for x in (aux, key_value_mask, segment_ids))

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from race_jax.layers.race import RACEAttention
+from race_jax.layers import registry
 from race_jax.models.config import ModelConfig
-from race_jax.models.layers import INIT_STD, MLP, SoftmaxAttention, kernel_init
+from race_jax.models.layers import INIT_STD, MLP, kernel_init
 
 
 class Block(nnx.Module):
@@ -34,7 +34,13 @@ class Block(nnx.Module):
         width, dtype = config.width, jnp.dtype(config.dtype)
         branch_init = nnx.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
         self.attention_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.attention = _attention(config, branch_init, rngs)
+        self.attention = registry.find(config.attention).from_config(
+            config.attention_config(),
+            is_causal=is_causal,
+            kernel_init=kernel_init,
+            out_kernel_init=branch_init,
+            rngs=rngs,
+        )
         self.mlp_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.mlp = MLP(
             width, config.mlp_ratio * width, dtype=dtype, out_kernel_init=branch_init, rngs=rngs
@@ -61,17 +67,9 @@ class Block(nnx.Module):
         return x, state
 
     def _attend(self, x, positions, key_value_mask, segment_ids, state):
-        if isinstance(self.attention, SoftmaxAttention):
-            out = self.attention(
-                x,
-                positions=positions,
-                is_causal=self.is_causal,
-                key_value_mask=key_value_mask,
-                segment_ids=segment_ids,
-            )
-            return out, None
         out = self.attention(
             x,
+            positions=positions,
             mask=key_value_mask,
             segment_ids=segment_ids,
             is_causal=self.is_causal,
@@ -102,36 +100,3 @@ def _apply(graph: nnx.GraphDef, remat: bool, variables: nnx.State, *arguments: A
         return nnx.merge(graph, variables)(*arguments)
 
     return (jax.checkpoint(run) if remat else run)(variables, *arguments)
-
-
-def _attention(
-    config: ModelConfig, out_kernel_init: nnx.Initializer, rngs: nnx.Rngs
-) -> SoftmaxAttention | RACEAttention:
-    shared = {
-        "num_heads": config.num_heads,
-        "in_features": config.width,
-        "num_kv_heads": config.kv_heads,
-        "head_dim": config.head_size,
-        "dtype": jnp.dtype(config.dtype),
-        "out_kernel_init": out_kernel_init,
-        "implementation": config.implementation,
-        "rngs": rngs,
-    }
-    if config.attention == "softmax":
-        return SoftmaxAttention(positions=config.positions, **shared)
-    return RACEAttention(
-        kernel_init=kernel_init,
-        num_tables=config.num_tables,
-        num_planes=config.num_planes,
-        planes_scale=config.planes_scale,
-        learn_planes=config.learn_planes,
-        sharpness=config.sharpness,
-        learn_sharpness=config.learn_sharpness,
-        forget_gate=config.gate,
-        half_life=config.half_life,
-        short_conv=config.short_conv,
-        output_gate=config.output_gate,
-        fold_planes=config.fold_planes,
-        normalization=config.normalization,
-        **shared,
-    )

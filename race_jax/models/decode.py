@@ -111,8 +111,8 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """The continuation of each prompt, token by token as it comes.
 
-    A RACE model reads the prompt once and then carries its state: every further token costs the
-    same time and memory, whatever came before. A softmax model has no such state and reads
+    A model that carries a state reads the prompt once: every further token costs the same time and
+    memory, whatever came before. A model without a state, such as one of softmax attention, reads
     the whole sequence again for every token. Learned positions end the continuation where their
     table ends, with a warning.
 
@@ -144,7 +144,7 @@ def stream(
         >>> from flax import nnx
         >>> from race_jax.models import ModelConfig, TransformerLM
         >>> from race_jax.models.decode import Sampling, stream
-        >>> config = ModelConfig(num_layers=1, width=16, num_heads=2, num_tables=2, num_planes=2)
+        >>> config = ModelConfig(num_layers=1, width=16, num_heads=2)
         >>> model = TransformerLM(config, vocab_size=10, rngs=nnx.Rngs(0))
         >>> tokens = stream(model, np.array([[1, 2, 3]]), max_tokens=4)
         >>> len(list(tokens))

@@ -31,7 +31,7 @@ class TransformerLM(nnx.Module):
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> from race_jax.models import ModelConfig, TransformerLM
-        >>> config = ModelConfig(num_layers=1, width=16, num_heads=2, num_tables=2, num_planes=2)
+        >>> config = ModelConfig(num_layers=1, width=16, num_heads=2)
         >>> model = TransformerLM(config, vocab_size=10, rngs=nnx.Rngs(0))
         >>> tokens = jnp.array([[1, 2, 3]])
         >>> model(tokens).shape

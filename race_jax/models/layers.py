@@ -1,7 +1,7 @@
-"""The parts of a transformer block that are not RACE: embedding, positions, MLP, softmax attention.
+"""The parts of a transformer that are not attention: embedding, positions, MLP.
 
 In: token ids and vectors of positions and masks, or hidden states (B, T, D). Out: (B, T, D).
-Equations: MLP(x) = W_down gelu(W_up x); rotary and linear-bias positions at their functions.
+Equation: MLP(x) = W_down gelu(W_up x).
 """
 
 import jax
@@ -10,10 +10,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from race_jax.core import masking
-from race_jax.layers.softmax import softmax_attention
 
 INIT_STD = 0.02  # of every table and kernel, as in GPT-2's code
-ROPE_BASE = 10_000.0
 
 kernel_init = nnx.initializers.normal(INIT_STD)
 
@@ -61,56 +59,6 @@ def token_positions(
     # Tokens before the run that a slot stands in; -1 while the run is the one `start` counts.
     before = jax.lax.cummax(jnp.where(present & (ids != previous), count - 1, -1), axis=1)
     return jnp.maximum(count - 1 + jnp.where(before >= 0, -before, start[:, None]), 0)
-
-
-def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
-    r"""Rotary positions: turns pair i of a head by the angle :math:`p \cdot 10000^{-2i/H}`.
-
-    Args:
-        x: shape (B, T, N, H), H even; pair i is (x[i], x[i + H/2]).
-        positions: shape (B, T) int32, p of each token.
-
-    Returns:
-        Shape (B, T, N, H), x's dtype; angles and products are float32.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from race_jax.models.layers import rotate
-        >>> rotate(jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1), jnp.int32)).tolist()
-        [[[[1.0, 1.0]]]]
-
-    Source: Su et al. 2021 (RoFormer), section 3.2.2.
-    """
-    half = x.shape[-1] // 2
-    frequencies = ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
-    cosine, sine = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
-def alibi_bias(num_heads: int, positions: jax.Array) -> jax.Array:
-    r"""Linear biases: :math:`-2^{-8(n+1)/N} \, |p_t - p_s|` added to the logits of head n.
-
-    Args:
-        num_heads: number of query heads N.
-        positions: shape (B, T) int32.
-
-    Returns:
-        Shape (B, N, T, T) float32.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from race_jax.models.layers import alibi_bias
-        >>> alibi_bias(2, jnp.array([[0, 3]]))[0, :, 1, 0].tolist()  # two heads, distance 3
-        [-0.1875, -0.01171875]
-
-    Source: Press et al. 2022 (ALiBi), section 3; their slopes for N a power of two.
-    """
-    slopes = 2.0 ** (-8.0 * jnp.arange(1, num_heads + 1, dtype=jnp.float32) / num_heads)
-    distance = jnp.abs(positions[:, :, None] - positions[:, None, :]).astype(jnp.float32)
-    return -slopes[None, :, None, None] * distance[:, None]
 
 
 class TokenEmbedding(nnx.Module):
@@ -192,80 +140,3 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (B, T, D) to (B, T, D)."""
         return self.down(nnx.gelu(self.up(x)))
-
-
-class SoftmaxAttention(nnx.Module):
-    """Self-attention by softmax, with the parameters of `RACEAttention` by name and shape.
-
-    Args:
-        num_heads: query heads N.
-        in_features: width D of the input and the output.
-        num_kv_heads: key/value heads K.
-        head_dim: width H of a head.
-        positions: "rope" turns queries and keys, "alibi" biases the logits; else neither.
-        dtype: dtype of the computation; parameters are float32.
-        out_kernel_init: of the kernel of ``out``.
-        implementation: as `race_jax.layers.softmax_attention` takes it.
-        rngs: streams "params".
-    """
-
-    def __init__(
-        self,
-        num_heads: int,
-        in_features: int,
-        *,
-        num_kv_heads: int,
-        head_dim: int,
-        positions: str,
-        dtype: jnp.dtype,
-        out_kernel_init: nnx.Initializer,
-        implementation: str | None,
-        rngs: nnx.Rngs,
-    ):
-        def projection(heads: int) -> nnx.LinearGeneral:
-            return nnx.LinearGeneral(
-                in_features, (heads, head_dim), dtype=dtype, kernel_init=kernel_init, rngs=rngs
-            )
-
-        self.query = projection(num_heads)
-        self.key = projection(num_kv_heads)
-        self.value = projection(num_kv_heads)
-        self.out = nnx.LinearGeneral(
-            (num_heads, head_dim),
-            in_features,
-            axis=(-2, -1),
-            dtype=dtype,
-            kernel_init=out_kernel_init,
-            rngs=rngs,
-        )
-        self.num_heads = num_heads
-        self.positions = positions
-        self.implementation = implementation
-
-    def __call__(
-        self,
-        x: jax.Array,
-        *,
-        positions: jax.Array,
-        is_causal: bool,
-        key_value_mask: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-    ) -> jax.Array:
-        """x (B, T, D) and positions (B, T) to (B, T, D)."""
-        query, key, value = self.query(x), self.key(x), self.value(x)
-        bias = None
-        if self.positions == "rope":
-            query, key = rotate(query, positions), rotate(key, positions)
-        elif self.positions == "alibi":
-            bias = alibi_bias(self.num_heads, positions)
-        attended = softmax_attention(
-            query,
-            key,
-            value,
-            bias,
-            is_causal=is_causal,
-            key_value_mask=key_value_mask,
-            segment_ids=segment_ids,
-            implementation=self.implementation,
-        )
-        return self.out(attended)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from race_jax.core import masking
 from race_jax.core.state import EMPTY
 from race_jax.models import block as block_module
 from race_jax.models.block import Block
@@ -17,8 +18,8 @@ from race_jax.models.config import ModelConfig
 from race_jax.models.layers import TokenEmbedding, token_positions
 
 _NO_STATE = (
-    "only causal RACE models carry a state; a softmax model reads the whole sequence again for "
-    "every token (race_jax.models.decode does so)."
+    "this model carries no state: it is not causal, or its attention keeps none. It reads the "
+    "whole sequence again for every token (race_jax.models.decode does so)."
 )
 _TOO_LONG = (
     "position {} is beyond the learned positions, max_length={}; shorten the sequence, or train "
@@ -27,15 +28,17 @@ _TOO_LONG = (
 
 
 class TransformerState(NamedTuple):
-    """What a RACE transformer keeps of the tokens it has read; its size is constant.
+    """What a transformer keeps of the tokens it has read.
 
     Attributes:
-        layers: one `LayerState` a block.
+        layers: for each block, the state of its attention.
         position: shape (B,) int32, tokens read so far of the current segment.
+        segment: shape (B,) int32, the segment of the last token; -1 before any.
     """
 
     layers: tuple
     position: jax.Array
+    segment: jax.Array
 
 
 class Transformer(nnx.Module):
@@ -68,11 +71,6 @@ class Transformer(nnx.Module):
         config.validate()
         if vocab_size < 1:
             raise ValueError(f"{vocab_size=} must be at least 1.")
-        if config.attention == "race" and config.gate is not None and not is_causal:
-            raise ValueError(
-                f"forget_gate={config.forget_gate!r} needs a causal model, because a gate has a "
-                "direction; take forget_gate=None for an encoder."
-            )
         dtype = jnp.dtype(config.dtype)
         learned = config.positions == "learned"
         self.embedding = TokenEmbedding(
@@ -91,7 +89,10 @@ class Transformer(nnx.Module):
         keep_rngs = keep_rngs and config.dropout_rate > 0
         has_stream = "dropout" in rngs or "default" in rngs
         self.rngs = rngs.dropout.fork() if keep_rngs and has_stream else None
-        self.carries_state = config.attention == "race" and is_causal
+        attention = self.blocks[0].attention
+        self.carries_state = (
+            is_causal and jax.eval_shape(lambda: attention.init_state(1)) is not None
+        )
         self.max_length = config.max_length if learned else None
         self.remat = config.remat
 
@@ -99,12 +100,13 @@ class Transformer(nnx.Module):
         """The state before the first token, for `batch` sequences.
 
         Raises:
-            NotImplementedError: the model is softmax or not causal, and carries no state.
+            NotImplementedError: the model is not causal, or its attention carries no state.
         """
         if not self.carries_state:
             raise NotImplementedError(_NO_STATE)
         layers = tuple(block.attention.init_state(batch) for block in self.blocks)
-        return TransformerState(layers, jnp.zeros(batch, jnp.int32))
+        position, segment = jnp.zeros(batch, jnp.int32), jnp.full(batch, EMPTY, jnp.int32)
+        return TransformerState(layers, position, segment)
 
     def __call__(
         self,
@@ -147,7 +149,7 @@ class Transformer(nnx.Module):
                 start,
                 key_value_mask=key_value_mask,
                 segment_ids=segment_ids,
-                start_segment=_last_segment(state, start),
+                start_segment=jnp.full_like(start, EMPTY) if state is None else state.segment,
             )
         self._check_positions(positions)
         with jax.named_scope("transformer/embedding"):
@@ -161,7 +163,10 @@ class Transformer(nnx.Module):
         x = self.norm(x)
         if state is None:
             return x
-        return x, TransformerState(tuple(layers), _next_position(positions, start, key_value_mask))
+        position = _next_position(positions, start, key_value_mask)
+        ids = masking.fill_segments(segment_ids, key_value_mask, state.segment)
+        segment = masking.last_segment(ids, key_value_mask, state.segment, tokens.shape[1])
+        return x, TransformerState(tuple(layers), position, segment)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Serves ``nnx.view``.
@@ -228,11 +233,6 @@ def parameter_count(model: nnx.Module) -> int:
         8
     """
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-
-
-def _last_segment(state: TransformerState | None, start: jax.Array) -> jax.Array:
-    """The segment of each row's last token, of which `start` counts the tokens; -1 before any."""
-    return jnp.full_like(start, EMPTY) if state is None else state.layers[0].race.segment
 
 
 def _next_position(positions, start, key_value_mask) -> jax.Array:

@@ -69,20 +69,29 @@ def help_lines(argv: Sequence[str]) -> list[str]:
         config = _load(_config_file(words)[0])
     except ValueError:
         config = Config()
-    lines = []
-    for section in dataclasses.fields(config):
-        record = getattr(config, section.name)
-        meanings = _meanings(type(record))
-        kinds = typing.get_type_hints(type(record))
-        lines += ["", inspect.getdoc(record).splitlines()[0]]
-        for field in dataclasses.fields(record):
-            kind, value = _kind_name(kinds[field.name]), getattr(record, field.name)
-            shown = "none" if value is None else repr(value)
-            lines.append(f"  --config.{section.name}.{field.name}={shown} ({kind})")
-            lines += textwrap.wrap(
-                meanings[field.name], 94, initial_indent=" " * 6, subsequent_indent=" " * 6
-            )
-    return lines
+    return [
+        line
+        for section in dataclasses.fields(config)
+        for line in _section_lines(getattr(config, section.name), section.name)
+    ]
+
+
+def _section_lines(record: Any, path: str) -> list[str]:
+    """The lines of one section; the sections within it follow its own fields."""
+    meanings, kinds = _meanings(type(record)), typing.get_type_hints(type(record))
+    lines, inner = ["", inspect.getdoc(record).splitlines()[0]], []
+    for field in dataclasses.fields(record):
+        kind, value = kinds[field.name], getattr(record, field.name)
+        if dataclasses.is_dataclass(kind):
+            if dataclasses.fields(kind):  # some attentions have no options
+                inner += _section_lines(value, f"{path}.{field.name}")
+            continue
+        shown = "none" if value is None else repr(value)
+        lines.append(f"  --config.{path}.{field.name}={shown} ({_kind_name(kind)})")
+        lines += textwrap.wrap(
+            meanings[field.name], 94, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
+    return lines + inner
 
 
 def _meanings(kind: type) -> dict[str, str]:

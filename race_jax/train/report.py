@@ -9,11 +9,9 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from race_jax.core import dispatch
 from race_jax.models import TransformerLM, decode
 from race_jax.train.config import Config
 from race_jax.train.data import Data, HeldOut
@@ -196,28 +194,9 @@ def score_text(record: Record, held_out: HeldOut) -> str:
 
 def _attention(config: Config, mesh: Mesh) -> tuple[str, str]:
     """Name of the attention, and which implementation runs it and why."""
-    model = config.model
-    if model.attention == "softmax":
-        return "softmax", f"implementation {model.implementation or 'xla'}"
     batch = config.run.batch_size // config.optimizer.accumulation_steps // mesh.size
-    dtype = jnp.dtype(model.dtype)
-
-    def heads(count: int) -> jax.ShapeDtypeStruct:
-        shape = (batch, config.data.sequence_length, count, model.head_size)
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    choice = dispatch.explain(
-        heads(model.num_heads),
-        heads(model.kv_heads),
-        heads(model.kv_heads),
-        jax.ShapeDtypeStruct((model.num_tables, model.num_planes, model.head_size), dtype),
-        is_causal=True,
-        log_decay=None if model.gate is None else heads(model.kv_heads),
-        segment_ids=None if config.data.packing == "contiguous" else heads(1),
-        normalization=model.normalization,
-        implementation=model.implementation,
-    )
-    return f"race, implementation {choice.implementation}", choice.reason
+    is_packed = config.data.packing != "contiguous"
+    return config.model.attention_config().describe(batch, config.data.sequence_length, is_packed)
 
 
 def _memory(compiled: jax.stages.Compiled) -> str:

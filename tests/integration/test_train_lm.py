@@ -30,7 +30,7 @@ from race_jax.train.config import Config
 def get_config():
     config = Config()
     config.model.num_layers, config.model.width, config.model.num_heads = 1, 32, 2
-    config.model.num_tables, config.model.num_planes = 2, 2
+    config.model.race.num_tables, config.model.race.num_planes = 2, 2
     config.data.source, config.data.train_files = "files", ("text.txt",)
     config.data.sequence_length = 32
     config.mesh.data = 2

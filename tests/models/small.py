@@ -1,5 +1,6 @@
 """Tiny language models by name, each made and compiled once for all tests of this folder."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from race_jax.layers import registry
 from race_jax.models import ModelConfig, TransformerLM
 
 VOCAB = 11
+OWN = tuple(field.name for field in dataclasses.fields(registry.options_class("race")))
 SIZES = {"num_layers": 1, "width": 16, "num_heads": 4, "num_tables": 2, "num_planes": 2}
 CONFIGS = {
     "race": {},
@@ -25,6 +28,7 @@ CONFIGS = {
         "max_length": 32,
     },
     "race bfloat16": {"dtype": "bfloat16"},
+    "linear": {"attention": "linear", "num_kv_heads": 2, "linear": {"forget_gate": "data"}},
     "softmax": {"attention": "softmax", "num_kv_heads": 2},
     "softmax learned": {"attention": "softmax", "positions": "learned", "max_length": 16},
     "softmax rope": {"attention": "softmax", "positions": "rope"},
@@ -37,6 +41,13 @@ class Compiled(NamedTuple):
 
     model: TransformerLM
     logits: Callable
+
+
+def describe(**changes) -> ModelConfig:
+    """The record of `SIZES` and the changes; options of RACE are given without their section."""
+    fields = SIZES | changes
+    own = {name: fields.pop(name) for name in OWN if name in fields}
+    return ModelConfig(**fields, race=own)
 
 
 def draw(make: Callable[[], nnx.Module]) -> nnx.Module:
@@ -59,7 +70,7 @@ def draw(make: Callable[[], nnx.Module]) -> nnx.Module:
 
 def build(vocab_size: int = VOCAB, **changes) -> TransformerLM:
     """A language model of `SIZES` and the changes."""
-    config = ModelConfig(**SIZES | changes)
+    config = describe(**changes)
     return draw(lambda: TransformerLM(config, vocab_size, keep_rngs=False, rngs=nnx.Rngs(0)))
 
 

@@ -4,17 +4,20 @@ import dataclasses
 
 import pytest
 
+from race_jax.layers import registry
 from race_jax.models import ModelConfig
 
 
 def test_the_defaults_are_valid():
     config = ModelConfig()
     assert config.validate() is config
-    assert (config.kv_heads, config.head_size, config.gate) == (4, 64, "data")
+    assert (config.kv_heads, config.head_size) == (4, 64)
+    race = config.attention_config()
+    assert (race.num_tables, race.num_planes, race.forget_gate, race.head_dim) == (8, 3, "data", 64)
 
 
 def test_the_word_none_turns_the_gate_off():
-    assert ModelConfig(forget_gate="none").validate().gate is None
+    assert ModelConfig(race={"forget_gate": "none"}).attention_config().forget_gate is None
 
 
 @pytest.mark.parametrize(
@@ -29,22 +32,12 @@ def test_the_word_none_turns_the_gate_off():
         {"mlp_ratio": 0},
         {"dropout_rate": 1.0},
         {"dropout_rate": float("nan")},
-        {"attention": "linear"},
+        {"attention": "quadratic"},
         {"positions": "sinusoidal"},
         {"positions": "rope"},
         {"positions": "alibi"},
         {"max_length": 0},
-        {"num_tables": 0},
-        {"num_planes": 11},
-        {"planes_scale": 0.0},
-        {"sharpness": -1.0},
-        {"sharpness": float("inf")},
-        {"forget_gate": "sometimes"},
-        {"half_life": 1.0},
-        {"half_life": 64.0, "forget_gate": None},
-        {"normalization": "layer"},
         {"dtype": "float16"},
-        {"implementation": "cudnn"},
     ],
     ids=str,
 )
@@ -54,23 +47,43 @@ def test_a_bad_field_is_named_with_its_value(changes):
         ModelConfig(**changes).validate()
 
 
-def test_softmax_does_not_look_at_the_fields_of_race():
-    ModelConfig(attention="softmax", implementation="cudnn", num_planes=11).validate()
-    with pytest.raises(ValueError, match="implementation='pallas'"):
-        ModelConfig(attention="softmax", implementation="pallas").validate()
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"race": {"num_tables": 0}}, "num_tables must be an integer and at least 1, got 0"),
+        ({"race": {"num_planes": 11}}, "num_planes must be at most 10, got 11"),
+        ({"race": {"sharpness": float("inf")}}, "sharpness must be > 0 and finite, got inf"),
+        ({"race": {"forget_gate": "sometimes"}}, "forget_gate must be one of .* got 'sometimes'"),
+        ({"race": {"half_life": 64.0, "forget_gate": None}}, "half_life=64.0 has no effect"),
+        ({"race": {"forget_gate": "fixed"}}, "needs half_life, .* half_life=1024"),
+        ({"implementation": "cudnn"}, "implementation must be one of None, 'xla', 'pallas'"),
+        ({"positions": "rope"}, "positions='rope' does not go with attention='race', which takes"),
+        ({"attention": "linear", "positions": "alibi"}, "go with attention='linear'"),
+        ({"attention": "linear", "linear": {"forget_gate": "fixed"}}, "needs half_life"),
+        ({"attention": "linear", "implementation": "pallas"}, "linear attention takes None or"),
+        ({"attention": "softmax", "implementation": "pallas"}, "implementation='pallas'"),
+        ({"attention": "softmax", "positions": "rope", "head_dim": 3}, "even head_dim; got 3"),
+    ],
+    ids=str,
+)
+def test_an_attention_checks_its_own_options(changes, words):
+    with pytest.raises(ValueError, match=words):
+        ModelConfig(**changes).validate()
 
 
-def test_a_fixed_gate_asks_for_its_half_life():
-    with pytest.raises(ValueError, match=r"half_life=None: .* such as 1024"):
-        ModelConfig(forget_gate="fixed").validate()
-    ModelConfig(forget_gate="fixed", half_life=64.0).validate()
+def test_the_options_of_other_attentions_do_not_count():
+    other = {"race": {"num_planes": 11}}
+    ModelConfig(attention="softmax", implementation="cudnn", **other).validate()
+    ModelConfig(race={"forget_gate": "fixed", "half_life": 64.0}).validate()
 
 
-def test_rotary_positions_need_an_even_head():
-    with pytest.raises(ValueError, match="even head_dim; got 3"):
-        ModelConfig(attention="softmax", positions="rope", head_dim=3).validate()
+@pytest.mark.parametrize("name", registry.ATTENTIONS)
+def test_every_option_is_documented(name):
+    for field in dataclasses.fields(registry.options_class(name)):
+        assert f"    {field.name}: " in registry.options_class(name).__doc__
 
 
 def test_every_field_is_documented():
     for field in dataclasses.fields(ModelConfig):
-        assert f"        {field.name}: " in ModelConfig.__doc__
+        if field.name not in registry.ATTENTIONS:
+            assert f"        {field.name}: " in ModelConfig.__doc__

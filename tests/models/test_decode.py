@@ -46,7 +46,7 @@ def test_greedy_decoding_equals_reading_everything_again(prompts, name):
     assert len(np.unique(drawn["right"])) > 2
 
 
-@pytest.mark.parametrize("name", ["race", "race with everything", "race bfloat16"])
+@pytest.mark.parametrize("name", ["race", "race with everything", "race bfloat16", "linear"])
 def test_the_state_keeps_its_size(name):
     model = compiled(name).model
     before = jax.eval_shape(lambda: model.init_state(2))

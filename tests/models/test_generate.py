@@ -13,14 +13,13 @@ from absl import flags
 from absl.testing import flagsaver
 from flax import nnx
 
-from race_jax.models import ModelConfig
 from race_jax.models.decode import Sampling
 from race_jax.models.decode import generate as draw
 from race_jax.train.checkpoint import Checkpoints, checkpoint_folder
 from race_jax.train.config import Config, DataConfig
 from race_jax.train.state import TrainState
 from race_jax.train.vocabulary import ByteTokenizer, CharacterTokenizer, WordTokenizer
-from tests.models.small import SIZES, build
+from tests.models.small import build, describe
 
 pytestmark = pytest.mark.once
 
@@ -40,7 +39,7 @@ def script():
 
 def save_run(directory, tokenizer, **changes):
     """A run of no steps, with the model that `build` makes."""
-    model = ModelConfig(**SIZES | changes)
+    model = describe(**changes)
     config = Config(model=model, data=DataConfig(sequence_length=8)).validate()
     params, fixed = nnx.state(build(tokenizer.vocab_size, **changes), nnx.Param, ...)
     state = TrainState(params, fixed, opt_state={"none": jnp.zeros(1)}, step=jnp.zeros((), int))

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from race_jax.models.layers import alibi_bias, rotate, token_positions
+from race_jax.layers.softmax import alibi_bias, rotate
+from race_jax.models.layers import token_positions
 
 
 def places(mask, segments, start, start_segment):

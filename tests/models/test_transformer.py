@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from race_jax.layers.race import HashPlanes
-from race_jax.models import ModelConfig, Transformer, TransformerLM, parameter_count
+from race_jax.models import Transformer, TransformerLM, parameter_count
 from race_jax.models.block import Block
 from race_jax.models.decode import Sampling, generate
-from tests.models.small import CONFIGS, SIZES, VOCAB, build, compiled, draw
+from tests.models.small import CONFIGS, VOCAB, build, compiled, describe, draw
 
 DTYPES = {name: changes.get("dtype", "float32") for name, changes in CONFIGS.items()}
 
@@ -65,6 +65,7 @@ def test_the_future_does_not_change_the_past(documents, assert_close, name):
     [
         ("race", False, False),
         ("race with everything", True, True),
+        ("linear", False, False),
         ("softmax", False, False),
         ("softmax learned", True, True),
         ("softmax rope", False, True),
@@ -84,7 +85,7 @@ def test_what_positions_mean(documents, assert_close, name, shift_matters, stret
     assert changes(place * 2) == stretch_matters
 
 
-@pytest.mark.parametrize("name", ["race", "race with everything"])
+@pytest.mark.parametrize("name", ["race", "race with everything", "linear"])
 def test_a_sequence_may_be_split_anywhere(rng, assert_close, name):
     tokens = rng.integers(0, VOCAB, (3, 12))
     mask = rng.random((3, 12)) < 0.8
@@ -183,7 +184,7 @@ def test_parameters_are_counted_and_fixed_planes_are_not():
 def test_branches_start_smaller_than_what_they_read():
     @jax.jit
     def kernels():
-        config = ModelConfig(**SIZES | {"width": 64, "num_layers": 8})
+        config = describe(width=64, num_layers=8)
         block = Block(config, is_causal=True, rngs=nnx.Rngs(0))
         layers = block.attention.value, block.mlp.up, block.attention.out, block.mlp.down
         return [layer.kernel[...] for layer in layers]
@@ -193,19 +194,19 @@ def test_branches_start_smaller_than_what_they_read():
 
 
 def test_an_encoder_sees_the_future():
-    config = ModelConfig(**SIZES | {"forget_gate": None})
+    config = describe(forget_gate=None)
     encoder = draw(lambda: Transformer(config, VOCAB, is_causal=False, rngs=nnx.Rngs(0)))
     graph, variables = nnx.split(encoder)
     run = jax.jit(lambda variables, tokens: nnx.merge(graph, variables)(tokens))
     first, second = run(variables, jnp.array([[1, 2, 3], [1, 2, 4]]))
     assert np.abs(first - second)[0].max() > 1e-3
-    with pytest.raises(NotImplementedError, match="only causal RACE models carry a state"):
+    with pytest.raises(NotImplementedError, match="this model carries no state"):
         encoder.init_state(1)
 
 
 def test_an_encoder_has_no_direction():
     with pytest.raises(ValueError, match="forget_gate='data' needs a causal model"):
-        Transformer(ModelConfig(**SIZES), VOCAB, is_causal=False, rngs=nnx.Rngs(0))
+        Transformer(describe(), VOCAB, is_causal=False, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(
@@ -237,14 +238,14 @@ def test_states_that_do_not_fit_are_refused():
 
 
 def test_dropout_asks_for_random_numbers():
-    config = ModelConfig(**SIZES | {"attention": "softmax", "dropout_rate": 0.1})
+    config = describe(attention="softmax", dropout_rate=0.1)
     model = TransformerLM(config, VOCAB, rngs=nnx.Rngs(params=0))
     with pytest.raises(ValueError, match=r"pass rngs=nnx.Rngs\(dropout=seed\)"):
         model(jnp.array([[1, 2]]), deterministic=False)
 
 
 def test_train_and_eval_switch_dropout():
-    config = ModelConfig(**SIZES | {"attention": "softmax", "dropout_rate": 0.5})
+    config = describe(attention="softmax", dropout_rate=0.5)
     model = TransformerLM(config, VOCAB, rngs=nnx.Rngs(0))
     tokens = jnp.array([[1, 2, 3]])
     fresh = model(tokens)
@@ -279,7 +280,7 @@ def test_a_token_outside_the_vocabulary_is_not_a_number():
 
 def test_an_empty_vocabulary_is_refused():
     with pytest.raises(ValueError, match="vocab_size=0 must be at least 1"):
-        TransformerLM(ModelConfig(**SIZES), 0, rngs=nnx.Rngs(0))
+        TransformerLM(describe(), 0, rngs=nnx.Rngs(0))
 
 
 def test_equal_blocks_are_lowered_once():

@@ -16,8 +16,8 @@ def small_config() -> Config:
     config.model.num_layers = 1
     config.model.width = 16
     config.model.num_heads = 2
-    config.model.num_tables = 2
-    config.model.num_planes = 2
+    config.model.race.num_tables = 2
+    config.model.race.num_planes = 2
     config.data.sequence_length = 24
     config.optimizer.warmup_steps = 2
     config.run.steps = 40

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from race_jax.layers import registry
 from race_jax.train.config import Config
 from race_jax.train.flags import help_lines, parse_config
 
@@ -21,6 +22,11 @@ def set_field(config: Config, name: str, value: object) -> Config:
         record = getattr(record, section)
     setattr(record, field, value)
     return config
+
+
+def plain_fields(section: type) -> list[dataclasses.Field]:
+    """The fields that are no sections themselves."""
+    return [f for f in dataclasses.fields(section) if not dataclasses.is_dataclass(f.type)]
 
 
 @pytest.mark.parametrize(
@@ -68,11 +74,11 @@ def test_windows_longer_than_learned_positions_are_refused():
 def test_validation_copies_and_normalises():
     config = Config()
     config.data.source, config.data.train_files = "files", "one.txt, two.txt.xz,"
-    config.model.forget_gate = "none"
+    config.model.race.forget_gate = "none"
     config.optimizer.clip_norm = 1
     checked = config.validate()
     assert checked.data.train_files == ("one.txt", "two.txt.xz")
-    assert checked.model.forget_gate is None
+    assert checked.model.race.forget_gate is None
     assert isinstance(checked.optimizer.clip_norm, float)
     config.optimizer.learning_rate = 7.0
     assert checked.optimizer.learning_rate == Config().optimizer.learning_rate
@@ -94,7 +100,7 @@ def test_a_record_with_an_unknown_field_is_refused():
 def test_every_field_is_documented():
     for section in dataclasses.fields(Config):
         documentation = section.type.__doc__ or ""
-        for field in dataclasses.fields(section.type):
+        for field in plain_fields(section.type):
             assert field.name in documentation, f"{section.name}.{field.name}"
 
 
@@ -103,7 +109,7 @@ def test_overrides_reach_the_record():
         [
             f"--config={DEFAULT}",
             "--config.model.num_layers=2",
-            "--config.model.forget_gate=none",
+            "--config.model.race.forget_gate=none",
             "--config.model.num_kv_heads=none",
             "--config.data.train_files=a.txt,b.txt",
             "--config.run.max_seconds",
@@ -111,7 +117,7 @@ def test_overrides_reach_the_record():
         ]
     )
     assert config.model.num_layers == 2
-    assert config.model.forget_gate is None
+    assert config.model.race.forget_gate is None
     assert config.data.train_files == ("a.txt", "b.txt")
     assert config.run.max_seconds == 60.0
 
@@ -123,7 +129,7 @@ def test_overrides_reach_the_record():
         (["--config.run.log_every=7", "--config.run.steps=500"], "runs/lm_default"),
         (["--config.run.steps=300"], "runs/lm_default-steps=300"),
         (
-            ["--config.model.forget_gate=none", "--config.data.valid_files=a.txt,b.txt"],
+            ["--config.model.race.forget_gate=none", "--config.data.valid_files=a.txt,b.txt"],
             "runs/lm_default-valid_files=a.txt,b.txt-forget_gate=none",
         ),
         (
@@ -143,7 +149,7 @@ def test_what_changes_the_result_has_a_folder_of_its_own(words, directory):
 def test_help_lists_every_field_with_its_meaning():
     text = "\n".join(help_lines([f"--config={DEFAULT}", "--help"]))
     for section in dataclasses.fields(Config):
-        for field in dataclasses.fields(section.type):
+        for field in plain_fields(section.type):
             assert re.search(
                 rf"^  --config\.{section.name}\.{field.name}=.* \(.+\)\n      \S",
                 text,
@@ -151,6 +157,8 @@ def test_help_lists_every_field_with_its_meaning():
             ), field.name
     assert "  --config.run.steps=500 (int)\n      optimizer steps." in text
     assert "  --config.run.max_seconds=none (float or none)\n      stop cleanly" in text
+    assert "  --config.model.race.num_tables=8 (int)\n      hash tables L." in text
+    assert "  --config.model.linear.half_life=none (float or none)\n      longest" in text
     assert "epsilon" not in help_lines(["--config=nowhere.py"])
 
 
@@ -194,9 +202,10 @@ def test_a_bad_command_line_is_refused_in_one_sentence(words, message):
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
-def test_every_config_also_trains_softmax(file):
-    words = [f"--config={file}", "--config.model.attention=softmax"]
-    assert parse_config(words).model.attention == "softmax"
+@pytest.mark.parametrize("name", registry.ATTENTIONS)
+def test_every_config_also_trains_the_other_attentions(file, name):
+    words = [f"--config={file}", f"--config.model.attention={name}"]
+    assert parse_config(words).model.attention == name
 
 
 @pytest.mark.parametrize(

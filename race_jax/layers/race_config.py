@@ -1,6 +1,6 @@
-"""The static side of the layer: its sizes and choices, checked and filled in once.
+"""RACEConfig: the sizes and choices of a RACE layer, checked and filled in once.
 
-Comes in: the arguments that both Flax modules share. Goes out: `LayerSettings`, every default
+Comes in: the arguments that both Flax modules share. Goes out: `RACEConfig`, every default
 resolved, and the initial values of the parameters that Flax's own attention does not have.
 """
 
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -36,15 +37,60 @@ PAPER = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerSettings:
-    """Sizes and choices of a layer, by the names of the modules' arguments.
+class RACEConfig:
+    """Options of RACE attention, and the sizes of a layer.
 
-    Sizes left at None are filled in as Flax fills them; what they mean stands in
-    `race_jax.RACEAttention`.
+    The one record that the NNX layer, the Linen layer and the models use; the fields have the names
+    of the layers' arguments. Sizes that are None are filled in as Flax fills them.
+
+    Attributes:
+        num_heads: query heads N.
+        in_features: width D of the queries' inputs.
+        qkv_features: N * H; ``in_features`` if neither it nor ``head_dim`` is given.
+        out_features: width of the output; ``in_features`` if None.
+        num_kv_heads: key/value heads K, dividing N; N if None.
+        in_kv_features: width of the keys' and values' inputs; ``in_features`` if None.
+        head_dim: width H of a query or key; ``qkv_features / num_heads`` if None.
+        value_dim: width V of a value; ``head_dim`` if None.
+        dtype: dtype of the computation; promoted from inputs and parameters if None.
+        param_dtype: dtype of parameters and planes.
+        dropout_rate: share of the output's entries that are dropped, in [0, 1).
+        decode: only for Flax's signature.
+        precision: of the projections.
+        use_bias: whether the projections have biases.
+        normalize_qk: LayerNorm on queries and keys; not together with ``fold_planes``.
+        num_tables: hash tables L.
+        num_planes: planes per table P, 1 to 10.
+        planes_scale: standard deviation of the planes; None means ``1 / sqrt(head_dim)``.
+        learn_planes: train the planes instead of keeping them as drawn.
+        sharpness: first value of the sharpness beta, positive.
+        learn_sharpness: train beta through its logarithm.
+        shared_sharpness: one beta for the layer instead of one per key/value head.
+        forget_gate: how old tokens decay: None (not at all), "fixed" or "learned" (one constant per
+            head), or "data" (a value per token and head); causal models only.
+        half_life: longest half-life in tokens at the start, at least 2; needed for "fixed", else
+            None starts the gates' logits at 1 to 6.
+        short_conv: depthwise causal convolution over 4 tokens before the projections.
+        output_gate: normalise each head's output and multiply it by a gate.
+        fold_planes: hash straight from the hidden state, queries and keys never made.
+        normalization: "global" or "bucket".
+        implementation: None (the best that works), "xla" or "pallas".
 
     Raises:
-      ValueError: a value that is not allowed, or two that exclude each other.
+        ValueError: a value that is not allowed, or two that exclude each other.
     """
+
+    POSITIONS: ClassVar[tuple[str, ...]] = ()
+    LAYER_ONLY: ClassVar[tuple[str, ...]] = (
+        *("qkv_features", "out_features", "in_kv_features", "value_dim"),
+        *("param_dtype", "dropout_rate", "decode", "precision"),
+    )
+    MODEL_DEFAULTS: ClassVar[dict[str, Any]] = {
+        "num_tables": 8,
+        "num_planes": 3,
+        "forget_gate": "data",
+        "fold_planes": True,
+    }
 
     num_heads: int
     in_features: int
@@ -82,7 +128,7 @@ class LayerSettings:
         return tuple(field.name for field in dataclasses.fields(cls))
 
     @classmethod
-    def of(cls, module: Any, **sizes: int) -> LayerSettings:
+    def of(cls, module: Any, **sizes: int) -> RACEConfig:
         """The settings that a module's attributes say, with `sizes` in the place of some."""
         return cls(
             **{name: getattr(module, name) for name in cls.names() if name not in sizes}, **sizes
@@ -127,8 +173,10 @@ class LayerSettings:
             *("qkv_features", "head_dim", "value_dim", "num_tables", "num_planes"),
         ):
             size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            if size is None:
+                continue
+            if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
+                raise ValueError(f"{name} must be an integer and at least 1, got {size}")
         if self.num_planes > hashing.MAX_PLANES:
             raise ValueError(
                 f"num_planes must be at most {hashing.MAX_PLANES}, got {self.num_planes}; use more "
@@ -140,12 +188,12 @@ class LayerSettings:
             )
 
     def _check_choices(self) -> None:
-        _check_among("forget_gate", self.forget_gate, gates.FORGET_GATES)
+        gates.check_gate(self.forget_gate, self.half_life)
         _check_among("implementation", self.implementation, dispatch.IMPLEMENTATIONS)
         state.check_normalization(self.normalization)
         for name in ("sharpness", "planes_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be > 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate must lie in [0, 1), got {self.dropout_rate}")
         if self.decode:
@@ -158,22 +206,35 @@ class LayerSettings:
                 "fold_planes=True never makes the queries and keys that normalize_qk=True would "
                 "normalise; turn one of them off"
             )
-        self._check_half_life()
 
-    def _check_half_life(self) -> None:
-        if self.half_life is None:
-            if self.forget_gate == "fixed":
-                raise ValueError(
-                    'forget_gate="fixed" needs half_life, the longest half-life in tokens, for '
-                    "instance half_life=1024"
-                )
-        elif self.forget_gate is None:
-            raise ValueError(f"half_life={self.half_life} has no effect without a forget_gate")
-        elif not gates.SHORTEST_HALF_LIFE <= self.half_life < math.inf:
-            raise ValueError(
-                f"half_life must be finite and at least {gates.SHORTEST_HALF_LIFE} tokens, got "
-                f"{self.half_life}"
-            )
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON values; dtypes become their names."""
+        values = dataclasses.asdict(self)
+        for name in ("dtype", "param_dtype"):
+            if values[name] is not None:
+                values[name] = jnp.dtype(values[name]).name
+        return values
+
+    def describe(self, batch: int, length: int, is_packed: bool) -> tuple[str, str]:
+        """Which implementation a causal training step would run, and why."""
+        dtype = jnp.dtype(self.dtype or self.param_dtype)
+
+        def array(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        heads = batch, length, self.num_kv_heads
+        choice = dispatch.explain(
+            array(batch, length, self.num_heads, self.head_dim),
+            array(*heads, self.head_dim),
+            array(*heads, self.value_dim),
+            array(self.num_tables, self.num_planes, self.head_dim),
+            is_causal=True,
+            log_decay=None if self.forget_gate is None else array(*heads),
+            segment_ids=array(batch, length) if is_packed else None,
+            normalization=self.normalization,
+            implementation=self.implementation,
+        )
+        return f"race, implementation {choice.implementation}", choice.reason
 
     @property
     def features(self) -> int:

@@ -1,0 +1,119 @@
+"""The attentions that a model can be built with, by name.
+
+An attention is one file of this folder and one line of `ATTENTIONS`. The line names a Flax NNX
+module that follows this protocol:
+
+config_class   A frozen dataclass, checked when it is made. Of the fields in `SHARED` it has those
+               that it needs, and the model fills them in. Its other fields are the method's own
+               options, `config.model.NAME.*` on the command line. LAYER_ONLY names fields that a
+               model does not set, MODEL_DEFAULTS the defaults that differ in a model, POSITIONS
+               the positions that the method takes beside "none" and "learned". The method
+               ``describe(batch, length, is_packed)`` says in two texts what would run, and why.
+from_config    ``(config, *, is_causal, kernel_init, out_kernel_init, rngs)`` makes the layer. It
+               raises ValueError where the config does not go with ``is_causal``.
+__call__       ``(x, *, positions, mask, segment_ids, is_causal, state, deterministic, rngs)`` gives
+               ``(B, T, D)``, or that and the next state where a state is given.
+init_state     ``(batch)`` gives the state before the first token, a pytree whose leaves keep their
+               shapes, or None where the method carries no state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import re
+import typing
+from typing import Any
+
+ATTENTIONS = {
+    "race": "race_jax.layers.race.RACEAttention",
+    "softmax": "race_jax.layers.softmax.SoftmaxAttention",
+    "linear": "race_jax.layers.linear.LinearAttention",
+}
+SHARED = (
+    *("num_heads", "in_features", "num_kv_heads", "head_dim"),
+    *("dtype", "positions", "implementation"),
+)
+
+
+@functools.cache
+def find(name: str) -> Any:
+    """The module class of an attention.
+
+    Raises:
+      ValueError: there is no attention of this name.
+
+    Example:
+      >>> from race_jax.layers import registry
+      >>> registry.find("softmax").__name__
+      'SoftmaxAttention'
+    """
+    if name not in ATTENTIONS:
+        raise ValueError(f"attention={name!r} is unknown; choose one of {list(ATTENTIONS)}.")
+    module, _, kind = ATTENTIONS[name].rpartition(".")
+    return getattr(importlib.import_module(module), kind)
+
+
+@functools.cache
+def options_class(name: str) -> type:
+    """A mutable dataclass of an attention's own options, which a command line can fill.
+
+    It is a draft: `make_config` turns it into the frozen record, which checks it.
+    """
+    record = find(name).config_class
+    kinds = typing.get_type_hints(record)
+    hidden = {*SHARED, *record.LAYER_ONLY}
+    fields = [
+        (
+            field.name,
+            kinds[field.name],
+            dataclasses.field(default=record.MODEL_DEFAULTS.get(field.name, field.default)),
+        )
+        for field in dataclasses.fields(record)
+        if field.name not in hidden
+    ]
+    draft = dataclasses.make_dataclass(
+        f"{record.__name__}Options", fields, namespace={"__module__": __name__}
+    )
+    draft.__doc__ = re.sub(r"\nRaises:.*", "", inspect.getdoc(record), flags=re.DOTALL)
+    globals()[draft.__name__] = draft  # so that copies by pickle find it
+    return draft
+
+
+def add_options(model_config: type) -> type:
+    """Gives a dataclass, before it is made one, a field of options for every attention."""
+    for name in ATTENTIONS:
+        kind = options_class(name)
+        model_config.__annotations__[name] = kind
+        setattr(model_config, name, dataclasses.field(default_factory=kind))
+    return model_config
+
+
+def make_config(name: str, options: Any, shared: dict[str, Any]) -> Any:
+    """The checked record of an attention.
+
+    Args:
+      name: of the attention.
+      options: an `options_class`; "none" counts as None where a field may be None.
+      shared: a value for each name of `SHARED`.
+
+    Raises:
+      ValueError: an option that the method does not allow; the message names it.
+    """
+    record = find(name).config_class
+    kinds = typing.get_type_hints(type(options))
+    own = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    for field, value in own.items():
+        if value == "none" and type(None) in typing.get_args(kinds[field]):
+            own[field] = None
+    if shared["positions"] not in ("none", "learned", *record.POSITIONS):
+        takes = ", ".join(repr(p) for p in ("none", "learned", *record.POSITIONS))
+        raise ValueError(
+            f"positions={shared['positions']!r} does not go with attention={name!r}, which takes "
+            f"{takes}."
+        )
+    names = {field.name for field in dataclasses.fields(record)}
+    given = {field: value for field, value in shared.items() if field in names}
+    return record(**given, **own)
