@@ -48,7 +48,10 @@ SOURCES = {
     "layers.softmax": "core.shapes core.masking",
     "linen": "layers.race_linen",
     "models": "layers.race layers.softmax",
-    "train": "models streaming",
+    "extras": "",
+    "records": "",
+    "data": "records extras",
+    "train": "data models streaming",
 }
 CORE_LIBRARIES = {"jax", "numpy", "jaxtyping"}
 LIBRARIES = {
@@ -59,7 +62,7 @@ LIBRARIES = {
     "layers.race_linen": CORE_LIBRARIES | {"flax"},
     "models": CORE_LIBRARIES | {"flax"},
 }
-ANY_LIBRARY = {"train", "scripts"}
+ANY_LIBRARY = {"data", "train", "scripts"}
 
 
 def left_of(part: str) -> set[str]:
@@ -214,6 +217,8 @@ def docstring_complaints(name: str, value: object) -> list[str]:
         ("race_jax.core.attention", "import flax"),
         ("race_jax.layers.functional", "import race_jax.layers.race"),
         ("race_jax.models.heads", "from race_jax.train import losses"),
+        ("race_jax.data.text", "from race_jax.models import ModelConfig"),
+        ("race_jax.data.text", "from race_jax.train.config import Config"),
         ("race_jax.models.heads", "from ..linen import RACEAttention"),
         ("race_jax.models.heads", "import optax"),
         ("race_jax.core.attention", "def f():\n  import pallas_kernels"),

@@ -16,13 +16,13 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from race_jax.data.tokenizer import Tokenizer, from_dict
 from race_jax.models import TransformerLM
 from race_jax.train.config import Config
 from race_jax.train.console import one_line
 from race_jax.train.console import say as print_line
 from race_jax.train.files import unused_path, write_text
 from race_jax.train.state import TrainState, make_model
-from race_jax.train.tokenizer import Tokenizer, from_dict
 
 _DIGESTS = "digests.json"
 

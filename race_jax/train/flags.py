@@ -21,10 +21,10 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from race_jax.data.sources import expand
+from race_jax.records import as_names, check_fields, unknown_field
 from race_jax.train.config import Config
 from race_jax.train.files import is_free
-from race_jax.train.records import as_names, check_fields, unknown_field
-from race_jax.train.sources import expand
 
 
 def parse_config(argv: Sequence[str]) -> Config:

@@ -6,8 +6,8 @@ The run directory holds `config.json`, `checkpoints/`, `metrics.jsonl` and `loss
 import dataclasses
 from pathlib import Path
 
+from race_jax.data.text import build_data
 from race_jax.train.config import Config
-from race_jax.train.data import build_data
 from race_jax.train.files import run_directory
 from race_jax.train.interrupt import StopRequest
 from race_jax.train.mesh import keep_compiled_programs, prepare_cpu_devices

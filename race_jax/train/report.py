@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from race_jax.core import dispatch
+from race_jax.data.text import Data, HeldOut
 from race_jax.models import TransformerLM, decode
 from race_jax.train.config import Config
-from race_jax.train.data import Data, HeldOut
 from race_jax.train.metrics import Record
 from race_jax.train.state import TrainState
 

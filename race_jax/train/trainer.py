@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from race_jax.data.text import Data, HeldOut
+from race_jax.data.workers import read_ahead
 from race_jax.train import report
 from race_jax.train.checkpoint import Checkpoints, checkpoint_folder
 from race_jax.train.config import Config
 from race_jax.train.console import decorate, say
-from race_jax.train.data import Data, HeldOut
 from race_jax.train.files import check_space, claim
 from race_jax.train.mesh import make_mesh, put_batch, sharding
 from race_jax.train.metrics import MetricsLog, Record, evaluation_record
@@ -25,7 +26,6 @@ from race_jax.train.plot import plot_losses
 from race_jax.train.progress import Progress
 from race_jax.train.state import init_state
 from race_jax.train.step import make_eval_step, make_train_step
-from race_jax.train.workers import read_ahead
 
 
 class Trainer:
@@ -53,7 +53,7 @@ class Trainer:
         self._graph, self._state = init_state(
             config.model, data.vocab_size, config.run.seed, optimizer, self._mesh
         )
-        self._batches = data.train_iterator(place=self._place)
+        self._batches = read_ahead(data.train, self._place)
         self._checkpoints = Checkpoints(
             checkpoint_folder(directory), keep=config.run.keep_checkpoints
         )

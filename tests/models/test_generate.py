@@ -13,13 +13,14 @@ from absl import flags
 from absl.testing import flagsaver
 from flax import nnx
 
+from race_jax.data.config import DataConfig
+from race_jax.data.vocabulary import ByteTokenizer, CharacterTokenizer, WordTokenizer
 from race_jax.models import ModelConfig
 from race_jax.models.decode import Sampling
 from race_jax.models.decode import generate as draw
 from race_jax.train.checkpoint import Checkpoints, checkpoint_folder
-from race_jax.train.config import Config, DataConfig
+from race_jax.train.config import Config
 from race_jax.train.state import TrainState
-from race_jax.train.vocabulary import ByteTokenizer, CharacterTokenizer, WordTokenizer
 from tests.models.small import SIZES, build
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
