@@ -51,7 +51,8 @@ SOURCES = {
     "extras": "",
     "records": "",
     "data": "records extras",
-    "train": "data models streaming",
+    "tasks": "data models",
+    "train": "tasks streaming",
 }
 CORE_LIBRARIES = {"jax", "numpy", "jaxtyping"}
 LIBRARIES = {
@@ -62,7 +63,7 @@ LIBRARIES = {
     "layers.race_linen": CORE_LIBRARIES | {"flax"},
     "models": CORE_LIBRARIES | {"flax"},
 }
-ANY_LIBRARY = {"data", "train", "scripts"}
+ANY_LIBRARY = {"data", "tasks", "train", "scripts"}
 
 
 def left_of(part: str) -> set[str]:

@@ -156,6 +156,7 @@ class Config:
         ValueError: config.optimizer.learning_rate must be > 0, got -1.0
     """
 
+    task: str = "language_model"
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

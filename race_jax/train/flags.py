@@ -72,6 +72,10 @@ def help_lines(argv: Sequence[str]) -> list[str]:
     lines = []
     for section in dataclasses.fields(config):
         record = getattr(config, section.name)
+        if not dataclasses.is_dataclass(record):
+            lines += ["", f"  --config.{section.name}={record!r} ({section.type.__name__})"]
+            lines += ["      what is trained, a name in race_jax/tasks/registry.py."]
+            continue
         meanings = _meanings(type(record))
         kinds = typing.get_type_hints(type(record))
         lines += ["", inspect.getdoc(record).splitlines()[0]]

@@ -44,7 +44,9 @@ def save_run(directory, tokenizer, **changes):
     params, fixed = nnx.state(build(tokenizer.vocab_size, **changes), nnx.Param, ...)
     state = TrainState(params, fixed, opt_state={"none": jnp.zeros(1)}, step=jnp.zeros((), int))
     checkpoints = Checkpoints(checkpoint_folder(directory))
-    checkpoints.save(state, {"config": config.to_dict(), "tokenizer": tokenizer.to_dict()})
+    checkpoints.save(
+        state, {"config": config.to_dict(), "task": {"tokenizer": tokenizer.to_dict()}}
+    )
     checkpoints.close()
     return str(directory)
 

@@ -32,7 +32,7 @@ def about(step: int) -> dict:
     return {
         "data": {"step": step},
         "config": config.to_dict(),
-        "tokenizer": tokenizer.to_dict(),
+        "task": {"tokenizer": tokenizer.to_dict()},
     }
 
 
