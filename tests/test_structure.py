@@ -50,7 +50,11 @@ SOURCES = {
     "layers.registry": "",
     "linen": "layers.race_linen",
     "models": "layers.registry core.masking core.state",
-    "train": "models streaming",
+    "extras": "",
+    "records": "",
+    "data": "records extras",
+    "tasks": "data models",
+    "train": "tasks streaming",
 }
 CORE_LIBRARIES = {"jax", "numpy", "jaxtyping"}
 LIBRARIES = {
@@ -63,7 +67,7 @@ LIBRARIES = {
     "layers.race_linen": CORE_LIBRARIES | {"flax"},
     "models": CORE_LIBRARIES | {"flax"},
 }
-ANY_LIBRARY = {"train", "scripts"}
+ANY_LIBRARY = {"data", "tasks", "train", "scripts"}
 
 
 def left_of(part: str) -> set[str]:
@@ -218,6 +222,8 @@ def docstring_complaints(name: str, value: object) -> list[str]:
         ("race_jax.core.attention", "import flax"),
         ("race_jax.layers.functional", "import race_jax.layers.race"),
         ("race_jax.models.heads", "from race_jax.train import losses"),
+        ("race_jax.data.text", "from race_jax.models import ModelConfig"),
+        ("race_jax.data.text", "from race_jax.train.config import Config"),
         ("race_jax.models.heads", "from ..linen import RACEAttention"),
         ("race_jax.models.heads", "import optax"),
         ("race_jax.core.attention", "def f():\n  import pallas_kernels"),

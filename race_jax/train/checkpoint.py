@@ -16,13 +16,12 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from race_jax.models import TransformerLM
+from race_jax.tasks.registry import task_named
 from race_jax.train.config import Config
 from race_jax.train.console import one_line
 from race_jax.train.console import say as print_line
 from race_jax.train.files import unused_path, write_text
-from race_jax.train.state import TrainState, make_model
-from race_jax.train.tokenizer import Tokenizer, from_dict
+from race_jax.train.state import TrainState, fresh_rngs
 
 _DIGESTS = "digests.json"
 
@@ -234,14 +233,15 @@ class Checkpoints:
         return f"{bad[0]} is missing or changed" if bad else None
 
 
-def load_for_inference(directory: str | os.PathLike) -> tuple[TransformerLM, Tokenizer, Config]:
+def load_for_inference(directory: str | os.PathLike) -> tuple[nnx.Module, Any, Config]:
     """The model of a run's newest whole checkpoint, ready to be called.
 
     Args:
         directory: the run's directory, `~` allowed; a run may be writing to it.
 
     Returns:
-        The NNX model on the default device, its tokenizer and the run's configuration.
+        The NNX model on the default device, what the task keeps beside it (for text its
+        tokenizer) and the run's configuration.
 
     Raises:
         ValueError: there is no checkpoint in `directory`.
@@ -259,13 +259,13 @@ def load_for_inference(directory: str | os.PathLike) -> tuple[TransformerLM, Tok
             raise ValueError(f"no checkpoint in {directory} yet; the run has to save one first")
         about = checkpoints.about(step)
         config = Config.from_dict(about["config"])
-        tokenizer = from_dict(about["tokenizer"])
-        model = nnx.eval_shape(lambda: make_model(config.model, tokenizer.vocab_size, 0))
+        task, record = task_named(config.task), about["task"]
+        model = nnx.eval_shape(lambda: task.make_model(config, record, fresh_rngs(0)))
         graph, params, fixed = nnx.split(model, nnx.Param, ...)
         found = checkpoints.model(step, {"params": params, "fixed": fixed})
     finally:
         checkpoints.close()
-    return nnx.merge(graph, found["params"], found["fixed"]), tokenizer, config
+    return nnx.merge(graph, found["params"], found["fixed"]), task.companion(record), config
 
 
 def checkpoint_folder(run_directory: Path) -> Path:

@@ -9,101 +9,11 @@ import dataclasses
 import json
 from typing import Any
 
+from race_jax.data.config import DataConfig
 from race_jax.models.config import ModelConfig
-from race_jax.train.records import above_zero, at_least, check_fields, fill, one_of
+from race_jax.records import above_zero, at_least, check_fields, fill, one_of
 
-SOURCES = ("stdlib", "files", "huggingface")
-TOKENIZERS = ("bytes", "words", "characters", "bpe")
-PACKINGS = ("contiguous", "packed")
-MAX_WORKERS = 256
 SCHEDULES = ("cosine", "linear", "constant")
-
-
-@dataclasses.dataclass
-class DataConfig:
-    """Where the text comes from and how it becomes windows of tokens.
-
-    Attributes:
-        source: "stdlib" (the Python standard library's own source files), "files" (local text,
-            plain or packed by gzip, bzip2, xz or zip) or "huggingface" (a data set by name, needs
-            `datasets`).
-        root: folder that relative file names start from; None takes the environment variable
-            RACE_JAX_DATA, which is used for nothing else.
-        train_files, valid_files, test_files: file names, as a tuple or as one comma-separated
-            string. They may hold spaces; in a tuple they may also hold commas.
-        dataset, dataset_config, text_field: the Hugging Face names.
-        tokenizer: "bytes", "characters", "words" (from the training split) or "bpe".
-        tokenizer_file: a `tokenizers` JSON file, for "bpe".
-        vocab_limit: keep only this many most frequent words; the rest become `<unk>`.
-        end_of_line: append `<eos>` at each line end, for word models.
-        packing: "contiguous" windows of one stream, or "packed" documents with segment ids.
-        document_separator: text that divides a file into documents when packed; "" keeps it whole.
-        sequence_length: T, tokens per window.
-        valid_fraction: share held out where no `valid_files` are given: of the files (stdlib), of
-            the end of the text (files).
-        valid_tail: characters held out at the end of the text instead of a share; 0 is off.
-        num_workers: processes that read "contiguous" windows, each with a copy of the text; 0
-            reads in a thread of this process. The batches are the same for any number.
-    """
-
-    source: str = "stdlib"
-    root: str | None = None
-    train_files: tuple[str, ...] = ()
-    valid_files: tuple[str, ...] = ()
-    test_files: tuple[str, ...] = ()
-    dataset: str = ""
-    dataset_config: str = ""
-    text_field: str = "text"
-    tokenizer: str = "bytes"
-    tokenizer_file: str | None = None
-    vocab_limit: int | None = None
-    end_of_line: bool = False
-    packing: str = "contiguous"
-    document_separator: str = ""
-    sequence_length: int = 256
-    valid_fraction: float = 0.05
-    valid_tail: int = 0
-    num_workers: int = 0
-
-    def validate(self) -> None:
-        """Raises ValueError naming the first field that cannot be used."""
-        one_of("config.data.source", self.source, SOURCES)
-        one_of("config.data.tokenizer", self.tokenizer, TOKENIZERS)
-        one_of("config.data.packing", self.packing, PACKINGS)
-        at_least("config.data.sequence_length", self.sequence_length, 1)
-        at_least("config.data.valid_tail", self.valid_tail, 0)
-        self.validate_workers()
-        if self.vocab_limit is not None:
-            at_least("config.data.vocab_limit", self.vocab_limit, 2)
-        if not 0 < self.valid_fraction < 1:
-            raise ValueError(
-                f"config.data.valid_fraction must lie in (0, 1), got {self.valid_fraction}"
-            )
-        self._validate_source()
-
-    def validate_workers(self) -> None:
-        """Raises ValueError where `num_workers` cannot be used."""
-        at_least("config.data.num_workers", self.num_workers, 0)
-        if self.num_workers > MAX_WORKERS:
-            raise ValueError(
-                f"config.data.num_workers must be <= {MAX_WORKERS}, got {self.num_workers}"
-            )
-        if self.num_workers and self.packing == "packed":
-            raise ValueError(
-                'config.data.num_workers must be 0 with packing="packed", whose rows depend on all '
-                f"documents before them, got {self.num_workers}; a thread reads ahead in any case"
-            )
-
-    def _validate_source(self) -> None:
-        if self.source == "files" and not self.train_files:
-            raise ValueError('config.data.train_files must name a file for source="files", got ()')
-        if self.source == "huggingface" and not self.dataset:
-            raise ValueError('config.data.dataset must be given for source="huggingface", got ""')
-        if self.tokenizer == "bpe" and not self.tokenizer_file:
-            raise ValueError(
-                'config.data.tokenizer_file must name a tokenizers JSON file for tokenizer="bpe", '
-                f"got {self.tokenizer_file}"
-            )
 
 
 @dataclasses.dataclass
@@ -246,6 +156,7 @@ class Config:
         ValueError: config.optimizer.learning_rate must be > 0, got -1.0
     """
 
+    task: str = "language_model"
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

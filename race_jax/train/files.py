@@ -25,8 +25,6 @@ FREE_FIELDS = frozenset(
     "run.checkpoint_every run.keep_checkpoints run.tensorboard run.compare_xz run.sample_tokens "
     "run.sample_prompt run.compilation_cache".split()
 )
-# What a digest in the record of a run stands for.
-_DIGESTS = {"text_digest": "the training text", "tokenizer_digest": "the tokenizer"}
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -96,20 +94,21 @@ def _take(lock: IO[str], where: str) -> None:
         )
 
 
-def claim(path: Path, config: Config, about: dict[str, Any], *, resuming: bool) -> None:
+def claim(path: Path, config: Config, digests: dict[str, str], *, resuming: bool) -> None:
     """Writes what a run is into its folder, or refuses to go on with another one.
 
     Args:
         path: the run's folder.
         config: the checked configuration of this start.
-        about: further JSON values that must not change, such as the digest of the text.
+        digests: by its name, as in "the training text", the digest of all content that decides
+            what is learned.
         resuming: whether the folder holds a checkpoint; without one, nothing is lost by a change.
 
     Raises:
         ValueError: a field that decides what is learned differs from the earlier start; names it.
     """
     record = path / "config.json"
-    now = {"config": config.to_dict(), **about}
+    now = {"config": config.to_dict(), "digests": digests}
     if resuming and record.is_file():
         then = _read_record(record)
         changed = [name for name in _differences(then, now) if not is_free(name, config)]
@@ -147,8 +146,9 @@ def _read_record(path: Path) -> dict[str, Any]:
 def _change(name: str, then: dict[str, Any], now: dict[str, Any]) -> str:
     """What the user has changed since the run began, with both values."""
     old, new = _look_up(then, name), _look_up(now, name)
-    if name in _DIGESTS:
-        return f"{_DIGESTS[name]} has changed (sha256 {old} then, {new} now)"
+    section, _, content = name.partition(".")
+    if section == "digests":
+        return f"{content} has changed (sha256 {old} then, {new} now)"
     return f"{name} was {old} and is now {new}"
 
 

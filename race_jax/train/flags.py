@@ -21,10 +21,10 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from race_jax.data.sources import expand
+from race_jax.records import as_names, check_fields, unknown_field
 from race_jax.train.config import Config
 from race_jax.train.files import is_free
-from race_jax.train.records import as_names, check_fields, unknown_field
-from race_jax.train.sources import expand
 
 
 def parse_config(argv: Sequence[str]) -> Config:
@@ -69,11 +69,15 @@ def help_lines(argv: Sequence[str]) -> list[str]:
         config = _load(_config_file(words)[0])
     except ValueError:
         config = Config()
-    return [
-        line
-        for section in dataclasses.fields(config)
-        for line in _section_lines(getattr(config, section.name), section.name)
-    ]
+    lines = []
+    for section in dataclasses.fields(config):
+        record = getattr(config, section.name)
+        if dataclasses.is_dataclass(record):
+            lines += _section_lines(record, section.name)
+            continue
+        lines += ["", f"  --config.{section.name}={record!r} ({section.type.__name__})"]
+        lines += ["      what is trained, a name in race_jax/tasks/registry.py."]
+    return lines
 
 
 def _section_lines(record: Any, path: str) -> list[str]:

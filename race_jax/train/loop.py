@@ -6,8 +6,8 @@ The run directory holds `config.json`, `checkpoints/`, `metrics.jsonl` and `loss
 import dataclasses
 from pathlib import Path
 
+from race_jax.tasks.registry import task_named
 from race_jax.train.config import Config
-from race_jax.train.data import build_data
 from race_jax.train.files import run_directory
 from race_jax.train.interrupt import StopRequest
 from race_jax.train.mesh import keep_compiled_programs, prepare_cpu_devices
@@ -33,7 +33,7 @@ class Result:
 
 
 def train(config: Config, *, exit_at_once: bool = False) -> Result:
-    """Trains a language model; the same call again goes on where the last one ended.
+    """Trains a task; the same call again goes on where the last one ended.
 
     Args:
         config: the whole run; checked and copied here.
@@ -56,10 +56,10 @@ def train(config: Config, *, exit_at_once: bool = False) -> Result:
     prepare_cpu_devices(config)
     keep_compiled_programs(config)
     with run_directory(Path(run.directory or "runs/lm").expanduser()) as directory:
-        data = build_data(config.data, batch_size=run.batch_size, seed=run.seed)
+        task = task_named(config.task)(config)
         with (
             StopRequest(run.max_seconds, exit_at_once=exit_at_once) as stop,
-            Trainer(config, data, directory) as trainer,
+            Trainer(config, task, directory) as trainer,
         ):
             while trainer.step < run.steps and stop.reason is None:
                 trainer.take_step()

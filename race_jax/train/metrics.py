@@ -1,11 +1,7 @@
-"""What a run measures: `metrics.jsonl`, one JSON object a line, and TensorBoard events.
-
-Equations: bits per byte = nats / (ln 2 · bytes); perplexity = exp(nats per token).
-"""
+"""What a run measures: `metrics.jsonl`, one JSON object a line, and TensorBoard events."""
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -120,39 +116,6 @@ def read_records(path: Path) -> list[Record]:
     if damaged:
         say(f"{path}: {len(damaged)} damaged line(s) are left out, the first is line {damaged[0]}")
     return [record for record in found if record is not None]
-
-
-def evaluation_record(
-    kind: str, step: int, nats: float, weight: float, num_bytes: float | None
-) -> Record:
-    """What an evaluation says.
-
-    Args:
-        kind: "eval", "final" or "test".
-        step: optimizer steps taken.
-        nats: weighted sum over the scored tokens.
-        weight: how many tokens were scored.
-        num_bytes: bytes that those tokens stand for; None where the tokens do not encode the text.
-
-    Returns:
-        A record with the loss (nats per token), the perplexity and, given `num_bytes`, the bits per
-        byte.
-
-    Example:
-        >>> record = evaluation_record("eval", 10, nats=80 * math.log(2), weight=40, num_bytes=80)
-        >>> round(record["perplexity"], 6), round(record["bits_per_byte"], 6)
-        (4.0, 1.0)
-    """
-    loss = nats / weight
-    record = {
-        "kind": kind,
-        "step": step,
-        "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
-    }
-    if num_bytes is not None:
-        record["bits_per_byte"] = nats / math.log(2) / num_bytes
-    return record
 
 
 def _line(record: Record) -> str:

@@ -5,6 +5,7 @@ and the step on the devices, or their abstract shapes. Equation: none.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,8 +14,6 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from race_jax.models import TransformerLM
-from race_jax.models.config import ModelConfig
 from race_jax.train.mesh import sharding
 
 
@@ -36,25 +35,14 @@ class TrainState:
     step: jax.Array
 
 
-def make_model(config: ModelConfig, vocab_size: int, seed: int) -> TransformerLM:
-    """A fresh model.
-
-    Args:
-        config: the model's configuration.
-        vocab_size: tokens in the vocabulary.
-        seed: seed of the parameters; the hash planes have a stream of their own.
-
-    Returns:
-        The model, on the default device; under `nnx.eval_shape` only its shapes.
-    """
+def fresh_rngs(seed: int) -> nnx.Rngs:
+    """The random streams of a fresh model; the hash planes have a stream of their own."""
     # A step brings its own dropout key, so that no stream has to be saved with the parameters.
-    rngs = nnx.Rngs(seed, planes=seed + 1)
-    return TransformerLM(config, vocab_size, keep_rngs=False, rngs=rngs)
+    return nnx.Rngs(seed, planes=seed + 1)
 
 
 def init_state(
-    config: ModelConfig,
-    vocab_size: int,
+    make_model: Callable[[nnx.Rngs], nnx.Module],
     seed: int,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
@@ -62,8 +50,7 @@ def init_state(
     """The state at step 0, on the devices of `mesh`.
 
     Args:
-        config: the model's configuration.
-        vocab_size: tokens in the vocabulary.
+        make_model: a fresh model from its random streams.
         seed: seed of the parameters.
         optimizer: the transformation whose moments the state holds.
         mesh: where the state lives.
@@ -72,7 +59,7 @@ def init_state(
         The graph definition and the state.
     """
     # Not under jit: layer after layer has the same shapes, which compile once this way.
-    graph, params, fixed = nnx.split(make_model(config, vocab_size, seed), nnx.Param, ...)
+    graph, params, fixed = nnx.split(make_model(fresh_rngs(seed)), nnx.Param, ...)
     state = TrainState(
         params=jax.device_put(params, sharding(mesh, "parameters")),
         fixed=jax.device_put(fixed, sharding(mesh, "parameters")),

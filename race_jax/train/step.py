@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from race_jax.train.losses import chunked_cross_entropy
+from race_jax.tasks.task import Task
 from race_jax.train.mesh import DATA_AXIS
 from race_jax.train.state import TrainState
 
@@ -24,6 +24,7 @@ EvalStep = Callable[[nnx.State, nnx.State, Batch], dict[str, jax.Array]]
 
 
 def make_train_step(
+    task: type[Task],
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
@@ -38,6 +39,7 @@ def make_train_step(
     the mean over the tokens of the whole batch.
 
     Args:
+        task: what is trained.
         graph: the model's graph definition.
         optimizer: an optax transformation.
         schedule: the learning rate by step that `optimizer` follows, to report it.
@@ -52,7 +54,7 @@ def make_train_step(
 
     def device_sums(params, fixed, batch, key):
         key = jax.random.fold_in(key, jax.lax.axis_index(DATA_AXIS))
-        sums = _accumulate(graph, params, fixed, batch, key, accumulation_steps)
+        sums = _accumulate(task, graph, params, fixed, batch, key, accumulation_steps)
         return jax.lax.psum(sums, DATA_AXIS)
 
     batch_sums = jax.shard_map(
@@ -82,10 +84,11 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def make_eval_step(graph: nnx.GraphDef, mesh: Mesh) -> EvalStep:
-    """A jitted step `(params, fixed, batch) -> {"nats", "weight"}`, sums over a whole batch.
+def make_eval_step(task: type[Task], graph: nnx.GraphDef, mesh: Mesh) -> EvalStep:
+    """A jitted step `(params, fixed, batch) -> sums` of the task over a whole batch.
 
     Args:
+        task: what is trained.
         graph: the model's graph definition.
         mesh: the mesh whose "data" axis shares the batch.
 
@@ -94,8 +97,8 @@ def make_eval_step(graph: nnx.GraphDef, mesh: Mesh) -> EvalStep:
     """
 
     def device_sums(params, fixed, batch):
-        nats, weight = _loss_sums(graph, params, fixed, batch, key=None)
-        return jax.lax.psum({"nats": nats, "weight": weight}, DATA_AXIS)
+        sums = task.score_sums(nnx.merge(graph, params, fixed), batch)
+        return jax.lax.psum(sums, DATA_AXIS)
 
     return jax.jit(
         jax.shard_map(
@@ -108,12 +111,12 @@ def make_eval_step(graph: nnx.GraphDef, mesh: Mesh) -> EvalStep:
     )
 
 
-def _accumulate(graph, params, fixed, batch, key, parts: int) -> tuple[Any, Any, Any]:
+def _accumulate(task, graph, params, fixed, batch, key, parts: int) -> tuple[Any, Any, Any]:
     """Sums of nats, weights and gradients over the parts of one device's share."""
 
     def part_sums(part, index):
         def loss(params):
-            return _loss_sums(graph, params, fixed, part, jax.random.fold_in(key, index))
+            return _loss_sums(task, graph, params, fixed, part, jax.random.fold_in(key, index))
 
         (nats, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return nats, weight, grads
@@ -129,14 +132,7 @@ def _accumulate(graph, params, fixed, batch, key, parts: int) -> tuple[Any, Any,
     return jax.lax.scan(add, zeros, (shares, jnp.arange(parts)))[0]
 
 
-def _loss_sums(graph, params, fixed, batch: Batch, key) -> tuple[jax.Array, jax.Array]:
-    """Weighted nats and weights of one share of a batch; dropout only where a key is given."""
-    model = nnx.merge(graph, params, fixed)
-    hidden = model.hidden(
-        batch["inputs"],
-        segment_ids=batch.get("segment_ids"),
-        positions=batch.get("positions"),
-        deterministic=key is None,
-        rngs=None if key is None else nnx.Rngs(dropout=key),
-    )
-    return chunked_cross_entropy(hidden, model.embedding[...], batch["targets"], batch["weights"])
+def _loss_sums(task, graph, params, fixed, batch: Batch, key) -> tuple[jax.Array, jax.Array]:
+    """Weighted nats and weights of one share of a batch."""
+    rngs = nnx.Rngs(dropout=key)
+    return task.loss_sums(nnx.merge(graph, params, fixed), batch, rngs)

@@ -8,24 +8,23 @@ from pathlib import Path
 from types import TracebackType
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from race_jax.data.workers import read_ahead
+from race_jax.tasks.task import Task
 from race_jax.train import report
 from race_jax.train.checkpoint import Checkpoints, checkpoint_folder
 from race_jax.train.config import Config
 from race_jax.train.console import decorate, say
-from race_jax.train.data import Data, HeldOut
 from race_jax.train.files import check_space, claim
 from race_jax.train.mesh import make_mesh, put_batch, sharding
-from race_jax.train.metrics import MetricsLog, Record, evaluation_record
+from race_jax.train.metrics import MetricsLog, Record
 from race_jax.train.optimizer import make_optimizer, make_schedule
 from race_jax.train.plot import plot_losses
 from race_jax.train.progress import Progress
 from race_jax.train.state import init_state
 from race_jax.train.step import make_eval_step, make_train_step
-from race_jax.train.workers import read_ahead
 
 
 class Trainer:
@@ -38,22 +37,24 @@ class Trainer:
 
     Args:
         config: a checked configuration.
-        data: what `build_data` made of it.
+        task: what is trained.
         directory: the run's folder, open for this process.
 
     Attributes:
         step: optimizer steps taken.
     """
 
-    def __init__(self, config: Config, data: Data, directory: Path):
-        self._config, self._data, self._directory = config, data, directory
-        self._prompt = report.sample_prompt(config, data)
+    def __init__(self, config: Config, task: Task, directory: Path):
+        self._config, self._task, self._directory = config, task, directory
         self._mesh = make_mesh(config)
         optimizer = make_optimizer(config.optimizer, config.run.steps)
         self._graph, self._state = init_state(
-            config.model, data.vocab_size, config.run.seed, optimizer, self._mesh
+            lambda rngs: task.make_model(config, task.record, rngs),
+            config.run.seed,
+            optimizer,
+            self._mesh,
         )
-        self._batches = data.train_iterator(place=self._place)
+        self._batches = read_ahead(task.train, self._place)
         self._checkpoints = Checkpoints(
             checkpoint_folder(directory), keep=config.run.keep_checkpoints
         )
@@ -63,7 +64,7 @@ class Trainer:
         self._key = jax.device_put(
             jax.random.key(config.run.seed), sharding(self._mesh, "parameters")
         )
-        self._eval_step = make_eval_step(self._graph, self._mesh)
+        self._eval_step = make_eval_step(type(task), self._graph, self._mesh)
         self._train_step = self._compile(optimizer)
         self._progress = Progress(
             self.step, config.run.steps, config.run.batch_size * config.data.sequence_length
@@ -122,8 +123,8 @@ class Trainer:
     def evaluate(self) -> Record:
         """Scores the held-out text, or the part of it that `run.eval_batches` allows."""
         self.log()
-        record = self._score("eval", self._data.valid, self._config.run.eval_batches)
-        words = report.score_text(record, self._data.valid)
+        record = self._score("eval", "valid", self._config.run.eval_batches)
+        words = self._task.score_text("valid", record)
         self._progress.say(f"step {self.step}: held out {words}")
         self._progress.resume()
         return record
@@ -138,7 +139,7 @@ class Trainer:
         about = {
             "data": self._batches.get_state(),
             "config": self._config.to_dict(),
-            "tokenizer": self._data.tokenizer.to_dict(),
+            "task": self._task.record,
         }
         self._checkpoints.save(self._state, about)
 
@@ -159,16 +160,15 @@ class Trainer:
             The last evaluation; None if `stop` ended it.
         """
         self._progress.close()
-        final = self._score("final", self._data.valid, None, stop)
+        final = self._score("final", "valid", None, stop)
         test = None
-        if final is not None and self._data.test is not None:
-            test = self._score("test", self._data.test, None, stop)
+        if final is not None and "test" in self._task.held_out:
+            test = self._score("test", "test", None, stop)
         if final is None or stop():
             return None
-        say("\n".join(report.end_lines(self._config, self._data, final, test)))
+        say("\n".join(report.end_lines(self._task, final, test)))
         decorate("the picture", self._draw)
-        if self._config.run.sample_tokens:
-            decorate("the sample", self._show_sample)
+        decorate("the sample", self._show_sample)
         return final
 
     def _draw(self) -> None:
@@ -181,13 +181,14 @@ class Trainer:
             (self._state.params, self._state.fixed), self._mesh.devices.flat[0]
         )
         model = nnx.merge(self._graph, params, fixed)
-        lines = report.sample_lines(self._config, self._data, model, self._prompt, self._directory)
-        say("\n".join(lines))
+        lines = self._task.sample_lines(model, self._directory)
+        if lines:
+            say("\n".join(lines))
 
     def _resume(self) -> None:
         """Takes up the newest whole checkpoint, unless it belongs to another run."""
         resuming = bool(self._checkpoints.steps())
-        claim(self._directory, self._config, self._data.digests, resuming=resuming)
+        claim(self._directory, self._config, self._task.digests, resuming=resuming)
         restored = self._checkpoints.restore(self._state)
         if restored is not None:
             self._state = restored.state
@@ -203,23 +204,23 @@ class Trainer:
     def _compile(self, optimizer) -> jax.stages.Compiled:
         """The training step, compiled; prints what is about to run before that takes its time."""
         lines = report.start_lines(
-            self._config, self._data, self._mesh, self._state, self._directory
+            self._config, self._task, self._mesh, self._state, self._directory
         )
         if self.step:
             lines.append(f"{'resuming':10} after step {self.step}")
         say("\n".join(lines))
         step = make_train_step(
+            type(self._task),
             self._graph,
             optimizer,
             make_schedule(self._config.optimizer, self._config.run.steps),
             self._mesh,
             accumulation_steps=self._config.optimizer.accumulation_steps,
         )
-        shape = (self._config.run.batch_size, self._config.data.sequence_length)
-        dtypes = dict.fromkeys(self._names, jnp.int32) | {"weights": jnp.float32}
+        spread = sharding(self._mesh, "batch")
         batch = {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(self._mesh, "batch"))
-            for name, dtype in dtypes.items()
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread)
+            for name, x in self._task.batch.items()
         }
         start = time.monotonic()
         compiled = step.lower(self._state, batch, self._key).compile()
@@ -228,20 +229,14 @@ class Trainer:
         say("\n".join(report.compiled_lines(compiled, seconds, cache)))
         return compiled
 
-    @property
-    def _names(self) -> tuple[str, ...]:
-        """The arrays of a batch that the model needs: segments only where rows hold several."""
-        names = ("inputs", "targets", "weights")
-        return names if self._config.data.packing == "contiguous" else (*names, "segment_ids")
-
     def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """What the model needs of a batch, on the devices."""
-        return put_batch(self._mesh, {name: batch[name] for name in self._names})
+        return put_batch(self._mesh, batch)
 
     def _score(
         self,
         kind: str,
-        held_out: HeldOut,
+        split: str,
         limit: int | None,
         stop: Callable[[], object] = lambda: None,
     ) -> Record | None:
@@ -249,18 +244,15 @@ class Trainer:
 
         Returns None where `stop` gave a true value before the end.
         """
-        nats = weight = 0.0
-        with contextlib.closing(read_ahead(held_out.batches, self._place)) as batches:
+        totals: dict[str, float] = {}
+        with contextlib.closing(read_ahead(self._task.held_out[split], self._place)) as batches:
             for batch in itertools.islice(batches, limit):
                 if stop():
                     return None
                 sums = self._eval_step(self._state.params, self._state.fixed, batch)
-                nats += float(sums["nats"])
-                weight += float(sums["weight"])
-        num_bytes = None
-        if held_out.encodes_text:
-            num_bytes = held_out.num_bytes * weight / held_out.num_tokens
-        record = evaluation_record(kind, self.step, nats, weight, num_bytes)
+                for name, value in jax.device_get(sums).items():
+                    totals[name] = totals.get(name, 0.0) + float(value)
+        record = {"kind": kind, "step": self.step, **self._task.metrics(split, totals)}
         if not self._log.write([record]):
             self._save()
         return record

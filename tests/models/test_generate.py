@@ -13,12 +13,13 @@ from absl import flags
 from absl.testing import flagsaver
 from flax import nnx
 
+from race_jax.data.config import DataConfig
+from race_jax.data.vocabulary import ByteTokenizer, CharacterTokenizer, WordTokenizer
 from race_jax.models.decode import Sampling
 from race_jax.models.decode import generate as draw
 from race_jax.train.checkpoint import Checkpoints, checkpoint_folder
-from race_jax.train.config import Config, DataConfig
+from race_jax.train.config import Config
 from race_jax.train.state import TrainState
-from race_jax.train.vocabulary import ByteTokenizer, CharacterTokenizer, WordTokenizer
 from tests.models.small import build, describe
 
 pytestmark = pytest.mark.once
@@ -44,7 +45,9 @@ def save_run(directory, tokenizer, **changes):
     params, fixed = nnx.state(build(tokenizer.vocab_size, **changes), nnx.Param, ...)
     state = TrainState(params, fixed, opt_state={"none": jnp.zeros(1)}, step=jnp.zeros((), int))
     checkpoints = Checkpoints(checkpoint_folder(directory))
-    checkpoints.save(state, {"config": config.to_dict(), "tokenizer": tokenizer.to_dict()})
+    checkpoints.save(
+        state, {"config": config.to_dict(), "task": {"tokenizer": tokenizer.to_dict()}}
+    )
     checkpoints.close()
     return str(directory)
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from race_jax.models import TransformerLM
 from race_jax.train.config import Config
 from race_jax.train.mesh import make_mesh, put_batch
 from race_jax.train.optimizer import make_optimizer
@@ -40,5 +41,10 @@ def small_parts(config: Config):
     config = config.validate()
     mesh = make_mesh(config)
     optimizer = make_optimizer(config.optimizer, config.run.steps)
-    graph, state = init_state(config.model, VOCAB, config.run.seed, optimizer, mesh)
+    graph, state = init_state(
+        lambda rngs: TransformerLM(config.model, VOCAB, keep_rngs=False, rngs=rngs),
+        config.run.seed,
+        optimizer,
+        mesh,
+    )
     return mesh, optimizer, graph, state, put_batch(mesh, small_batch())

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from race_jax.data.tokenizer import CharacterTokenizer
 from race_jax.train.checkpoint import Checkpoints, checkpoint_folder, load_for_inference
-from race_jax.train.tokenizer import CharacterTokenizer
 from tests.train.small import VOCAB, small_config, small_parts
 
 ALPHABET = "".join(chr(ord("A") + i) for i in range(VOCAB))
@@ -32,7 +32,7 @@ def about(step: int) -> dict:
     return {
         "data": {"step": step},
         "config": config.to_dict(),
-        "tokenizer": tokenizer.to_dict(),
+        "task": {"tokenizer": tokenizer.to_dict()},
     }
 
 

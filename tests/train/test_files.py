@@ -64,7 +64,7 @@ def start(path, *, digest="a", resuming=True, **changes):
     for name, value in changes.items():
         section, field = name.split("__")
         setattr(getattr(config, section), field, value)
-    claim(path, config.validate(), {"text_digest": digest}, resuming=resuming)
+    claim(path, config.validate(), {"the training text": digest}, resuming=resuming)
 
 
 def test_another_configuration_is_refused_by_name(tmp_path):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from race_jax.tasks.language_model import xz_bits_per_byte
 from race_jax.train.checkpoint import checkpoint_folder
 from race_jax.train.config import Config
 from race_jax.train.loop import train
 from race_jax.train.metrics import MetricsLog, read_records
-from race_jax.train.report import xz_bits_per_byte
 from tests.train.small import small_config
 
 pytestmark = pytest.mark.once
@@ -165,7 +165,7 @@ def test_what_decorates_a_run_decides_nothing(config, capsys, monkeypatch):
     monkeypatch.setattr(MetricsLog, "_append", lambda *a: (next(failures, None) or append)(*a))
     monkeypatch.setattr("race_jax.train.metrics.event_file", fail)
     monkeypatch.setattr("race_jax.train.trainer.plot_losses", fail)
-    monkeypatch.setattr("race_jax.train.report.sample_lines", fail)
+    monkeypatch.setattr("race_jax.tasks.language_model.sample_lines", fail)
     result = train(config)
     assert result.evaluation["loss"] > 0
     out = capsys.readouterr().out

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from race_jax.train.metrics import MetricsLog, evaluation_record, read_records
+from race_jax.tasks.language_model import evaluation_figures
+from race_jax.train.metrics import MetricsLog, read_records
 from race_jax.train.plot import plot_losses
 from race_jax.train.progress import Progress
 
@@ -17,7 +18,7 @@ def train_record(step: int) -> dict:
 def test_going_on_drops_later_steps_and_a_line_cut_off(tmp_path):
     log = MetricsLog(tmp_path, 0)
     log.write([train_record(step) for step in range(1, 8)])
-    log.write([evaluation_record("final", 7, nats=7.0, weight=7.0, num_bytes=7)])
+    log.write([{"kind": "final", "step": 7, "loss": 2.0}])
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "ste')
@@ -111,13 +112,13 @@ def test_tensorboard_gets_the_numbers(tmp_path):
 
 
 def test_evaluation_figures():
-    record = evaluation_record("eval", 3, nats=10 * math.log(8), weight=10, num_bytes=15)
+    record = evaluation_figures(nats=10 * math.log(8), weight=10, num_bytes=15)
     assert record["perplexity"] == pytest.approx(8.0)
     assert record["bits_per_byte"] == pytest.approx(2.0)
 
 
 def test_a_hopeless_loss_does_not_overflow():
-    assert evaluation_record("eval", 1, nats=1e4, weight=1, num_bytes=1)["perplexity"] == math.inf
+    assert evaluation_figures(nats=1e4, weight=1, num_bytes=1)["perplexity"] == math.inf
 
 
 def test_picture_is_drawn_or_refused(tmp_path):
@@ -126,7 +127,7 @@ def test_picture_is_drawn_or_refused(tmp_path):
         plot_losses([], path, "empty")
     assert not path.exists()
     records = [train_record(step) for step in range(1, 20)]
-    records.append(evaluation_record("final", 19, nats=2.0, weight=1.0, num_bytes=1))
+    records.append({"kind": "final", "step": 19, "loss": 2.0})
     plot_losses(records, path, "lr_$\\alph$_x 漢")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in tmp_path.iterdir()] == ["loss.png"]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from race_jax.models import TransformerLM
 from race_jax.train.config import OptimizerConfig
 from race_jax.train.optimizer import decay_mask, make_optimizer, make_schedule
-from race_jax.train.state import make_model
 from tests.train.small import VOCAB, small_config
 
 STEPS = 101
@@ -36,7 +36,9 @@ def test_without_warm_up_the_first_rate_is_the_highest():
 def test_only_the_kernels_of_linear_maps_decay():
     config = small_config().model
     config.learn_planes = config.short_conv = config.output_gate = True
-    params = nnx.eval_shape(lambda: nnx.state(make_model(config, VOCAB, 0), nnx.Param))
+    params = nnx.eval_shape(
+        lambda: nnx.state(TransformerLM(config, VOCAB, rngs=nnx.Rngs(0)), nnx.Param)
+    )
     decays = {
         ".".join(str(key.key) for key in path if hasattr(key, "key"))
         for path, applies in jax.tree_util.tree_leaves_with_path(decay_mask(params))

@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
+from race_jax.tasks.language_model import LanguageModel
 from race_jax.train.step import make_eval_step, make_train_step
 from tests.train.small import VOCAB, small_batch, small_config, small_parts
 
@@ -24,7 +25,7 @@ def run():
     config = small_config()
     config.optimizer.learning_rate = RATE
     mesh, optimizer, graph, state, batch = small_parts(config)
-    step = make_train_step(graph, optimizer, SCHEDULE, mesh)
+    step = make_train_step(LanguageModel, graph, optimizer, SCHEDULE, mesh)
     return SimpleNamespace(
         mesh=mesh, optimizer=optimizer, graph=graph, state=state, batch=batch, step=step
     )
@@ -56,7 +57,7 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(parts, run, plain, asser
     step = run.step
     if parts > 1:
         step = make_train_step(
-            run.graph, run.optimizer, SCHEDULE, run.mesh, accumulation_steps=parts
+            LanguageModel, run.graph, run.optimizer, SCHEDULE, run.mesh, accumulation_steps=parts
         )
     state, metrics = step(fresh(run.state), run.batch, KEY)
     assert_close("loss", metrics["loss"], plain[0], kind="outputs")
@@ -78,7 +79,7 @@ def test_training_lowers_the_loss_and_leaves_the_planes_alone(run):
     assert losses[-1] < losses[0] - 0.5
     for before, after in zip(planes, jax.tree.leaves(state.fixed), strict=True):
         np.testing.assert_array_equal(before, after)
-    sums = make_eval_step(run.graph, run.mesh)(state.params, state.fixed, run.batch)
+    sums = make_eval_step(LanguageModel, run.graph, run.mesh)(state.params, state.fixed, run.batch)
     assert float(sums["nats"] / sums["weight"]) < losses[0] - 0.5
 
 
@@ -98,10 +99,10 @@ def test_dropout_draws_by_step_and_evaluation_does_not_drop():
     config.model.attention = "softmax"
     config.model.dropout_rate = 0.5
     mesh, optimizer, graph, state, batch = small_parts(config)
-    evaluate = make_eval_step(graph, mesh)
+    evaluate = make_eval_step(LanguageModel, graph, mesh)
     first, again = (evaluate(state.params, state.fixed, batch)["nats"] for _ in range(2))
     assert first == again
-    step = make_train_step(graph, optimizer, SCHEDULE, mesh)
+    step = make_train_step(LanguageModel, graph, optimizer, SCHEDULE, mesh)
     losses = [
         float(step(fresh(state, step=jnp.int32(number)), batch, KEY)[1]["loss"])
         for number in (0, 0, 1)
@@ -113,6 +114,7 @@ def test_dropout_draws_by_step_and_evaluation_does_not_drop():
 TWO_DEVICES = """
     import jax, numpy as np
     from tests.train.small import small_batch, small_config, small_parts
+    from race_jax.tasks.language_model import LanguageModel
     from race_jax.train.step import make_train_step
 
     arrays = {}
@@ -120,7 +122,9 @@ TWO_DEVICES = """
         config = small_config()
         config.mesh.data, config.optimizer.accumulation_steps = devices, 2
         mesh, optimizer, graph, state, batch = small_parts(config)
-        step = make_train_step(graph, optimizer, lambda step: 1.0, mesh, accumulation_steps=2)
+        step = make_train_step(
+            LanguageModel, graph, optimizer, lambda step: 1.0, mesh, accumulation_steps=2
+        )
         compiled = step.lower(state, batch, jax.random.key(0)).compile()
         assert "all-gather" not in compiled.as_text()
         assert len(batch["inputs"].sharding.device_set) == devices

@@ -13,11 +13,11 @@ import grain
 import numpy as np
 import pytest
 
+from race_jax.data.config import DataConfig
+from race_jax.data.text import build_data
+from race_jax.data.workers import read_ahead
 from race_jax.train import trainer
-from race_jax.train.config import DataConfig
-from race_jax.train.data import build_data
 from race_jax.train.loop import train
-from race_jax.train.workers import read_ahead
 from tests.train.small import small_config
 
 LONG = 60  # seconds that are waited at most, and never where the code is right
@@ -97,7 +97,10 @@ def test_another_number_of_workers_continues_with_the_next_batch(tmp_path, rng, 
             packing=packing,
             num_workers=num_workers,
         )
-        return build_data(config, batch_size=3, seed=0).train_iterator(state)
+        batches = read_ahead(build_data(config, batch_size=3, seed=0).train)
+        if state is not None:
+            batches.set_state(state)
+        return batches
 
     if packing == "packed":
         with pytest.raises(ValueError, match=r"config\.data\.num_workers must be 0 with packing="):
@@ -116,8 +119,9 @@ def test_another_number_of_workers_continues_with_the_next_batch(tmp_path, rng, 
 
 SCRIPT = """
     import multiprocessing, os, signal, sys, threading, time
-    from race_jax.train.config import DataConfig
-    from race_jax.train.data import build_data
+    from race_jax.data.config import DataConfig
+    from race_jax.data.text import build_data
+    from race_jax.data.workers import read_ahead
 
     if __name__ == "__main__":
         signal.signal(signal.SIGINT, lambda *_: None)
@@ -125,7 +129,7 @@ SCRIPT = """
         config.num_workers = 2
         # Ctrl-C goes to the whole group, first while the workers start.
         threading.Timer(0.5, os.killpg, (0, signal.SIGINT)).start()
-        batches = build_data(config, batch_size=2, seed=0).train_iterator()
+        batches = read_ahead(build_data(config, batch_size=2, seed=0).train)
         next(batches)
         os.killpg(0, signal.SIGINT)
         for _ in range(8):

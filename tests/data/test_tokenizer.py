@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from race_jax.train import vocabulary
-from race_jax.train.byte_pairs import read_or_train
-from race_jax.train.config import DataConfig
-from race_jax.train.tokenizer import (
+from race_jax.data import vocabulary
+from race_jax.data.byte_pairs import read_or_train
+from race_jax.data.config import DataConfig
+from race_jax.data.tokenizer import (
     BytePairTokenizer,
     ByteTokenizer,
     CharacterTokenizer,

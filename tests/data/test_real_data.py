@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from race_jax.train.config import DataConfig
-from race_jax.train.data import build_data
+from race_jax.data.config import DataConfig
+from race_jax.data.text import build_data
 
 pytestmark = pytest.mark.data
 
@@ -33,7 +33,7 @@ def test_words_have_the_published_counts(data_root, name, tokens, vocabulary):
     counts = (data.num_train_tokens, data.valid.num_tokens + 1, data.test.num_tokens + 1)
     assert counts == tokens
     assert data.vocab_size == vocabulary
-    assert sum(batch["weights"].sum() for batch in data.evaluate()) == tokens[1] - 1
+    assert sum(batch["weights"].sum() for batch in data.valid.batches) == tokens[1] - 1
 
 
 def test_text8_has_27_characters(data_root):
@@ -46,7 +46,7 @@ def test_text8_has_27_characters(data_root):
     )
     assert data.vocab_size == 27
     assert data.num_train_tokens == 6_877_825 - 300_000
-    assert data.held_out_bytes == data.valid.num_tokens == 299_999
+    assert data.valid.num_bytes == data.valid.num_tokens == 299_999
 
 
 def test_stories_pack_by_their_separator(data_root):
@@ -58,6 +58,6 @@ def test_stories_pack_by_their_separator(data_root):
         document_separator="<|endoftext|>\n",
         sequence_length=4096,
     )
-    scored = sum(batch["weights"].sum() for batch in data.evaluate())
+    scored = sum(batch["weights"].sum() for batch in data.valid.batches)
     assert scored == data.valid.num_tokens
-    assert np.mean(next(data.train_iterator())["weights"]) > 0.85
+    assert np.mean(next(iter(data.train))["weights"]) > 0.85

@@ -7,11 +7,11 @@ Equation: none.
 from collections.abc import Iterable
 from typing import Any
 
-from race_jax.train.byte_pairs import BytePairTokenizer, read_or_train
-from race_jax.train.config import DataConfig
-from race_jax.train.records import one_of
-from race_jax.train.sources import expand, refuse_ignored
-from race_jax.train.vocabulary import ByteTokenizer, CharacterTokenizer, Tokenizer, WordTokenizer
+from race_jax.data.byte_pairs import BytePairTokenizer, read_or_train
+from race_jax.data.config import DataConfig
+from race_jax.data.sources import expand, refuse_ignored
+from race_jax.data.vocabulary import ByteTokenizer, CharacterTokenizer, Tokenizer, WordTokenizer
+from race_jax.records import one_of
 
 __all__ = [
     "BytePairTokenizer",

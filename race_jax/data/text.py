@@ -8,20 +8,18 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 
-from race_jax.train import windows
-from race_jax.train.config import PACKINGS, DataConfig
-from race_jax.train.documents import Corpus, Document
-from race_jax.train.records import at_least, one_of
-from race_jax.train.sources import load_corpus, refuse_ignored
-from race_jax.train.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer
-from race_jax.train.windows import Batch, HostRows, Pieces, TokenStream
-from race_jax.train.workers import read_ahead
+from race_jax.data import windows
+from race_jax.data.config import PACKINGS, DataConfig
+from race_jax.data.documents import Corpus, Document
+from race_jax.data.sources import load_corpus, refuse_ignored
+from race_jax.data.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer
+from race_jax.data.windows import Batch, Pieces, TokenStream
+from race_jax.records import at_least, one_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +49,15 @@ class HeldOut:
 class Data:
     """What a training run reads.
 
-    A batch is a dict of arrays (B, T), B this process's share of the batch: `inputs` and `targets`
-    int32, `weights` float32 (0 where there is nothing to score), `segment_ids` int32 (all 0 in
-    contiguous windows; packed, 1, 2, … and 0 for the empty tail) and `positions` int32 (from 0 in
-    each segment).
+    A batch is a dict of arrays (B, T): `inputs` and `targets` int32, `weights` float32 (0 where
+    there is nothing to score) and, if the documents are packed, `segment_ids` int32 (1, 2, … and 0
+    for the empty tail).
 
     Attributes:
         tokenizer: text to ids and back.
-        train: endless training batches; see `train_iterator`.
+        train: endless training batches. The state of an iterator is a small dict of JSON values
+            that counts the batches handed out. In any process that built the same data it
+            continues with the very next batch, also with another `num_workers`.
         valid, test: the held-out splits; `test` may be None.
         num_train_tokens: tokens of one epoch.
         digest: SHA-256 of all text; losses compare only at equal digests.
@@ -78,72 +77,15 @@ class Data:
     @property
     def digests(self) -> dict[str, str]:
         """The digests of all content that decides what is learned, for a resumed run to compare."""
-        return {"text_digest": self.digest, "tokenizer_digest": self.tokenizer_digest}
+        return {"the training text": self.digest, "the tokenizer": self.tokenizer_digest}
 
     @property
     def vocab_size(self) -> int:
         """Number of token ids."""
         return self.tokenizer.vocab_size
 
-    @property
-    def held_out_bytes(self) -> int:
-        """Bytes that the scored tokens of the validation split stand for."""
-        return self.valid.num_bytes
 
-    @property
-    def held_out_text(self) -> bytes:
-        """The bytes of the validation split."""
-        return self.valid.text
-
-    def train_iterator(
-        self,
-        state: dict[str, Any] | None = None,
-        place: Callable[[Batch], Any] | None = None,
-    ) -> grain.DatasetIterator[Any]:
-        """A new iterator over the training batches, which reads one batch ahead of its use.
-
-        `iterator.get_state()` is a small dict of JSON values. It counts the batches that were
-        handed out. Given here, in any process that built the same data, it continues with the very
-        next batch, also with another `num_workers`.
-
-        Args:
-            state: where to continue; None starts at the first batch.
-            place: called with each batch ahead of its use, in the thread that reads; for example,
-                it puts the batch on the devices. The iterator yields what it returns.
-
-        Raises:
-            ValueError: `state` comes from another kind of pipeline.
-        """
-        iterator = read_ahead(self.train, place)
-        if state is not None:
-            try:
-                iterator.set_state(state)
-            except (KeyError, IndexError, TypeError) as error:
-                raise ValueError(
-                    f"the data iterator's state {state} was saved with another "
-                    "config.data.packing; continue with the same"
-                ) from error
-        return iterator
-
-    def evaluate(self, split: str = "valid") -> Iterable[Batch]:
-        """One pass over a held-out split, "valid" or "test"; may be iterated again.
-
-        Raises:
-            ValueError: there is no such split.
-        """
-        one_of("split", split, ("valid", "test") if self.test else ("valid",))
-        held_out = self.valid if split == "valid" else self.test
-        return held_out.batches
-
-
-def build_data(
-    config: DataConfig,
-    *,
-    batch_size: int,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Data:
+def build_data(config: DataConfig, *, batch_size: int, seed: int) -> Data:
     """Reads, tokenizes and cuts the text of a run; everything that can be wrong with it shows here.
 
     Training windows follow each other from an offset that changes with the epoch, in shuffled
@@ -153,11 +95,8 @@ def build_data(
 
     Args:
         config: source, splits, tokenizer, packing, `sequence_length` T.
-        batch_size: rows of the global batch, a multiple of process_count.
+        batch_size: rows of a batch, at least 1.
         seed: of the order of the training windows, in [0, 2**32).
-        process_index: which of the processes this is; it reads its own rows of each global batch,
-            the same rows that a single process would have there.
-        process_count: number of processes.
 
     Returns:
         The data, in memory: one array of ids, one byte a token up to 256 ids.
@@ -169,7 +108,7 @@ def build_data(
 
     Example:
         >>> data = build_data(DataConfig(sequence_length=8), batch_size=2, seed=0)
-        >>> batch = next(data.train_iterator())
+        >>> batch = next(iter(data.train))
         >>> batch["inputs"].shape, bool((batch["inputs"][:, 1:] == batch["targets"][:, :-1]).all())
         ((2, 8), True)
 
@@ -180,7 +119,7 @@ def build_data(
     config.validate_workers()
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must lie in [0, 2**32), got {seed}")
-    rows = HostRows(batch_size, process_index, process_count)
+    at_least("batch_size", batch_size, 1)
     corpus = _divided(load_corpus(config), config)
     tokenizer = build_tokenizer(config, _vocabulary_texts(corpus, config))
     train = _encode(corpus.train, tokenizer, config)
@@ -188,9 +127,9 @@ def build_data(
     digest = corpus.digest()
     return Data(
         tokenizer=tokenizer,
-        train=_training_batches(train, config, rows, seed),
-        valid=_held_out(corpus.valid, tokenizer, config, rows),
-        test=_held_out(corpus.test, tokenizer, config, rows) if corpus.test else None,
+        train=_training_batches(train, config, batch_size, seed),
+        valid=_held_out(corpus.valid, tokenizer, config, batch_size),
+        test=_held_out(corpus.test, tokenizer, config, batch_size) if corpus.test else None,
         num_train_tokens=len(train.ids),
         digest=digest,
         tokenizer_digest=_tokenizer_digest(tokenizer, train),
@@ -265,18 +204,18 @@ def _check_length(documents: Sequence[Document], stream: TokenStream, config: Da
 
 
 def _training_batches(
-    stream: TokenStream, config: DataConfig, rows: HostRows, seed: int
+    stream: TokenStream, config: DataConfig, batch_size: int, seed: int
 ) -> grain.IterDataset[Batch]:
     length = config.sequence_length
     if config.packing == "packed":
-        return windows.train_packed(stream, length, rows=rows, seed=seed)
+        return windows.train_packed(stream, length, batch_size=batch_size, seed=seed)
     return windows.train_windows(
-        stream.ids, length, rows=rows, seed=seed, num_workers=config.num_workers
+        stream.ids, length, batch_size=batch_size, seed=seed, num_workers=config.num_workers
     )
 
 
 def _held_out(
-    documents: Sequence[Document], tokenizer: Tokenizer, config: DataConfig, rows: HostRows
+    documents: Sequence[Document], tokenizer: Tokenizer, config: DataConfig, batch_size: int
 ) -> HeldOut:
     stream = _encode(documents, tokenizer, config)
     num_tokens = Pieces(stream, config.sequence_length).num_targets
@@ -299,7 +238,7 @@ def _held_out(
         num_bytes=sum(len(data) - tokenizer.num_bytes(ids[:1]) for data, ids in scored),
         encodes_text=all(tokenizer.encodes(data, ids) for data, ids in scored),
         num_unknown=sum(tokenizer.num_unknown(ids[1:]) for _, ids in scored),
-        batches=read(stream, config.sequence_length, rows=rows),
+        batches=read(stream, config.sequence_length, batch_size=batch_size),
     )
 
 

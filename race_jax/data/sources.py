@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from race_jax.train.config import DataConfig
-from race_jax.train.documents import Corpus, Document, hold_out
-from race_jax.train.records import as_names, one_of
-from race_jax.train.unpack import plain_text
+from race_jax.data.config import DataConfig
+from race_jax.data.documents import Corpus, Document, hold_out
+from race_jax.data.unpack import plain_text
+from race_jax.records import as_names, one_of
 
 ROOT_VARIABLE = "RACE_JAX_DATA"
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from race_jax.train.sources import read_file
-from race_jax.train.vocabulary import Tokenizer, pieces
+from race_jax.data.sources import read_file
+from race_jax.data.vocabulary import Tokenizer, pieces
 
 
 class BytePairTokenizer(Tokenizer):

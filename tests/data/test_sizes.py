@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from race_jax.train.config import Config, DataConfig
-from race_jax.train.data import build_data
+from race_jax.data.config import DataConfig
+from race_jax.data.text import build_data
+from race_jax.train.config import Config
 
 HUGE = 2**62
 
@@ -34,10 +35,7 @@ def build(folder, *, batch_size=2, seed=0, **fields):
 
 
 def first_batches(data, count=3):
-    iterator = data.train_iterator()
-    batches = [next(iterator)["inputs"] for _ in range(count)]
-    iterator.close()
-    return batches
+    return [batch["inputs"] for batch in itertools.islice(data.train, count)]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +63,7 @@ def test_extremes_that_train(folder, fields):
     data = build(folder, **fields)
     shape = (fields.get("batch_size", 2), fields.get("sequence_length", 8))
     assert [batch.shape for batch in first_batches(data)] == [shape] * 3
-    batches = list(itertools.islice(data.evaluate(), 3))
+    batches = list(itertools.islice(data.valid.batches, 3))
     assert all(batch["inputs"].shape == shape for batch in batches)
     assert sum(batch["weights"].sum() for batch in batches) > 0
 

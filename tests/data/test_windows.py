@@ -1,10 +1,10 @@
-"""The parts of the pipelines: windows, pieces of documents, the rows of a process."""
+"""The parts of the pipelines: windows, pieces of documents, short batches."""
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from race_jax.train.windows import HostRows, Pieces, ShiftedWindows, TokenStream
+from race_jax.data.windows import Pieces, ShiftedWindows, TokenStream, filled
 
 T = 8
 
@@ -40,6 +40,7 @@ def test_an_epoch_uses_every_piece_once(rng):
 
 def test_rows_of_a_short_batch_are_filled_with_zeros():
     batch = {"inputs": np.ones((3, 2), np.int32), "weights": np.ones((3, 2), np.float32)}
-    second = HostRows(4, process_index=1, process_count=2).select(batch)
-    np.testing.assert_array_equal(second["inputs"], [[1, 1], [0, 0]])
-    np.testing.assert_array_equal(second["weights"], [[1, 1], [0, 0]])
+    whole = filled(batch, 4)
+    for name in batch:
+        np.testing.assert_array_equal(whole[name], [[1, 1], [1, 1], [1, 1], [0, 0]])
+        assert whole[name].dtype == batch[name].dtype

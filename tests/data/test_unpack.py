@@ -10,10 +10,10 @@ import zipfile
 
 import pytest
 
-from race_jax.train.config import DataConfig
-from race_jax.train.data import build_data
-from race_jax.train.sources import load_corpus
-from race_jax.train.unpack import plain_text
+from race_jax.data.config import DataConfig
+from race_jax.data.sources import load_corpus
+from race_jax.data.text import build_data
+from race_jax.data.unpack import plain_text
 
 TEXT = "Grüße,\nline two\n".encode()
 

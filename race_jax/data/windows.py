@@ -9,7 +9,7 @@ import dataclasses
 import grain
 import numpy as np
 
-from race_jax.train.workers import WorkerDataset
+from race_jax.data.workers import WorkerDataset
 
 Batch = dict[str, np.ndarray]
 
@@ -19,42 +19,6 @@ _SYNCHRONOUS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 _ENDLESS = 1 << 62
 # First-fit fills this many rows side by side at least; with fewer, more of each row stays empty.
 _MIN_PACKING_BINS = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class HostRows:
-    """The rows of a global batch that one process reads; they stand together, in process order."""
-
-    batch_size: int
-    process_index: int = 0
-    process_count: int = 1
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.process_count < 1 or self.batch_size % self.process_count:
-            raise ValueError(
-                f"batch_size={self.batch_size} must be a positive multiple of "
-                f"process_count={self.process_count}"
-            )
-        if not 0 <= self.process_index < self.process_count:
-            raise ValueError(
-                f"process_index={self.process_index} must lie in [0, {self.process_count})"
-            )
-
-    @property
-    def local_size(self) -> int:
-        """Rows of this process."""
-        return self.batch_size // self.process_count
-
-    def select(self, batch: Batch) -> Batch:
-        """This process's rows of a global batch, which is first filled up with rows of zeros."""
-        missing = self.batch_size - len(batch["inputs"])
-        first = self.process_index * self.local_size
-        return {
-            name: np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)])[
-                first : first + self.local_size
-            ]
-            for name, rows in batch.items()
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,60 +94,74 @@ class ShiftedWindows(grain.MapDataset):
 
 
 def train_windows(
-    ids: np.ndarray, length: int, *, rows: HostRows, seed: int, num_workers: int = 0
+    ids: np.ndarray, length: int, *, batch_size: int, seed: int, num_workers: int = 0
 ) -> grain.IterDataset[Batch]:
     """Endless batches of windows over one stream, shuffled anew in each epoch."""
     windows = ShiftedWindows(ids, length, seed)
     # Not `repeat()`: its length is the largest that Python allows, too long for batches of one row.
     endless = windows.shuffle(seed=_mixed(seed)).repeat(_ENDLESS // len(windows))
-    batches = endless.map(lambda ids: _row(ids, length)).batch(rows.local_size)
-    # Batch b of process p is batch b * process_count + p of all that are read.
-    mine = batches[rows.process_index :: rows.process_count]
+    batches = endless.map(lambda ids: _row(ids, length)).batch(batch_size)
     if num_workers:
-        return WorkerDataset(mine, num_workers)
-    return mine.to_iter_dataset(_SYNCHRONOUS)
+        return WorkerDataset(batches, num_workers)
+    return batches.to_iter_dataset(_SYNCHRONOUS)
 
 
 def held_out_windows(
-    stream: TokenStream, length: int, *, rows: HostRows
+    stream: TokenStream, length: int, *, batch_size: int
 ) -> grain.IterDataset[Batch]:
     """One pass over a stream in windows that do not overlap; the last is padded, weight 0."""
     windows = grain.MapDataset.source(Pieces(stream, length))
-    batches = windows.map(lambda ids: _row(ids, length)).batch(rows.batch_size)
-    return batches.map(rows.select).to_iter_dataset(_SYNCHRONOUS)
+    batches = windows.map(lambda ids: _row(ids, length)).batch(batch_size)
+    return batches.map(lambda rows: filled(rows, batch_size)).to_iter_dataset(_SYNCHRONOUS)
 
 
 def train_packed(
-    stream: TokenStream, length: int, *, rows: HostRows, seed: int
+    stream: TokenStream, length: int, *, batch_size: int, seed: int
 ) -> grain.IterDataset[Batch]:
-    """Endless batches of packed documents, shuffled anew in each epoch.
-
-    Every process packs all documents and keeps its rows: the order of packing is then the same
-    for any number of processes, and a run may go on with another number.
-    """
+    """Endless batches of packed documents, shuffled anew in each epoch."""
     pieces = grain.MapDataset.source(Pieces(stream, length)).shuffle(seed=_mixed(seed)).repeat()
-    return _pack(pieces, length, rows, shuffle_seed=_mixed(seed))
+    return _pack(pieces, length, batch_size, shuffle_seed=_mixed(seed))
 
 
 def held_out_packed(
-    stream: TokenStream, length: int, *, rows: HostRows
+    stream: TokenStream, length: int, *, batch_size: int
 ) -> grain.IterDataset[Batch]:
     """One pass over all documents, packed in order of first fit; what stays empty has weight 0."""
-    return _pack(grain.MapDataset.source(Pieces(stream, length)), length, rows)
+    return _pack(grain.MapDataset.source(Pieces(stream, length)), length, batch_size)
 
 
 def _pack(
-    pieces: grain.MapDataset, length: int, rows: HostRows, shuffle_seed: int | None = None
+    pieces: grain.MapDataset, length: int, batch_size: int, shuffle_seed: int | None = None
 ) -> grain.IterDataset[Batch]:
     """Batches of pieces packed by first fit: whole pieces, as many in a row as it holds."""
     packed = grain.experimental.FirstFitPackIterDataset(
         pieces.map(lambda ids: {"pairs": _pairs(ids)}).to_iter_dataset(_SYNCHRONOUS),
         length_struct={"pairs": length},
-        num_packing_bins=max(rows.batch_size, _MIN_PACKING_BINS),
+        num_packing_bins=max(batch_size, _MIN_PACKING_BINS),
         shuffle_bins=shuffle_seed is not None,
         seed=shuffle_seed or 0,
     )
-    return packed.map(_packed_row).batch(rows.batch_size).map(rows.select)
+    batches = packed.map(_packed_row).batch(batch_size)
+    return batches.map(lambda rows: filled(rows, batch_size))
+
+
+def filled(batch: Batch, batch_size: int) -> Batch:
+    """The batch, filled up with rows of zeros.
+
+    Args:
+        batch: arrays (B, ...), with B at most `batch_size`.
+        batch_size: rows of the batch that is returned.
+
+    Example:
+        >>> filled({"weights": np.ones((1, 2))}, 2)["weights"].tolist()
+        [[1.0, 1.0], [0.0, 0.0]]
+    """
+    return {
+        name: np.concatenate(
+            [rows, np.zeros((batch_size - len(rows), *rows.shape[1:]), rows.dtype)]
+        )
+        for name, rows in batch.items()
+    }
 
 
 def _mixed(seed: int) -> int:
@@ -207,7 +185,6 @@ def _packed_row(packed: dict[str, np.ndarray]) -> Batch:
         "targets": packed["pairs"][:, 1],
         "weights": (segment_ids > 0).astype(np.float32),
         "segment_ids": segment_ids,
-        "positions": packed["pairs_positions"],
     }
 
 
@@ -219,6 +196,4 @@ def _row(ids: np.ndarray, length: int) -> Batch:
         "inputs": pairs[:, 0],
         "targets": pairs[:, 1],
         "weights": (np.arange(length) < len(ids) - 1).astype(np.float32),
-        "segment_ids": np.zeros(length, np.int32),
-        "positions": np.arange(length, dtype=np.int32),
     }

@@ -6,16 +6,15 @@ import json
 import numpy as np
 import pytest
 
-from race_jax.train.config import DataConfig
-from race_jax.train.data import build_data
+from race_jax.data.config import DataConfig
+from race_jax.data.text import build_data
+from race_jax.data.workers import read_ahead
 
 T = 8
 DTYPES = {
     "inputs": np.int32,
     "targets": np.int32,
     "weights": np.float32,
-    "segment_ids": np.int32,
-    "positions": np.int32,
 }
 
 
@@ -23,7 +22,7 @@ DTYPES = {
 def make_data(tmp_path):
     """`make_data(train, valid, ...)` writes each text to a file and builds the data of them."""
 
-    def make(train, valid=b"held out text", *, batch_size=4, seed=0, process=(0, 1), **fields):
+    def make(train, valid=b"held out text", *, batch_size=4, seed=0, **fields):
         names = {}
         for split, texts in (("train", train), ("valid", valid)):
             texts = [texts] if isinstance(texts, bytes) else texts
@@ -37,19 +36,21 @@ def make_data(tmp_path):
             valid_files=names["valid"],
             **{"sequence_length": T} | fields,
         )
-        return build_data(
-            config,
-            batch_size=batch_size,
-            seed=seed,
-            process_index=process[0],
-            process_count=process[1],
-        )
+        return build_data(config, batch_size=batch_size, seed=seed)
 
     return make
 
 
 def take(iterator, count):
     return [next(iterator) for _ in range(count)]
+
+
+def reading(data, state: str | None = None):
+    """An iterator that reads ahead, as the trainer's, from the batch that `state` names."""
+    iterator = read_ahead(data.train)
+    if state is not None:
+        iterator.set_state(json.loads(state))
+    return iterator
 
 
 def assert_same(got, want):
@@ -84,15 +85,15 @@ class TestEveryPacking:
 
     def test_a_batch_has_the_agreed_arrays(self, make_data, rng, packing):
         data = make_data(self.text(rng, packing), packing=packing)
-        for batch in [next(data.train_iterator()), *data.evaluate()]:
-            assert {name: array.dtype for name, array in batch.items()} == DTYPES
+        dtypes = DTYPES | ({"segment_ids": np.int32} if packing == "packed" else {})
+        for batch in [next(reading(data)), *data.valid.batches]:
+            assert {name: array.dtype for name, array in batch.items()} == dtypes
             assert {array.shape for array in batch.values()} == {(4, T)}
 
     def test_a_seed_decides_the_order(self, make_data, rng, packing):
         text = self.text(rng, packing)
         first, again, other = (
-            take(make_data(text, packing=packing, seed=seed).train_iterator(), 9)
-            for seed in (0, 0, 1)
+            take(reading(make_data(text, packing=packing, seed=seed)), 9) for seed in (0, 0, 1)
         )
         assert_same(first, again)
         assert any((a["inputs"] != b["inputs"]).any() for a, b in zip(first, other, strict=True))
@@ -101,75 +102,47 @@ class TestEveryPacking:
         """Every state through JSON, into a fresh build, over three epochs and every phase."""
         text = self.text(rng, packing)
         data, fresh = (make_data(text, packing=packing) for _ in range(2))
-        iterator, states, batches = data.train_iterator(), [], []
+        iterator, states, batches = reading(data), [], []
         for _ in range(50):
             states.append(json.dumps(iterator.get_state()))
             batches.append(next(iterator))
         for step, state in enumerate(states[:47]):
-            resumed = fresh.train_iterator(json.loads(state))
+            resumed = reading(fresh, state)
             assert json.dumps(resumed.get_state()) == state
             assert_same(take(resumed, 3), batches[step : step + 3])
-        moved = data.train_iterator()
+        moved = reading(data)
         take(moved, 5)
         moved.set_state(json.loads(states[20]))
         assert_same(take(moved, 3), batches[20:23])
 
-    def test_processes_share_the_batches_of_one(self, make_data, rng, packing):
-        text = self.text(rng, packing)
-        valid = self.text(rng, packing)
-        whole = make_data(text, valid, packing=packing)
-        parts = [make_data(text, valid, packing=packing, process=(i, 2)) for i in range(2)]
-
-        def joined(batches):
-            return [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in batches]
-
-        iterator, *others = (each.train_iterator() for each in (whole, *parts))
-        halves = [take(other, 20) for other in others]
-        assert_same(joined(zip(*halves, strict=True)), take(iterator, 20))
-        # The state is the run's, not a process's: another number of processes may go on.
-        assert [other.get_state() for other in others] == [iterator.get_state()] * 2
-        halves = [list(part.evaluate()) for part in parts]
-        assert_same(joined(zip(*halves, strict=True)), list(whole.evaluate()))
-
     def test_held_out_weights_sum_to_the_scored_tokens(self, make_data, rng, packing):
         texts = some_documents(rng, 40, 3 * T)
         data = make_data(texts, texts, packing=packing)
-        batches = list(data.evaluate())
+        batches = list(data.valid.batches)
         assert sum(batch["weights"].sum() for batch in batches) == data.valid.num_tokens
-        assert data.held_out_bytes == data.valid.num_tokens  # bytes: one a token
-        assert data.held_out_text == b"\0".join(texts)
-        assert_same(list(data.evaluate()), batches)
+        assert data.valid.num_bytes == data.valid.num_tokens  # bytes: one a token
+        assert data.valid.text == b"\0".join(texts)
+        assert_same(list(data.valid.batches), batches)
         for batch in batches:
             assert set(np.unique(batch["weights"])) <= {0, 1}
             assert not batch["inputs"][batch["weights"] == 0].any()
-
-    def test_each_segment_id_is_one_run_of_its_row(self, make_data, rng, packing):
-        texts = some_documents(rng, 40, 3 * T)
-        data = make_data(texts, texts, packing=packing)
-        for batch in take(data.train_iterator(), 30) + list(data.evaluate()):
-            for ids, weights in zip(batch["segment_ids"], batch["weights"], strict=True):
-                runs = 1 + np.count_nonzero(np.diff(ids))
-                assert runs == len(np.unique(ids))
-                assert (np.diff(weights) <= 0).all()  # padding only at the tail
 
 
 class TestContiguous:
     def test_targets_are_the_next_tokens_of_the_text(self, make_data, rng):
         text = some_text(rng, 400)
-        for batch in take(make_data(text).train_iterator(), 40):
+        for batch in take(reading(make_data(text)), 40):
             for inputs, targets in zip(batch["inputs"], batch["targets"], strict=True):
                 window = bytes(inputs.astype(np.uint8)) + bytes(targets[-1:].astype(np.uint8))
                 assert window in text
                 np.testing.assert_array_equal(inputs[1:], targets[:-1])
             assert (batch["weights"] == 1).all()
-            assert (batch["segment_ids"] == 0).all()
-            np.testing.assert_array_equal(batch["positions"], np.tile(np.arange(T), (4, 1)))
 
     @pytest.mark.parametrize("length", [2, T, T + 1, T + 2, 5 * T, 5 * T + 1, 5 * T + 2, 100])
     def test_held_out_windows_predict_each_token_but_the_first_once(self, make_data, rng, length):
         text = some_text(rng, length)
         data = make_data(some_text(rng, 100), text, batch_size=3)
-        batches = list(data.evaluate())
+        batches = list(data.valid.batches)
         scored = [batch["targets"][batch["weights"] > 0] for batch in batches]
         context = [batch["inputs"][batch["weights"] > 0] for batch in batches]
         assert bytes(np.concatenate(scored).astype(np.uint8)) == text[1:]
@@ -178,13 +151,13 @@ class TestContiguous:
 
     def test_documents_are_joined_by_a_separator(self, make_data):
         data = make_data([b"one", b"two"], [b"three", b"four"], sequence_length=6)
-        batch = next(iter(data.evaluate()))
+        batch = next(iter(data.valid.batches))
         assert data.tokenizer.decode(batch["inputs"][0]) == "three\0"
-        assert data.held_out_text == b"three\0four"
+        assert data.valid.text == b"three\0four"
         words = make_data([b"a", b"b"], tokenizer="words", end_of_line=True, sequence_length=2,
                           valid=[b"b", b"a"])  # fmt: skip
         assert words.num_train_tokens == 3
-        assert words.held_out_text == b"b\na"
+        assert words.valid.text == b"b\na"
 
     def test_two_files_may_be_held_out_where_one_trains(self, make_data):
         data = make_data(b"abcabcabc", [b"ab", b"ca"], tokenizer="characters")
@@ -197,31 +170,34 @@ class TestPacked:
         data = make_data(documents, documents, packing="packed")
         found = collections.Counter(
             pair
-            for batch in data.evaluate()
+            for batch in data.valid.batches
             for pair in zip(segments(batch), segments(batch, "targets"), strict=True)
         )
         assert found == collections.Counter((d[:-1], d[1:]) for d in documents if len(d) > 1)
-        for batch in take(data.train_iterator(), 20):
+        for batch in take(reading(data), 20):
             assert {
                 a + b[-1:] for a, b in zip(segments(batch), segments(batch, "targets"), strict=True)
             } <= set(documents)
 
-    def test_positions_start_over_in_each_document(self, make_data, rng):
+    def test_each_segment_id_is_one_run_of_its_row(self, make_data, rng):
+        texts = some_documents(rng, 40, 3 * T)
+        data = make_data(texts, texts, packing="packed")
+        for batch in take(reading(data), 30) + list(data.valid.batches):
+            for ids, weights in zip(batch["segment_ids"], batch["weights"], strict=True):
+                runs = 1 + np.count_nonzero(np.diff(ids))
+                assert runs == len(np.unique(ids))
+                assert (np.diff(weights) <= 0).all()  # padding only at the tail
+
+    def test_empty_places_have_the_segment_0(self, make_data, rng):
         data = make_data(some_documents(rng, 50, 5), packing="packed")
-        for batch in take(data.train_iterator(), 10):
-            for ids, positions, weights in zip(
-                batch["segment_ids"], batch["positions"], batch["weights"], strict=True
-            ):
-                for i in np.unique(ids[weights > 0]):
-                    run = positions[ids == i]
-                    np.testing.assert_array_equal(run, np.arange(len(run)))
-                assert ids[0] == 1
-                assert (ids[weights == 0] == 0).all()
+        for batch in take(reading(data), 10):
+            assert (batch["segment_ids"][:, 0] == 1).all()
+            np.testing.assert_array_equal(batch["segment_ids"] == 0, batch["weights"] == 0)
 
     def test_a_long_document_is_cut_into_pieces_that_share_one_token(self, make_data, rng):
         text = some_text(rng, 5 * T + 3)
         data = make_data(b"ab", text, packing="packed", batch_size=2)
-        pieces = [piece for batch in data.evaluate() for piece in segments(batch)]
+        pieces = [piece for batch in data.valid.batches for piece in segments(batch)]
         assert b"".join(pieces) == text[:-1]
         assert [len(piece) for piece in pieces] == [T] * 5 + [2]
 
@@ -229,13 +205,13 @@ class TestPacked:
         text = b"one\n\ntwo words\n\n\n\nthree"
         data = make_data(text, text, packing="packed", document_separator="\n\n", batch_size=1,
                          sequence_length=16)  # fmt: skip
-        found = [piece for batch in data.evaluate() for piece in segments(batch)]
+        found = [piece for batch in data.valid.batches for piece in segments(batch)]
         assert sorted(found) == [b"on", b"thre", b"two word"]
-        assert data.held_out_bytes == 2 + 4 + 8
+        assert data.valid.num_bytes == 2 + 4 + 8
 
     def test_little_room_is_wasted(self, make_data, rng):
         data = make_data(some_documents(rng, 200, T), packing="packed")
-        weights = np.mean([batch["weights"] for batch in take(data.train_iterator(), 50)])
+        weights = np.mean([batch["weights"] for batch in take(reading(data), 50)])
         assert weights > 0.85
 
 
@@ -243,16 +219,16 @@ class TestOtherTokenizers:
     def test_bytes_of_text_are_counted_whatever_the_tokens(self, make_data):
         text = "größe ab\nab größe\n".encode()
         characters = make_data(text, text, tokenizer="characters")
-        assert (characters.valid.num_tokens, characters.held_out_bytes) == (17, len(text) - 1)
+        assert (characters.valid.num_tokens, characters.valid.num_bytes) == (17, len(text) - 1)
         words = make_data(text, text, tokenizer="words", end_of_line=True, sequence_length=2)
-        assert (words.valid.num_tokens, words.held_out_bytes) == (
+        assert (words.valid.num_tokens, words.valid.num_bytes) == (
             5,
             len(text) - len("größe".encode()),
         )
         assert words.vocab_size == 3
         packed = make_data(text, text, tokenizer="words", packing="packed",
                            document_separator="\n", sequence_length=2)  # fmt: skip
-        assert (packed.valid.num_tokens, packed.held_out_bytes) == (2, 3 + 8)  # " ab", " größe"
+        assert (packed.valid.num_tokens, packed.valid.num_bytes) == (2, 3 + 8)  # " ab", " größe"
 
     @pytest.mark.parametrize(
         ("text", "fields", "encodes", "unknown"),
@@ -288,16 +264,15 @@ class TestOtherTokenizers:
             {"tokenizer": "words", "vocab_limit": 2},
         ]
         digests = [make_data(text, text, sequence_length=2, **kind).digests for kind in kinds]
-        assert len({each["tokenizer_digest"] for each in digests}) == len(kinds)
-        assert len({each["text_digest"] for each in digests}) == 1
+        assert len({each["the tokenizer"] for each in digests}) == len(kinds)
+        assert len({each["the training text"] for each in digests}) == 1
 
     def test_a_test_split_is_read_too(self, make_data, tmp_path):
         data = make_data(b"some text to train on")
-        with pytest.raises(ValueError, match="split must be one of valid; got 'test'"):
-            data.evaluate("test")
+        assert data.test is None
         (tmp_path / "test.txt").write_bytes(b"test")
         data = make_data(b"some text to train on", test_files=("test.txt",))
-        (batch,) = data.evaluate("test")
+        (batch,) = data.test.batches
         assert data.test.num_tokens == batch["weights"].sum() == 3
 
     def test_the_description_tells_source_sizes_and_digest(self, make_data):
@@ -319,9 +294,7 @@ class TestRefused:
             (b"text", {"packing": "loose"}, "contiguous, packed; got 'loose'"),
             (b"text", {"tokenizer": "letters"}, "got 'letters'"),
             (b"text", {"sequence_length": 0}, "config.data.sequence_length must be >= 1, got 0"),
-            (b"text", {"batch_size": 0}, "batch_size=0 must be a positive multiple"),
-            (b"text", {"batch_size": 4, "process": (0, 3)}, "process_count=3"),
-            (b"text", {"process": (2, 2)}, "process_index=2 must lie in"),
+            (b"text", {"batch_size": 0}, "batch_size must be >= 1, got 0"),
             (b"text", {"seed": -1}, r"seed must lie in \[0, 2\*\*32\), got -1"),
             (b"text", {"valid": b"v", "sequence_length": 1}, r"valid0\.txt: .*nothing to score"),
             (b"text", {"document_separator": " "}, "is used with config.data.packing=packed only"),
@@ -336,31 +309,25 @@ class TestRefused:
     def test_bytes_take_what_is_not_text(self, make_data, rng):
         noise = bytes(rng.integers(0, 256, size=300, dtype=np.uint8))
         data = make_data(noise, noise)
-        assert data.held_out_bytes == 299
-
-    def test_the_state_of_another_pipeline_is_refused(self, make_data, rng):
-        texts = [*some_documents(rng, 9, T), some_text(rng, 50)]
-        state = make_data(texts, packing="packed").train_iterator().get_state()
-        with pytest.raises(ValueError, match=r"another config\.data\.packing"):
-            make_data(texts).train_iterator(state)
+        assert data.valid.num_bytes == 299
 
 
 def test_a_worker_process_reads_the_same_batches_and_resumes(make_data, rng):
     text = some_text(rng, 500)
     with_worker = make_data(text, num_workers=1)
-    want = take(make_data(text).train_iterator(), 6)
-    iterator = with_worker.train_iterator()
+    want = take(reading(make_data(text)), 6)
+    iterator = reading(with_worker)
     assert_same(take(iterator, 3), want[:3])
-    state = json.loads(json.dumps(iterator.get_state()))
-    assert_same(take(with_worker.train_iterator(state), 3), want[3:])
+    state = json.dumps(iterator.get_state())
+    assert_same(take(reading(with_worker, state), 3), want[3:])
 
 
 def test_the_default_source_is_split_and_read():
     data = build_data(DataConfig(), batch_size=2, seed=0)
-    batch = next(data.train_iterator())
+    batch = next(reading(data))
     assert batch["inputs"].shape == (2, 256)
     assert data.vocab_size == 256
     assert data.num_train_tokens > 3_000_000
-    assert data.valid.num_tokens == len(data.held_out_text) - 1
+    assert data.valid.num_tokens == len(data.valid.text) - 1
     again = build_data(DataConfig(), batch_size=2, seed=0)
     assert again.digest == data.digest

@@ -7,9 +7,9 @@ import types
 
 import pytest
 
-from race_jax.train.config import DataConfig
-from race_jax.train.documents import Document, hold_out
-from race_jax.train.sources import load_corpus, read_file
+from race_jax.data.config import DataConfig
+from race_jax.data.documents import Document, hold_out
+from race_jax.data.sources import load_corpus, read_file
 
 TEXT = "Grüße,\nline two\n".encode()
 

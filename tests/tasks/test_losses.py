@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from race_jax.train.losses import chunked_cross_entropy
+from race_jax.tasks.losses import chunked_cross_entropy
 
 BATCH, LENGTH, WIDTH, VOCAB = 2, 13, 8, 21
 
