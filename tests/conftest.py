@@ -46,8 +46,8 @@ class Tolerance(NamedTuple):
 # Both are relative, because rounding is: an array that is ten times larger, or sums ten times as
 # much, may be ten times as far off. The maximum is looser by what the largest of 1e3 to 1e5
 # elements is above their RMS. Each bound is at least three times the worst error that was seen on
-# Python 3.11 with jax 0.10.2 and 3.12 with jax 0.12.0, with XLA's optimiser and without: four
-# roundings of the same sums, as another machine's is a fifth. tests/margins.py shows the distances.
+# Python 3.11 with jax 0.10.2 and XLA's optimiser, and on 3.12 with jax 0.12.0 without it: two
+# roundings of the same sums, as another machine's is a third. tests/margins.py shows the distances.
 # A looser entry needs a reason of its own, written beside it, as CONTRIBUTING.md says.
 TOLERANCES = {
     # A path against the oracle, which is given the rounded inputs upcast; kernels against XLA.
@@ -68,8 +68,9 @@ TOLERANCES = {
         "float32": Tolerance(rms=3e-5, max=1e-4),
         "bfloat16": Tolerance(rms=2e-2, max=3e-1),
     },
-    # dg and dzk where values and cotangents have a mean: 2.1e-3 and 3.7e-3 where measured.
-    "means": {"bfloat16": Tolerance(rms=6e-3)},
+    # dg of the interpreted kernels where values and cotangents have a mean. 2.1e-3 was seen; when
+    # rows and columns were rounded apart it was 8.3e-3, which must stay out.
+    "means": {"bfloat16": Tolerance(rms=7e-3, max=1e-1)},
     # Folded against unfolded planes, outputs and gradients of the projection kernels.
     "folded": {
         "float32": Tolerance(rms=3e-6, max=3e-5),
