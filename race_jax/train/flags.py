@@ -166,6 +166,8 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             none_fields.append(match[1])
         else:
             words.append(word)
+            if match is not None:  # the last word about a field counts
+                none_fields = [field for field in none_fields if field != match[1]]
     return words, none_fields
 
 
