@@ -105,7 +105,8 @@ class Problem:
 
     @property
     def arithmetic(self) -> Arithmetic:
-        return Arithmetic(self.dtype, self.interpret, self.packed, self.exact)
+        single = self.features > 128
+        return Arithmetic(self.dtype, self.interpret, self.packed, self.exact, single)
 
     def cut(self, block: Block) -> "Problem":
         """Returns the same problem as one kernel sees it."""

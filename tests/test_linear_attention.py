@@ -21,7 +21,9 @@ OPTIONS = {
 def problem(rng, parts):
     """Features, values and options; the gate's padded slots hold junk."""
     draw = lambda *shape: jnp.asarray(rng.uniform(0.1, 1.0, shape), jnp.float32)  # noqa: E731
-    arrays = {"phi_q": draw(B, T, N, F), "phi_k": draw(B, T, K, F), "value": draw(B, T, K, V)}
+    arrays = {"phi_q": draw(B, T, N, F), "phi_k": draw(B, T, K, F)}
+    # Of mean zero: of a large mean the gradients of features would be small differences.
+    arrays["value"] = jnp.asarray(rng.normal(size=(B, T, K, V)), jnp.float32)
     options = {"is_causal": "causal" in parts}
     if "gate" in parts:
         arrays["log_decay"] = -draw(B, T, K)

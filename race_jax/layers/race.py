@@ -317,7 +317,6 @@ class RACEAttention(nnx.Module):
         state: LayerState | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
-        *,
         positions: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, LayerState]:
         """Attends.

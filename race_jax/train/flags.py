@@ -191,6 +191,8 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             values[match[1]] = _names(text, f"config.{match[1]}")
         else:
             words.append(word)
+            if match is not None:  # the last word about a field counts
+                values.pop(match[1], None)
     return words, values
 
 

@@ -185,7 +185,7 @@ def test_the_reader_leaves_and_the_terminal_closes(folder):
 def test_what_cannot_start_says_so_in_one_sentence(folder, words, status, said):
     (folder / "taken" / "metrics.jsonl.tmp").mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        [*command(folder, "none"), *words],
+        [*command(folder, "unused"), *words],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -207,7 +207,7 @@ def test_a_missing_extra_is_a_sentence(folder):
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, *command(folder, "none")[1:]],
+        [sys.executable, "-c", program, *command(folder, "unused")[1:]],
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

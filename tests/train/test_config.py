@@ -141,6 +141,7 @@ def test_overrides_reach_the_record():
             "runs/lm_default-schedule=constant",
         ),
         (["--config.data.text_field=a b"], r"runs/lm_default-text_field=a_b-[0-9a-f]{8}"),
+        (["--config.run.directory=none", "--config.run.directory=b"], "b"),
         (["--config.run.directory=~/x", "--config.run.seed=3"], "~/x"),
     ],
 )

@@ -7,7 +7,9 @@ compares the losses of the last steps with those of a run that nothing happened 
 import pathlib
 import shutil
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from race_jax.train.config import Config
 from race_jax.train.files import FREE_FIELDS
@@ -19,9 +21,12 @@ SENTENCES = "the cat sees the dog and the dog sees a tree\n" * 60
 STOP, STEPS = 4, 6
 
 # What changes together, and whether the rounding of a step may change with it. The folders are the
-# tests' own: "ROOT" holds another copy of the text, "RUN" a copy of the run.
+# tests' own: "ROOT" holds another copy of the text, "RUN" a copy of the run, "CACHE" is empty.
 CHANGES = {
-    "where": ({"data.root": "ROOT", "run.directory": "RUN"}, "rerun"),
+    "where": (
+        {"data.root": "ROOT", "run.directory": "RUN", "run.compilation_cache": "CACHE"},
+        "rerun",
+    ),
     "more workers": ({"data.num_workers": 2}, "rerun"),
     "what is reported": (
         {
@@ -84,19 +89,24 @@ def test_every_free_field_is_tried():
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_run_goes_on_with_another_value(runs, tmp_path, assert_close, change):
+def test_a_run_goes_on_with_another_value(runs, tmp_path, assert_close, change, compiled_programs):
     folder, config, want = runs
     directory = tmp_path / "RUN"
     shutil.copytree(folder / "stopped", directory)
     values, kind = CHANGES[change]
-    values = {name: folder / "ROOT" if value == "ROOT" else value for name, value in values.items()}
+    folders = {"ROOT": folder / "ROOT", "CACHE": str(tmp_path / "cache")}
+    values = {name: folders.get(value, value) for name, value in values.items()}
     before = config.validate()
     config = changed(config, values | {"run.directory": directory, "run.steps": STEPS})
     for name in values.keys() - {"run.directory"}:
         section, field = name.split(".")
         old, new = (getattr(getattr(each, section), field) for each in (before, config))
         assert old != new, f"config.{name} was not changed"
-    assert train(config).step == STEPS
+    try:
+        assert train(config).step == STEPS
+    finally:
+        jax.config.update("jax_compilation_cache_dir", str(compiled_programs))
+        compilation_cache.reset_cache()
     got = losses(directory)
     assert_close("losses", got[:STOP], want[:STOP], kind="rerun")
     assert_close("losses", got[STOP:], want[STOP:], kind=kind)

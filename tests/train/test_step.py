@@ -121,6 +121,7 @@ TWO_DEVICES = """
     for devices in (1, 2):
         config = small_config()
         config.mesh.data, config.optimizer.accumulation_steps = devices, 2
+        config.optimizer.eps = 1e-2  # else Adam makes large steps of gradients that are rounding
         mesh, optimizer, graph, state, batch = small_parts(config)
         step = make_train_step(
             LanguageModel, graph, optimizer, lambda step: 1.0, mesh, accumulation_steps=2
@@ -146,5 +147,4 @@ def test_two_devices_equal_one(run_python, tmp_path, assert_close):
         for count in ("1/", "2/")
     )
     assert len(one) > 10
-    # Adam divides a gradient by its own size, so that rounding shows where that is small.
     assert_close("two devices", two, one, kind="gradients")
