@@ -29,7 +29,7 @@ __all__ = [
 
 # The largest F for each kind of product. Float32 tiles take twice the memory of bfloat16 ones, and
 # an exact product takes six bfloat16 products.
-MAX_FEATURES = {"bfloat16": 256, "float32 in TF32": 128, "float32": 64}
+MAX_FEATURES = {"bfloat16": 128, "float32 in TF32": 128, "float32": 64}
 DTYPES = ("float32", "bfloat16")
 VALUE_DIMS = range(1, 257)
 

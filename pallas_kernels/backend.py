@@ -134,7 +134,6 @@ class Arithmetic:
     interpret: bool
     packed: bool = False
     exact: bool = True
-    single: bool = False  # whether `halves` gives one operand, to save shared memory
 
     @property
     def approximate(self) -> bool:
@@ -160,14 +159,9 @@ class Arithmetic:
         return self.cast(x).astype(jnp.float32)
 
     def halves(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """Operands whose sum is a float32 tile to twice the bits of one; of float32 only one.
-
-        With more than 128 features the second operand would not fit into shared memory.
-        """
+        """Operands whose sum is a float32 tile to twice the bits of one; of float32 only one."""
         if self.dtype == jnp.float32:
             return (x,)
-        if self.single:
-            return (self.cast(x),)
         coarse = self.rounded(x)
         return self.cast(coarse), self.cast(x - coarse)
 

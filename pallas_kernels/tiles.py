@@ -105,8 +105,7 @@ class Problem:
 
     @property
     def arithmetic(self) -> Arithmetic:
-        single = self.features > 128
-        return Arithmetic(self.dtype, self.interpret, self.packed, self.exact, single)
+        return Arithmetic(self.dtype, self.interpret, self.packed, self.exact)
 
     def cut(self, block: Block) -> "Problem":
         """Returns the same problem as one kernel sees it."""

@@ -41,7 +41,7 @@ def of_kernel(kernel: str, first: str) -> list[list[str]]:
     return keys if kernel == "causal_key_value_gradients" else forward
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["no gate", "gate"])
+@pytest.fixture(scope="module", params=[False], ids=["no gate"])
 def memory(request):
     """What every kernel of warpgroups asks for at L = P = 4 and V = 128; no kernel is made."""
     from pallas_kernels import warpgroup

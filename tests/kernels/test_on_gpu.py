@@ -75,7 +75,7 @@ def test_causal(case, dtype, assert_close):
 
 
 def test_the_most_features(assert_close):
-    case = Case(length=1000, tables=8, planes=5, value_dim=80, gate=True, sharpness=8.0)
+    case = Case(length=1000, tables=8, planes=4, value_dim=80, gate=True, sharpness=8.0)
     check(dense.causal_kernels, case._replace(dtype="bfloat16"), assert_close)
 
 

@@ -18,7 +18,7 @@ def shapes(*, tables=4, planes=4, value_dim=64, dtype="bfloat16", length=8):
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"tables": 16, "planes": 5}, r"up to 256 features .*; got L=16, P=5, F=512"),
+        ({"tables": 8, "planes": 5}, r"up to 128 features .*; got L=8, P=5, F=256"),
         (
             {"planes": 5, "dtype": "float32"},
             r"up to 64 features with float32 values and exact products; got L=4, P=5, F=128",
