@@ -54,21 +54,38 @@ class Trainer:
             optimizer,
             self._mesh,
         )
-        self._batches = read_ahead(task.train, self._place)
-        self._checkpoints = Checkpoints(
-            checkpoint_folder(directory), keep=config.run.keep_checkpoints
-        )
-        self._resume()
-        self._log = MetricsLog(directory, self.step, tensorboard=config.run.tensorboard)
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._key = jax.device_put(
-            jax.random.key(config.run.seed), sharding(self._mesh, "parameters")
-        )
-        self._eval_step = make_eval_step(type(task), self._graph, self._mesh)
-        self._train_step = self._compile(optimizer)
-        self._progress = Progress(
-            self.step, config.run.steps, config.run.batch_size * config.data.sequence_length
-        )
+        # What was opened is closed again if a later line fails: threads must not outlive the run.
+        with contextlib.ExitStack() as opened:
+            self._batches = opened.enter_context(
+                contextlib.closing(read_ahead(task.train, self._place))
+            )
+            self._checkpoints = opened.enter_context(
+                contextlib.closing(
+                    Checkpoints(checkpoint_folder(directory), keep=config.run.keep_checkpoints)
+                )
+            )
+            self._resume()
+            self._log = opened.enter_context(
+                contextlib.closing(
+                    MetricsLog(directory, self.step, tensorboard=config.run.tensorboard)
+                )
+            )
+            self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+            self._key = jax.device_put(
+                jax.random.key(config.run.seed), sharding(self._mesh, "parameters")
+            )
+            self._eval_step = make_eval_step(type(task), self._graph, self._mesh)
+            self._train_step = self._compile(optimizer)
+            self._progress = opened.enter_context(
+                contextlib.closing(
+                    Progress(
+                        self.step,
+                        config.run.steps,
+                        config.run.batch_size * config.data.sequence_length,
+                    )
+                )
+            )
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> "Trainer":
         return self
@@ -79,10 +96,7 @@ class Trainer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._batches.close()
-        self._progress.close()
-        self._log.close()
-        self._checkpoints.close()
+        self._opened.close()
 
     def is_due(self, every: int) -> bool:
         """Whether something done every so many steps, 0 for never, is due now."""
