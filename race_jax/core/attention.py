@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from race_jax.core import checks, dispatch, hashing, implementations, masking, shards
+from race_jax.core import checks, dispatch, hashing, implementations, masking, sequence, shards
+from race_jax.core.sequence import Axis
 from race_jax.core.state import RACEState, check_normalization
 from race_jax.core.xla import bidirectional, causal, rescan
 from race_jax.core.xla.chunk import Sums
@@ -35,6 +36,7 @@ def race_attention(
     normalization: str = "global",
     initial_state: RACEState | None = None,
     return_state: bool = False,
+    axis_name: Axis | None = None,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, RACEState]:
     """Computes attention by soft hashing, at a cost linear in the length.
@@ -62,6 +64,9 @@ def race_attention(
       normalization: ``"global"`` (the paper), or ``"bucket"`` (its released code, for comparison).
       initial_state: the state of earlier tokens, which this call continues.
       return_state: whether to return the state after the last token as well.
+      axis_name: inside ``jax.shard_map``, the mesh axis over whose devices the sequence is split.
+        Every device gives its own stretch of tokens, in the order of the axis. The devices exchange
+        states only. ``initial_state`` and the returned state are those of the whole sequence.
       implementation: ``"xla"``; ``"pallas"``, the GPU kernels, which raises where they cannot run;
         or None, which runs the kernels on a GPU where they support the call, and XLA otherwise.
 
@@ -113,6 +118,7 @@ def race_attention(
         normalization=normalization,
         initial_state=initial_state,
         return_state=return_state,
+        axis_name=axis_name,
         implementation=implementation,
     )
     return attend(project, (shape(query), shape(key)), value, options)
@@ -131,6 +137,7 @@ def race_attention_from_projections(
     normalization: str = "global",
     initial_state: RACEState | None = None,
     return_state: bool = False,
+    axis_name: Axis | None = None,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, RACEState]:
     """Computes RACE attention from hash projections z = W x that are already formed.
@@ -151,6 +158,7 @@ def race_attention_from_projections(
       normalization: as for ``race_attention``.
       initial_state: as for ``race_attention``.
       return_state: as for ``race_attention``.
+      axis_name: as for ``race_attention``.
       implementation: as for ``race_attention``.
 
     Returns:
@@ -177,6 +185,7 @@ def race_attention_from_projections(
         normalization=normalization,
         initial_state=initial_state,
         return_state=return_state,
+        axis_name=axis_name,
         implementation=implementation,
     )
     return attend(lambda columns: given, given, value, options)
@@ -193,6 +202,7 @@ class Options(NamedTuple):
     normalization: str = "global"
     initial_state: RACEState | None = None
     return_state: bool = False
+    axis_name: Axis | None = None
     implementation: str | None = None
 
 
@@ -216,8 +226,8 @@ _AXES = _Arrays(
     value=shards.TOKENS,
     sharpness=shards.HEADS,
     log_decay=shards.TOKENS,
-    mask=shards.ROWS,
-    segment_ids=shards.ROWS,
+    mask=shards.SLOTS,
+    segment_ids=shards.SLOTS,
     start=_STATE_AXES,
 )
 
@@ -276,7 +286,24 @@ def attend(
     )
     used = (kind if x is not None else None for kind, x in zip(_AXES, arrays, strict=True))
     out_axes = (shards.TOKENS, _STATE_AXES) if options.return_state else shards.TOKENS
-    return shards.over_shards(run, arrays, _Arrays(*used), out_axes, kv_heads=kv_heads)
+    return shards.over_shards(
+        run,
+        arrays,
+        _Arrays(*used),
+        out_axes,
+        kv_heads=kv_heads,
+        axis_name=options.axis_name,
+        splits_sequence=_whole_sequence_only(options) is None,
+    )
+
+
+def _whole_sequence_only(options: Options) -> str | None:
+    """Returns what keeps the sequence of a call from being split over devices, or None."""
+    if options.normalization != "global":
+        return f"normalization={options.normalization!r}"
+    if options.segment_ids is not None and not options.is_causal:
+        return "segment_ids with is_causal=False"
+    return None
 
 
 def _dtype_of_sums(arrays: _Arrays, sharpness: jax.typing.ArrayLike) -> jnp.dtype:
@@ -300,6 +327,11 @@ def _check_options(z_q: jax.Array | jax.ShapeDtypeStruct, value: jax.Array, give
     masking.check_segment_ids(given.segment_ids, (batch, z_q.shape[1]), mask)
     masking.check_log_decay(given.log_decay, (batch, length, kv_heads), mask)
     check_normalization(given.normalization)
+    if given.axis_name is not None and (reason := _whole_sequence_only(given)):
+        raise NotImplementedError(
+            f"{reason} needs the whole sequence on every device; leave axis_name out, and gather "
+            "the sequence with jax.lax.all_gather"
+        )
     checks.check_sharpness(jnp.asarray(given.sharpness), z_q.shape[2], kv_heads)
     if given.initial_state is not None:
         features = z_q.shape[3] * 2 ** z_q.shape[4]
@@ -308,6 +340,7 @@ def _check_options(z_q: jax.Array | jax.ShapeDtypeStruct, value: jax.Array, give
 
 def _run(
     arrays: _Arrays,
+    axis_name: Axis | None,
     *,
     plan: implementations.Plan,
     dtype: jnp.dtype,
@@ -316,13 +349,16 @@ def _run(
     return_state: bool,
 ) -> jax.Array | tuple[jax.Array, RACEState]:
     """Returns the outputs and, if asked for, the state after the last token."""
+    plan = dataclasses.replace(plan, axis_name=axis_name)
     operands, start = _operands(arrays, plan, dtype, is_causal=is_causal)
     if operands.value.shape[0] == 0:
         out, sums = _no_outputs(operands), operands.sums
     else:
         run = _causal if is_causal else _bidirectional
         out, sums = run(operands, normalization, plan)
-    return (out, _state(operands, sums, start, is_causal=is_causal)) if return_state else out
+    if not return_state:
+        return out
+    return out, _state(operands, sums, start, axis_name, is_causal=is_causal)
 
 
 def _operands(
@@ -345,6 +381,11 @@ def _operands(
     start = RACEState(
         *(x.astype(dtype) for x in (start.numerator, start.mass, start.log_decay)), start.segment
     )
+    entering = Sums(start.numerator, start.mass), start.segment
+    if plan.axis_name is not None:
+        axis_name = plan.axis_name
+        segment = sequence.entering_segment(segment_ids, mask, start.segment, axis_name)
+        entering = sequence.on_first(entering[0], axis_name), segment
     if is_causal:
         z_q = masking.select_tokens(z_q, mask)
     operands = causal.Operands(
@@ -354,22 +395,34 @@ def _operands(
         sharpness=sharpness.astype(dtype),
         log_decay=masking.bound_log_decay(log_decay, mask, dtype),
         mask=mask,
-        segment=masking.fill_segments(segment_ids, mask, start.segment),
-        sums=Sums(start.numerator, start.mass),
-        initial_segment=start.segment,
+        segment=masking.fill_segments(segment_ids, mask, entering[1]),
+        sums=entering[0],
+        initial_segment=entering[1],
     )
     return operands, start
 
 
 def _state(
-    operands: causal.Operands, sums: Sums, start: RACEState, *, is_causal: bool
+    operands: causal.Operands,
+    sums: Sums,
+    start: RACEState,
+    axis_name: Axis | None,
+    *,
+    is_causal: bool,
 ) -> RACEState:
     """Returns the state after the last token."""
     decay = start.log_decay if is_causal else jnp.zeros_like(start.log_decay)
+    own = jnp.zeros_like(decay)
     if operands.log_decay is not None:
-        decay = decay + operands.log_decay.sum(axis=1)
+        own = operands.log_decay.sum(axis=1)
     length = operands.value.shape[1]
-    segment = masking.last_segment(operands.segment, operands.mask, start.segment, length)
+    segment = masking.last_segment(
+        operands.segment, operands.mask, operands.initial_segment, length
+    )
+    if axis_name is not None:
+        sums, segment = sequence.from_last((sums, segment), axis_name)
+        decay, own = sequence.from_last(decay, axis_name), jax.lax.psum(own, axis_name)
+    decay = decay + own
     return RACEState(sums.numerator, sums.mass, decay, segment)
 
 

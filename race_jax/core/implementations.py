@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from race_jax.core import dispatch, passes
 from race_jax.core.dispatch import BY_PLATFORM, PALLAS_ASKED, Choice, kernels
+from race_jax.core.sequence import Axis
 from race_jax.core.shapes import Size
 from race_jax.core.xla import bidirectional, causal
 from race_jax.core.xla.chunk import Sums
@@ -38,12 +39,14 @@ class Plan:
     Attributes:
       choice: the implementation to run.
       hash_shape: (L, P), which the shape of a flat z does not tell.
+      axis_name: the mesh axis over whose devices the sequence is split, or None.
       precision: JAX's setting `jax_default_matmul_precision` when the function was called. The
         gradient uses it too, even if it is traced after the setting has changed.
     """
 
     choice: Choice
     hash_shape: tuple[int, int]
+    axis_name: Axis | None = None
     precision: str | None = dataclasses.field(
         default_factory=lambda: jax.config.jax_default_matmul_precision
     )
@@ -107,49 +110,53 @@ def run_causal(plan: Plan, operands: causal.Operands) -> tuple[jax.Array, Sums]:
 def _causal_forward(plan: Plan, operands: causal.Operands):
     blocks = _spans(plan, operands)
 
-    def cpu(operands):
-        return causal.forward(plan.logical(operands), blocks=blocks, chunk=CAUSAL_CPU)
-
-    def wide(operands):
-        if _alone(blocks):
-            return causal.forward(plan.logical(operands), blocks=blocks, chunk=CAUSAL_WIDE)
-        return passes.causal_forward(_xla_steps(plan, operands, blocks), plan.logical(operands))
+    def xla(chunk, in_turn, operands):
+        logical = plan.logical(operands)
+        if in_turn:
+            return causal.forward(logical, blocks=blocks, chunk=chunk)
+        steps = causal.XLASteps(operands.value.shape[1], blocks, chunk)
+        return passes.causal_forward(steps, logical, plan.axis_name)
 
     def pallas(operands):
-        return passes.causal_forward(_kernel_steps(plan, operands), operands)
+        return passes.causal_forward(_kernel_steps(plan, operands), operands, plan.axis_name)
 
     with jax.named_scope("race_attention/causal"):
-        out, final, starts = _by_platform(plan, cpu, wide, pallas)(operands)
+        run = _by_platform(plan, *_causal_on(plan, blocks, xla), pallas)
+        out, final, starts = run(operands)
     return (out, final), (operands, final, starts)
 
 
 def _causal_backward(plan: Plan, residuals: tuple, cotangents: tuple):
     blocks = residuals[2].mass.shape[2]
 
-    def cpu(operands, final, starts, *cotangents):
-        del final
-        given = plan.logical(operands), starts, *cotangents
-        return plan.flat(causal.backward(*given, chunk=CAUSAL_CPU), operands)
-
-    def wide(operands, final, starts, *cotangents):
+    def xla(chunk, in_turn, operands, final, starts, *cotangents):
         logical = plan.logical(operands)
-        if _alone(blocks):
-            gradient = causal.backward(logical, starts, *cotangents, chunk=CAUSAL_WIDE)
+        if in_turn:
+            gradient = causal.backward(logical, starts, *cotangents, chunk=chunk)
         else:
-            steps = _xla_steps(plan, operands, blocks)
-            gradient = passes.causal_backward(steps, logical, final, starts, *cotangents)
+            steps = causal.XLASteps(operands.value.shape[1], blocks, chunk)
+            given = logical, final, starts, *cotangents
+            gradient = passes.causal_backward(steps, *given, plan.axis_name)
         return plan.flat(gradient, operands)
 
     def pallas(operands, *rest):
-        return passes.causal_backward(_kernel_steps(plan, operands), operands, *rest)
+        steps = _kernel_steps(plan, operands)
+        return passes.causal_backward(steps, operands, *rest, plan.axis_name)
 
     with _backward_scope("causal", plan):
-        return (_by_platform(plan, cpu, wide, pallas)(*residuals, *cotangents),)
+        run = _by_platform(plan, *_causal_on(plan, blocks, xla), pallas)
+        return (run(*residuals, *cotangents),)
 
 
-def _alone(blocks: Size) -> bool:
-    """Returns whether blocks must run in turn: there is one, or their number is symbolic."""
-    return not is_known(blocks) or blocks == 1
+def _causal_on(plan: Plan, blocks: Size, xla: Callable) -> tuple[Callable, Callable]:
+    """Returns the XLA code for a CPU, and for other platforms.
+
+    Blocks run in turn on a CPU, and where there is one or their number is symbolic. If the sequence
+    is split over devices, the sums must be known before the outputs, and blocks run side by side.
+    """
+    alone = not is_known(blocks) or blocks == 1
+    cpu, wide = (plan.axis_name is None and in_turn for in_turn in (True, alone))
+    return functools.partial(xla, CAUSAL_CPU, cpu), functools.partial(xla, CAUSAL_WIDE, wide)
 
 
 def _spans(plan: Plan, operands: causal.Operands) -> Size:
@@ -157,10 +164,6 @@ def _spans(plan: Plan, operands: causal.Operands) -> Size:
     if plan.choice.implementation == "xla":
         return causal.block_count(operands.value.shape[1])
     return _kernel_steps(plan, operands).count
-
-
-def _xla_steps(plan: Plan, operands: causal.Operands, blocks: int) -> causal.XLASteps:
-    return causal.XLASteps(operands.value.shape[1], blocks, CAUSAL_WIDE)
 
 
 def _kernel_steps(plan: Plan, operands: causal.Operands) -> passes.CausalSteps:
@@ -179,11 +182,11 @@ def run_bidirectional(plan: Plan, operands: bidirectional.Operands) -> tuple[jax
 def _bidirectional_forward(plan: Plan, operands: bidirectional.Operands):
     def xla(tiling, operands):
         steps = bidirectional.XLASteps(tiling)
-        return passes.bidirectional_forward(steps, plan.logical(operands))
+        return passes.bidirectional_forward(steps, plan.logical(operands), plan.axis_name)
 
     def pallas(operands):
         steps = kernels().BidirectionalSteps(**plan.kernel_options)
-        return passes.bidirectional_forward(steps, operands)
+        return passes.bidirectional_forward(steps, operands, plan.axis_name)
 
     with jax.named_scope("race_attention/bidirectional"):
         out, totals = _by_platform(plan, *_tiled(xla), pallas)(operands)
@@ -193,12 +196,13 @@ def _bidirectional_forward(plan: Plan, operands: bidirectional.Operands):
 def _bidirectional_backward(plan: Plan, residuals: tuple, cotangents: tuple):
     def xla(tiling, operands, *rest):
         steps = bidirectional.XLASteps(tiling)
-        gradient = passes.bidirectional_backward(steps, plan.logical(operands), *rest)
+        given = plan.logical(operands), *rest, plan.axis_name
+        gradient = passes.bidirectional_backward(steps, *given)
         return plan.flat(gradient, operands)
 
     def pallas(operands, *rest):
         steps = kernels().BidirectionalSteps(**plan.kernel_options)
-        return passes.bidirectional_backward(steps, operands, *rest)
+        return passes.bidirectional_backward(steps, operands, *rest, plan.axis_name)
 
     with _backward_scope("bidirectional", plan):
         return (_by_platform(plan, *_tiled(xla), pallas)(*residuals, *cotangents),)

@@ -2,8 +2,11 @@
 
 RACE attention treats every row of the batch and every key/value head independently. If arguments
 are sharded over Explicit mesh axes, each device therefore runs the call on its own rows and heads,
-and no device needs data of another. Inside ``jax.shard_map``, all arrays of a call are made to vary
-over the same mesh axes. Loop carries and buffers that are made from them then vary alike too.
+and no device needs data of another. If the sequence is sharded too, each device runs the call on
+its own stretch of tokens, and the devices exchange states only (``sequence.py``).
+
+Inside ``jax.shard_map``, all arrays of a call are made to vary over the same mesh axes. Loop
+carries and buffers that are made from them then vary alike too.
 """
 
 from __future__ import annotations
@@ -17,32 +20,47 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 TOKENS = "tokens"  # (B, T, N or K, ...)
+SLOTS = "slots"  # (B, T or S)
 ROWS = "rows"  # (B, ...)
 HEADS = "heads"  # (K, ...)
 TABLES = "tables"  # (B, K, ...)
 
 
 def over_shards(
-    run: Callable[[Any], Any], arrays: Any, axes: Any, out_axes: Any, *, kv_heads: int
+    run: Callable[[Any, Any], Any],
+    arrays: Any,
+    axes: Any,
+    out_axes: Any,
+    *,
+    kv_heads: int,
+    axis_name: Any = None,
+    splits_sequence: bool = True,
 ) -> Any:
-    """Returns ``run(arrays)``, computed per device if arrays are sharded over Explicit mesh axes.
+    """Returns ``run(arrays, axis_name)``, per device if arrays are sharded over Explicit mesh axes.
 
     Args:
-      run: a function of the arrays that treats batch rows and key/value heads independently.
-      arrays: a pytree of arrays. Those of kind TOKENS determine how batch and heads are sharded.
-      axes: TOKENS, ROWS, HEADS or TABLES for every array, in a pytree of the same structure.
+      run: a function that treats batch rows and key/value heads independently. Its second argument
+        names the mesh axis that splits the sequence, or is None.
+      arrays: a pytree of arrays. Those of kind TOKENS determine how the axes are sharded.
+      axes: TOKENS, SLOTS, ROWS, HEADS or TABLES for every array, in a pytree of the same structure.
       out_axes: the same for what ``run`` returns.
       kv_heads: K. Heads are split only if the mesh axes that split the query heads divide K.
+      axis_name: the axis that the caller gave, inside a ``jax.shard_map`` of its own.
+      splits_sequence: whether ``run`` can work on a stretch of the sequence. If not, every device
+        gets the whole sequence.
 
     Returns:
       What ``run`` returns, sharded as the batch and the heads of the arguments are.
     """
     mesh = _explicit_mesh(arrays)
     if mesh is None:
-        return run(vary_alike(arrays, axes))
-    batch, heads = _sharded_axes(arrays, axes, mesh, kv_heads)
+        return run(vary_alike(arrays, axes, axis_name), axis_name)
+    batch, stretch, heads = _sharded_axes(arrays, axes, mesh, kv_heads)
+    if not splits_sequence or not _divides(stretch, mesh, arrays, axes):
+        stretch = None
     specs = {
-        TOKENS: PartitionSpec(batch, None, heads),
+        TOKENS: PartitionSpec(batch, stretch, heads),
+        SLOTS: PartitionSpec(batch, stretch),
         ROWS: PartitionSpec(batch),
         HEADS: PartitionSpec(heads),
         TABLES: PartitionSpec(batch, heads),
@@ -50,7 +68,7 @@ def over_shards(
     in_specs, out_specs = (jax.tree.map(specs.get, tree) for tree in (axes, out_axes))
     place = lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec))  # noqa: E731
     local = jax.shard_map(
-        lambda arrays: run(vary_alike(arrays, axes)),
+        lambda arrays: run(vary_alike(arrays, axes, stretch), stretch),
         mesh=mesh,
         in_specs=(in_specs,),
         out_specs=out_specs,
@@ -59,16 +77,18 @@ def over_shards(
     return local(jax.tree.map(place, arrays, in_specs))
 
 
-def vary_alike(arrays: Any, kinds: Any) -> Any:
+def vary_alike(arrays: Any, kinds: Any, axis_name: Any = None) -> Any:
     """Makes arrays vary over all mesh axes that any of them varies over (``jax.shard_map``).
 
-    Masks and segments, which are ROWS, are left unchanged. They are in no loop carry, and the
-    segment of the returned state should vary with the rows only.
+    They also vary over ``axis_name``, because every device has its own stretch of the sequence.
+    Masks and segments, which are SLOTS and ROWS, are left unchanged. They are in no loop carry, and
+    the segment of the returned state should vary with the rows only.
     """
-    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(arrays)))
+    axes = frozenset(_names(axis_name))
+    axes = axes.union(*(_varying(x) for x in jax.tree.leaves(arrays)))
 
     def vary(x: jax.Array, kind: str) -> jax.Array:
-        if kind == ROWS:
+        if kind in (SLOTS, ROWS):
             return x
         return jax.lax.pcast(x, tuple(sorted(axes - _varying(x))), to="varying")
 
@@ -93,14 +113,22 @@ def _explicit_mesh(arrays: Any) -> Any:
     return None
 
 
-def _sharded_axes(arrays: Any, axes: Any, mesh: Any, kv_heads: int) -> tuple[Any, Any]:
-    """Returns the mesh axes that split the batch, and those that split the heads."""
+def _sharded_axes(arrays: Any, axes: Any, mesh: Any, kv_heads: int) -> tuple[Any, Any, Any]:
+    """Returns the mesh axes that split the batch, the sequence and the heads."""
     tokens = functools.partial(_first_split, arrays, axes)
     batch = tokens(0)
-    heads = tuple(name for name in tokens(2) if name not in batch)
+    stretch = tuple(name for name in tokens(1) if name not in batch)
+    heads = tuple(name for name in tokens(2) if name not in batch + stretch)
     if kv_heads % math.prod(mesh.shape[name] for name in heads):
         heads = ()
-    return batch or None, heads or None
+    return batch or None, stretch or None, heads or None
+
+
+def _divides(stretch: Any, mesh: Any, arrays: Any, axes: Any) -> bool:
+    """Returns whether the mesh axes divide the length of every array of tokens."""
+    devices = math.prod(mesh.shape[name] for name in _names(stretch))
+    pairs = zip(jax.tree.leaves(arrays), jax.tree.leaves(axes), strict=True)
+    return all(x.shape[1] % devices == 0 for x, kind in pairs if kind in (TOKENS, SLOTS))
 
 
 def _first_split(arrays: Any, axes: Any, axis: int) -> tuple[str, ...]:

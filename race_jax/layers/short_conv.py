@@ -57,18 +57,20 @@ def short_convolution(
     arrays = {"x": x, "kernel": kernel, "taps": taps, "segment": segment}
     arrays |= {"mask": mask, "segment_ids": segment_ids}
     arrays = {name: array for name, array in arrays.items() if array is not None}
-    kinds = dict.fromkeys(arrays, shards.ROWS) | {
+    kinds = dict.fromkeys(arrays, shards.SLOTS) | {
+        "segment": shards.ROWS,
         "x": shards.TOKENS,
         "kernel": shards.HEADS,
         "taps": shards.TABLES,
     }
     # Rows of the batch are independent; with one head, features are not split.
     return shards.over_shards(
-        lambda arrays: _convolve(**arrays),
+        lambda arrays, axis_name: _convolve(**arrays),
         arrays,
         kinds,
         (shards.TOKENS, shards.TABLES),
         kv_heads=1,
+        splits_sequence=False,
     )
 
 

@@ -1,0 +1,65 @@
+"""One sequence over several devices: what a device's stretch of tokens receives from the others.
+
+All functions are called inside ``jax.shard_map``, with the mesh axis that splits the sequence.
+Device i of the axis holds the i-th stretch. Only states, and a few tokens or segment ids at the
+borders, go from device to device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from race_jax.core import masking
+
+Axis = str | tuple[str, ...]
+
+
+def on_first(tree: Any, axis_name: Axis) -> Any:
+    """Returns the arrays on the first device of the axis, and zeros on the others."""
+    first = jax.lax.axis_index(axis_name) == 0
+    return jax.tree.map(lambda x: jnp.where(first, x, jnp.zeros_like(x)), tree)
+
+
+def from_last(tree: Any, axis_name: Axis) -> Any:
+    """Returns the arrays of the last device of the axis, on every device."""
+    last = jax.lax.axis_index(axis_name) == jax.lax.axis_size(axis_name) - 1
+    return jax.lax.psum(
+        jax.tree.map(lambda x: jnp.where(last, x, jnp.zeros_like(x)), tree), axis_name
+    )
+
+
+def entering_segment(
+    segment_ids: jax.Array | None, mask: jax.Array | None, initial: jax.Array, axis_name: Axis
+) -> jax.Array:
+    """Returns the segment of the last token before each device's stretch, ``(B,)`` int32.
+
+    Args:
+      segment_ids: ``(B, T)`` int, the ids of this stretch, or None.
+      mask: ``(B, T)`` bool, True where there is a token, or None.
+      initial: ``(B,)`` int32, the segment of the state before the whole sequence.
+      axis_name: the mesh axis that splits the sequence.
+    """
+    if segment_ids is None:
+        own = jnp.maximum(initial, 0)  # the tokens continue the segment of the state
+        has_token = jnp.ones_like(initial, bool)
+    else:
+        filled = masking.fill_segments(segment_ids, mask, initial)
+        own = filled[:, -1]
+        has_token = jnp.ones_like(own, bool)
+    if mask is not None:
+        has_token = mask.any(axis=1)
+    gathered = jax.lax.all_gather((own, has_token), axis_name)  # (devices, B)
+    return _last_before(*gathered, initial, jax.lax.axis_index(axis_name))
+
+
+def _last_before(
+    values: jax.Array, present: jax.Array, initial: jax.Array, index: jax.Array
+) -> jax.Array:
+    """Returns the value of the last device before ``index`` that has one, or the initial value."""
+    order = jnp.arange(values.shape[0])[:, None]
+    latest = jnp.where(present & (order < index), order, -1).max(axis=0)
+    found = jnp.take_along_axis(values, jnp.maximum(latest, 0)[None], axis=0)[0]
+    return jnp.where(latest >= 0, found, initial)
