@@ -41,7 +41,7 @@ SOURCES = {
     "streaming": "core.state",
     "layers.attention_fn": "core.attention",
     "layers.gates": "core.shapes",
-    "layers.short_conv": "core.shapes core.masking core.shards",
+    "layers.short_conv": "core.shapes core.sequence core.shards",
     "layers.race_config": "layers.gates layers.short_conv core.dispatch core.hashing core.state",
     "layers.functional": "core.attention layers.race_config layers.attention_fn",
     "layers.serialization": "core.state",

@@ -63,3 +63,29 @@ def _last_before(
     latest = jnp.where(present & (order < index), order, -1).max(axis=0)
     found = jnp.take_along_axis(values, jnp.maximum(latest, 0)[None], axis=0)[0]
     return jnp.where(latest >= 0, found, initial)
+
+
+def entering_window(
+    own: jax.Array, count: jax.Array, initial: jax.Array, axis_name: Axis
+) -> jax.Array:
+    """Returns the last tokens before each device's stretch, ``(B, W, D)``, oldest first.
+
+    Args:
+      own: ``(B, W, D)``, the last W tokens of this stretch. Only the last ``count`` are its own.
+      count: ``(B,)`` int, from 0 to W. The others are tokens of the stretches before it.
+      initial: ``(B, W, D)``, the last tokens before the whole sequence.
+      axis_name: the mesh axis that splits the sequence.
+    """
+    width = own.shape[1]
+    place = jnp.arange(width)[None]
+
+    def append(window: jax.Array, stretch: tuple[jax.Array, jax.Array]):
+        own, count = stretch
+        older = jnp.minimum(place + count[:, None], width - 1)
+        moved = jnp.take_along_axis(window, older[..., None], axis=1)
+        is_own = place >= width - count[:, None]
+        return jnp.where(is_own[..., None], own, moved), window
+
+    stretches = jax.lax.all_gather((own, count), axis_name)
+    _, entering = jax.lax.scan(append, initial, stretches)
+    return entering[jax.lax.axis_index(axis_name)]

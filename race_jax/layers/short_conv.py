@@ -12,7 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from race_jax.core import masking, shards
+from race_jax.core import masking, sequence, shards
 
 WIDTH = 4  # tokens that an output depends on, its own included
 TAPS = WIDTH - 1  # tokens that a later call needs
@@ -31,6 +31,7 @@ def short_convolution(
     segment: jax.Array,
     mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    axis_name: sequence.Axis | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Applies a depthwise causal convolution over the real tokens of a segment.
 
@@ -47,6 +48,8 @@ def short_convolution(
       mask: ``(B, T)`` bool, True where there is a token.
       segment_ids: ``(B, T)`` int, in contiguous runs. Without them all tokens belong to the taps'
         segment.
+      axis_name: inside ``jax.shard_map``, the mesh axis over whose devices the sequence is split.
+        The devices exchange taps only.
 
     Returns:
       The output ``(B, T, D)`` in x's dtype, and the taps after the call ``(B, 3, D)`` in the dtype
@@ -65,13 +68,37 @@ def short_convolution(
     }
     # Rows of the batch are independent; with one head, features are not split.
     return shards.over_shards(
-        lambda arrays, axis_name: _convolve(**arrays),
+        lambda arrays, axis_name: _convolve_stretch(axis_name, **arrays),
         arrays,
         kinds,
         (shards.TOKENS, shards.TABLES),
         kv_heads=1,
-        splits_sequence=False,
+        axis_name=axis_name,
     )
+
+
+def _convolve_stretch(
+    axis_name: sequence.Axis | None,
+    x: jax.Array,
+    kernel: jax.Array,
+    taps: jax.Array,
+    segment: jax.Array,
+    mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """``short_convolution`` of one device's stretch of the sequence, and of its rows."""
+    if axis_name is None:
+        return _convolve(x, kernel, taps, segment, mask, segment_ids)
+    entering = sequence.entering_segment(segment_ids, mask, segment, axis_name)
+    _, own = _convolve(x, kernel, jnp.zeros_like(taps), entering, mask, segment_ids)
+    filled = masking.fill_segments(segment_ids, mask, entering)
+    last = entering if filled is None else filled[:, -1]
+    count = jnp.full_like(last, x.shape[1]) if mask is None else mask.sum(axis=1, dtype=jnp.int32)
+    # Taps go on to the next stretch only if the segment does.
+    kept = jnp.where(last == entering, jnp.minimum(count, TAPS), TAPS)
+    before = sequence.entering_window(own, kept, taps, axis_name)
+    out, after = _convolve(x, kernel, before, entering, mask, segment_ids)
+    return out, sequence.from_last(after, axis_name)
 
 
 def _convolve(

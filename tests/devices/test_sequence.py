@@ -68,9 +68,7 @@ def on_explicit_mesh(data, seq, **arguments):
     arrays, static = separate(arguments)
     whole = mesh(AxisType.Explicit, data, seq)
     place = lambda x, spec: jax.sharding.reshard(x, NamedSharding(whole, spec))  # noqa: E731
-    arrays = {
-        name: jax.tree.map(place, arrays[name], spec) for name, spec in specs(arrays).items()
-    }
+    arrays = {name: jax.tree.map(place, arrays[name], spec) for name, spec in specs(arrays).items()}
     result = race_jax.race_attention(**arrays, **static)
     out = result[0] if static.get("return_state") else result
     assert jax.typeof(out).sharding.spec[:2] == ("data", "seq")
