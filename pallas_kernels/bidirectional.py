@@ -1,8 +1,10 @@
-"""Bidirectional RACE attention on the GPU: padding and kernels, in order.
+"""Bidirectional RACE attention on the GPU: the padding of arrays and the kernels, in order.
 
-In: z of queries and keys, values, sharpness, key mask, a state; backward also the totals and the
-cotangents. Out: outputs and the total state; or every gradient by name.
-Equation: o_t = φ(zq_t) X / φ(zq_t)·Z with [X | Z] = initial + Σ_s φ(zk_s)ᵀ [v_s | 1].
+The forward pass takes z of queries and keys, values, sharpness, a key mask and a state, and returns
+outputs and the total state. The backward pass also takes the totals and the cotangents, and returns
+every gradient by name. The equation is
+
+    o_t = φ(zq_t) S / φ(zq_t)·Z   with   [S | Z] = initial + Σ_s φ(zk_s)ᵀ [v_s | 1]
 """
 
 from typing import NamedTuple
@@ -53,21 +55,22 @@ def bidirectional_forward(
     interpret: bool = False,
     config: Blocks | None = None,
 ) -> BidirectionalForward:
-    """Outputs of queries that see every key, and the total state.
+    """Returns the outputs of queries that see every key, and the total state.
 
     Args:
       zq: hash projections of the queries, (B, T, N, L, P), float32 or bfloat16.
-      zk: hash projections of the keys, (B, S, K, L, P), N a multiple of K; S may differ from T.
-      value: (B, S, K, V), float32 or bfloat16; products take its precision.
-      sharpness: (K,) float32, > 0.
-      key_value_mask: (B, S) bool, False at padded tokens, whose zk and value must be finite.
+      zk: hash projections of the keys, (B, S, K, L, P). N is a multiple of K. S may differ from T.
+      value: (B, S, K, V), float32 or bfloat16. Products have its precision.
+      sharpness: (K,) float32, positive.
+      key_value_mask: (B, S) bool, False at padded tokens. zk and value must be finite there.
       initial_numerator: (B, K, F, V) float32, added to the sums over the keys.
-      initial_mass: (B, K, F) float32, likewise.
-      hash_shape: (L, P), where z is flat, (..., 1, X): plane p of table l in column l·P + p, zeros
-        after the last. With X = projection_columns(L, P) no copy is made.
-      exact: whether products of float32 operands are exact, or TF32 products.
-      interpret: run the kernels in Pallas' interpreter, on any platform (tests).
-      config: block sizes; None chooses them by shape.
+      initial_mass: (B, K, F) float32, added to the sums over the keys.
+      hash_shape: (L, P) if z is flat, of shape (..., 1, X), or None. Column l·P + p of a flat z is
+        plane p of table l, and the columns after the last plane are zero. With
+        X = projection_columns(L, P) no copy is made.
+      exact: whether products of float32 operands are exact, rather than TF32.
+      interpret: whether to run the kernels in Pallas's interpreter, which works on any platform.
+      config: block sizes, or None to choose them by shape.
 
     Returns:
       A BidirectionalForward. Sums are kept in float32.
@@ -108,28 +111,28 @@ def bidirectional_backward(
     interpret: bool = False,
     config: Blocks | None = None,
 ) -> BidirectionalGradients:
-    """Gradients of `bidirectional_forward`, from its inputs, the totals and the cotangents.
+    """Returns the gradients of `bidirectional_forward`.
 
     Args:
-      zq: as given to `bidirectional_forward`, like all up to initial_mass.
-      zk: likewise.
-      value: likewise.
-      sharpness: likewise.
-      key_value_mask: likewise.
-      initial_numerator: likewise.
-      initial_mass: likewise.
+      zq: as given to `bidirectional_forward`.
+      zk: as given to `bidirectional_forward`.
+      value: as given to `bidirectional_forward`.
+      sharpness: as given to `bidirectional_forward`.
+      key_value_mask: as given to `bidirectional_forward`.
+      initial_numerator: as given to `bidirectional_forward`.
+      initial_mass: as given to `bidirectional_forward`.
       total_numerator: (B, K, F, V), as `bidirectional_forward` returned it.
-      total_mass: (B, K, F), likewise.
-      d_out: cotangent of the outputs, (B, T, N, V).
-      d_total_numerator: cotangent of the total numerator, (B, K, F, V) float32.
-      d_total_mass: cotangent of the total mass, (B, K, F) float32.
+      total_mass: (B, K, F), as `bidirectional_forward` returned it.
+      d_out: the cotangent of the outputs, (B, T, N, V).
+      d_total_numerator: the cotangent of the total numerator, (B, K, F, V) float32.
+      d_total_mass: the cotangent of the total mass, (B, K, F) float32.
       hash_shape: as for `bidirectional_forward`.
-      exact: likewise.
-      interpret: likewise.
-      config: likewise.
+      exact: as for `bidirectional_forward`.
+      interpret: as for `bidirectional_forward`.
+      config: as for `bidirectional_forward`.
 
     Returns:
-      A BidirectionalGradients, each leaf in the dtype of what it is the gradient of.
+      A BidirectionalGradients. Each gradient has the dtype of its input.
     """
     queries, keys, blocks = plan(
         zq, zk, value, interpret, config, hash_shape=hash_shape, is_causal=False, exact=exact
@@ -143,8 +146,9 @@ def bidirectional_backward(
     d_zq, d_sharpness_q, (numerator, mass) = kernels.query_gradients(
         queries, blocks.query, Shared(sharpness), flat_q, totals, wide_d_out
     )
-    # δ of the kernel is do·(o - m), and Λ m = Σ q̂ μ what its -Σ q̂ δ has too much, in each of its
-    # value blocks; the total mass's cotangent counts in the first.
+    # The kernel computes δ as do·(o - m). In each of its value blocks, its Λ_Z = -Σ q̂ δ is
+    # therefore too large by Σ q̂ μ = Λ m, which is subtracted here. The cotangent of the total mass
+    # is added in the first block.
     offset = (numerator * mean[..., None, :]).reshape(*numerator.shape[:3], mass.shape[0], -1)
     mass += shares(d_totals[1][None], mass.shape[0]) - jnp.moveaxis(offset.sum(axis=-1), 3, 0)
     adjoint = d_totals[0] + numerator, mass
