@@ -299,7 +299,7 @@ class TestRefused:
             (b"text", {"valid": b"v", "sequence_length": 1}, r"valid0\.txt: .*nothing to score"),
             (b"text", {"document_separator": " "}, "is used with config.data.packing=packed only"),
             (b"--", {"packing": "packed", "document_separator": "-"}, r"0\.txt: holds nothing but"),
-            (b"", {}, r"train0\.txt: is empty"),
+            (b"", {}, r"train0\.txt: the file is empty"),
         ],
     )  # fmt: skip
     def test_bad_input_is_named_before_any_training(self, make_data, train, fields, words):
