@@ -29,8 +29,10 @@ ARGUMENTS = {
 
 
 def cells():
-    lines = TABLE.read_text(encoding="utf-8").split("## What works with what")[1].splitlines()
-    rows = [re.split(r" \| ", line.strip("| ")) for line in lines if line.startswith("| `")]
+    page = TABLE.read_text(encoding="utf-8")
+    section = page.split("## What works with what")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| `")]
+    rows = [re.split(r" \| ", line.strip("| ")) for line in lines]
     assert {name.strip("`") for name, *_ in rows} == set(ARGUMENTS)
     for name, causal, bidirectional, kernels in rows:
         yield name.strip("`"), True, causal, kernels
