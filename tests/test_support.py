@@ -66,7 +66,7 @@ def test_each_cell_of_the_support_table_is_true(name, is_causal, works, kernels)
 
 @pytest.mark.parametrize(("name", "is_causal", "works", "kernels"), [*cells()])
 def test_the_kernels_refuse_what_the_table_says(name, is_causal, works, kernels, monkeypatch):
-    """As far as dispatch decides it: a form that raises anyway is the operation's to refuse."""
+    """This is about `dispatch` only. Calls that the operation refuses by itself are left out."""
     if works == "no":
         return
     monkeypatch.setattr(dispatch, "has_cuda", lambda: True)
@@ -78,7 +78,7 @@ def test_the_kernels_refuse_what_the_table_says(name, is_causal, works, kernels,
 
 
 class _Kernels:
-    """Kernels that support whatever reaches them."""
+    """Kernels that support every call."""
 
     @staticmethod
     def supports(*arrays, **options):

@@ -1,4 +1,4 @@
-"""scripts/generate.py: text as it comes, and a clear word where something is wrong."""
+"""`scripts/generate.py` writes text while it is drawn, and says clearly what is wrong."""
 
 import importlib.util
 import pathlib
@@ -39,7 +39,7 @@ def script():
 
 
 def save_run(directory, tokenizer, **changes):
-    """A run of no steps, with the model that `build` makes."""
+    """Saves a run of no steps, with the model that `build` makes."""
     model = describe(**changes)
     config = Config(model=model, data=DataConfig(sequence_length=8)).validate()
     params, fixed = nnx.state(build(tokenizer.vocab_size, **changes), nnx.Param, ...)
