@@ -64,7 +64,7 @@ def name_complaints(text: str) -> list[str]:
 
 
 def tracked_files() -> list[pathlib.Path]:
-    """Returns files under version control and new ones. Without git, all files that are not hidden."""
+    """Returns files under version control and new ones; without git, all that are not hidden."""
     listing = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
