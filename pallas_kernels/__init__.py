@@ -10,19 +10,18 @@ from typing import Any
 
 from pallas_kernels import backend
 from pallas_kernels.bidirectional import bidirectional_backward, bidirectional_forward
-from pallas_kernels.blocks import Block, Blocks, split_count, split_length
-from pallas_kernels.causal import causal_backward, causal_forward
+from pallas_kernels.blocks import Block, Blocks, split_length
+from pallas_kernels.causal import CausalOperands, CausalSteps
 from pallas_kernels.plan import projection_columns
 
 __all__ = [
     "Block",
     "Blocks",
+    "CausalOperands",
+    "CausalSteps",
     "bidirectional_backward",
     "bidirectional_forward",
-    "causal_backward",
-    "causal_forward",
     "projection_columns",
-    "split_count",
     "split_length",
     "supports",
 ]

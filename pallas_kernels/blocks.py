@@ -6,6 +6,8 @@ Every choice gives the same result, up to rounding.
 
 import dataclasses
 
+CHUNK = 64  # the tokens of a chunk, unless a Blocks says otherwise
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:
@@ -82,7 +84,7 @@ def choose_blocks(
         return Blocks(64, block, block, block, block, block, block)
     wide = max(16, min(value_dim, 8192 // features))
     blocks = Blocks(
-        chunk=64,
+        chunk=CHUNK,
         sums=Block(wide, 4, 3),
         outputs=Block(wide, 4, 3),
         query=Block(wide, 4, 2),
@@ -100,13 +102,8 @@ def choose_blocks(
     )
 
 
-def split_length(length: int, rows: int, *, chunk: int = 64) -> int:
+def split_length(length: int, rows: int, *, chunk: int = CHUNK) -> int:
     """Returns the tokens per split of a sequence, if `rows` = B·K sequences run side by side."""
     splits = max(1, min(MAX_SPLITS, PROGRAMS // max(rows, 1)))
     tokens = max(MIN_SPLIT, -(-length // splits))
     return -(-tokens // chunk) * chunk
-
-
-def split_count(length: int, rows: int, *, chunk: int = 64) -> int:
-    """Returns the number of splits of a sequence, the third axis of the residual states."""
-    return -(-length // split_length(length, rows, chunk=chunk))

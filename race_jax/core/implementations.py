@@ -17,15 +17,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from race_jax.core import dispatch
+from race_jax.core import dispatch, passes
 from race_jax.core.dispatch import BY_PLATFORM, PALLAS_ASKED, Choice, kernels
+from race_jax.core.shapes import Size
 from race_jax.core.xla import bidirectional, causal
 from race_jax.core.xla.chunk import Sums
-from race_jax.core.xla.sweep import Tiling
+from race_jax.core.xla.sweep import Tiling, is_known
 
 # A CPU is fastest with small chunks one after the other, a GPU or TPU with all blocks at once.
-CAUSAL_CPU = Tiling(chunk=32, parallel=False)
-CAUSAL_WIDE = Tiling(chunk=128, parallel=True)
+CAUSAL_CPU = 32  # tokens in a chunk
+CAUSAL_WIDE = 128
 BIDIRECTIONAL_CPU = Tiling(chunk=128, parallel=False)
 BIDIRECTIONAL_WIDE = Tiling(chunk=128, parallel=True)
 
@@ -84,23 +85,12 @@ class Plan:
         return jnp.pad(d_z, [(0, 0)] * 4 + [(0, like.shape[4] - d_z.shape[4])])
 
 
-def _by_platform(plan: Plan, xla: Callable, tilings: tuple[Tiling, Tiling], pallas: Callable):
+def _by_platform(plan: Plan, cpu: Callable, wide: Callable, pallas: Callable) -> Callable:
     """Returns f(*arrays) for a plan, dispatched by platform at lowering."""
-    cpu, wide = (functools.partial(xla, tiling=tiling) for tiling in tilings)
-    pallas = functools.partial(pallas, plan)
     if plan.choice is PALLAS_ASKED:
         return pallas
     branches = {"cuda": pallas} if plan.choice is BY_PLATFORM else {}
     return lambda *arrays: jax.lax.platform_dependent(*arrays, **branches, cpu=cpu, default=wide)
-
-
-def _backward(plan: Plan, backward: Callable) -> Callable:
-    """Returns a function for XLA's gradients of the operands, with z in the shape given."""
-
-    def run(operands, *rest, tiling):
-        return plan.flat(backward(plan.logical(operands), *rest, tiling=tiling), operands)
-
-    return run
 
 
 # The custom_vjp is outside and platform_dependent is inside each of its two rules. In the opposite
@@ -115,29 +105,66 @@ def run_causal(plan: Plan, operands: causal.Operands) -> tuple[jax.Array, Sums]:
 
 
 def _causal_forward(plan: Plan, operands: causal.Operands):
-    batch, length, kv_heads = operands.value.shape[:3]
-    blocks = causal.block_count(length)
-    if plan.choice.implementation != "xla":
-        blocks = kernels().split_count(length, batch * kv_heads)
+    blocks = _spans(plan, operands)
 
-    def xla(operands, *, tiling):
-        return causal.forward(plan.logical(operands), blocks=blocks, tiling=tiling)
+    def cpu(operands):
+        return causal.forward(plan.logical(operands), blocks=blocks, chunk=CAUSAL_CPU)
 
-    run = _by_platform(plan, xla, (CAUSAL_CPU, CAUSAL_WIDE), _pallas_causal_forward)
+    def wide(operands):
+        if _alone(blocks):
+            return causal.forward(plan.logical(operands), blocks=blocks, chunk=CAUSAL_WIDE)
+        return passes.forward(_xla_steps(plan, operands, blocks), plan.logical(operands))
+
+    def pallas(operands):
+        return passes.forward(_kernel_steps(plan, operands), operands)
+
     with jax.named_scope("race_attention/causal"):
-        out, final, starts = run(operands)
+        out, final, starts = _by_platform(plan, cpu, wide, pallas)(operands)
     return (out, final), (operands, final, starts)
 
 
 def _causal_backward(plan: Plan, residuals: tuple, cotangents: tuple):
-    def xla(operands, final, starts, *cotangents, tiling):
-        del final
-        return causal.backward(operands, starts, *cotangents, tiling=tiling)
+    blocks = residuals[2].mass.shape[2]
 
-    xla = _backward(plan, xla)
-    run = _by_platform(plan, xla, (CAUSAL_CPU, CAUSAL_WIDE), _pallas_causal_backward)
+    def cpu(operands, final, starts, *cotangents):
+        del final
+        given = plan.logical(operands), starts, *cotangents
+        return plan.flat(causal.backward(*given, chunk=CAUSAL_CPU), operands)
+
+    def wide(operands, final, starts, *cotangents):
+        logical = plan.logical(operands)
+        if _alone(blocks):
+            gradient = causal.backward(logical, starts, *cotangents, chunk=CAUSAL_WIDE)
+        else:
+            steps = _xla_steps(plan, operands, blocks)
+            gradient = passes.backward(steps, logical, final, starts, *cotangents)
+        return plan.flat(gradient, operands)
+
+    def pallas(operands, *rest):
+        return passes.backward(_kernel_steps(plan, operands), operands, *rest)
+
     with _backward_scope("causal", plan):
-        return (run(*residuals, *cotangents),)
+        return (_by_platform(plan, cpu, wide, pallas)(*residuals, *cotangents),)
+
+
+def _alone(blocks: Size) -> bool:
+    """Returns whether blocks must run in turn: there is one, or their number is symbolic."""
+    return not is_known(blocks) or blocks == 1
+
+
+def _spans(plan: Plan, operands: causal.Operands) -> Size:
+    """Returns the number of spans whose sums are saved. It is the same on every platform."""
+    if plan.choice.implementation == "xla":
+        return causal.block_count(operands.value.shape[1])
+    return _kernel_steps(plan, operands).count
+
+
+def _xla_steps(plan: Plan, operands: causal.Operands, blocks: int) -> causal.XLASteps:
+    return causal.XLASteps(operands.value.shape[1], blocks, CAUSAL_WIDE)
+
+
+def _kernel_steps(plan: Plan, operands: causal.Operands) -> passes.Steps:
+    return kernels().CausalSteps.of(operands, **plan.kernel_options)
 
 
 run_causal.defvjp(_causal_forward, _causal_backward)
@@ -150,24 +177,32 @@ def run_bidirectional(plan: Plan, operands: bidirectional.Operands) -> tuple[jax
 
 
 def _bidirectional_forward(plan: Plan, operands: bidirectional.Operands):
-    def xla(operands, *, tiling):
+    def xla(tiling, operands):
         return bidirectional.forward(plan.logical(operands), tiling=tiling)
 
-    tilings = BIDIRECTIONAL_CPU, BIDIRECTIONAL_WIDE
-    run = _by_platform(plan, xla, tilings, _pallas_bidirectional_forward)
+    pallas = functools.partial(_pallas_bidirectional_forward, plan)
+    run = _by_platform(plan, *_tiled(xla), pallas)
     with jax.named_scope("race_attention/bidirectional"):
         out, totals = run(operands)
     return (out, totals), (operands, totals)
 
 
 def _bidirectional_backward(plan: Plan, residuals: tuple, cotangents: tuple):
-    xla, tilings = _backward(plan, bidirectional.backward), (BIDIRECTIONAL_CPU, BIDIRECTIONAL_WIDE)
-    run = _by_platform(plan, xla, tilings, _pallas_bidirectional_backward)
+    def xla(tiling, operands, *rest):
+        gradient = bidirectional.backward(plan.logical(operands), *rest, tiling=tiling)
+        return plan.flat(gradient, operands)
+
+    pallas = functools.partial(_pallas_bidirectional_backward, plan)
+    run = _by_platform(plan, *_tiled(xla), pallas)
     with _backward_scope("bidirectional", plan):
         return (run(*residuals, *cotangents),)
 
 
 run_bidirectional.defvjp(_bidirectional_forward, _bidirectional_backward)
+
+
+def _tiled(xla: Callable) -> list[Callable]:
+    return [functools.partial(xla, tiling) for tiling in (BIDIRECTIONAL_CPU, BIDIRECTIONAL_WIDE)]
 
 
 @contextlib.contextmanager
@@ -177,57 +212,6 @@ def _backward_scope(form: str, plan: Plan):
         jax.default_matmul_precision(plan.precision),
     ):
         yield
-
-
-def _pallas_causal_forward(plan: Plan, operands: causal.Operands) -> tuple[jax.Array, Sums, Sums]:
-    out, numerator, mass, *starts = kernels().causal_forward(
-        *_kernel_arguments(operands), **plan.kernel_options
-    )
-    return out, Sums(numerator, mass), Sums(*starts)
-
-
-def _pallas_causal_backward(
-    plan: Plan,
-    operands: causal.Operands,
-    final: Sums,
-    starts: Sums,
-    d_out: jax.Array,
-    d_final: Sums,
-) -> causal.Operands:
-    arguments = *_kernel_arguments(operands), *final, *starts, d_out, *d_final
-    d_z_q, d_z_k, d_value, d_sharpness, d_log_decay, d_numerator, d_mass = (
-        kernels().causal_backward(*arguments, **plan.kernel_options)
-    )
-    return causal.Operands(
-        z_q=d_z_q.astype(operands.z_q.dtype),
-        z_k=d_z_k.astype(operands.z_k.dtype),
-        value=d_value.astype(operands.value.dtype),
-        sharpness=d_sharpness,
-        log_decay=d_log_decay,
-        mask=None,
-        segment=None,
-        sums=Sums(d_numerator, d_mass),
-        initial_segment=None,
-    )
-
-
-def _kernel_arguments(operands: causal.Operands) -> tuple:
-    """Returns the arguments of the kernels.
-
-    z is cast to the values' dtype, which halves its traffic in bfloat16.
-    """
-    dtype = operands.value.dtype
-    return (
-        operands.z_q.astype(dtype),
-        operands.z_k.astype(dtype),
-        operands.value,
-        operands.sharpness,
-        operands.log_decay,
-        operands.mask,
-        operands.segment,
-        *operands.sums,
-        operands.initial_segment,
-    )
 
 
 def _pallas_bidirectional_forward(

@@ -15,7 +15,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from race_jax.core import masking
+from race_jax.core import masking, scan
 
 EMPTY = -1  # the segment of a state that has seen no token
 # A smaller denominator is an underflow in float32, and the row counts as seeing no key.
@@ -250,9 +250,11 @@ def merge(earlier: RACEState, later: RACEState) -> RACEState:
     empty = later.segment == EMPTY
     keep = empty | (earlier.segment == later.segment)
     factor = jnp.where(keep[:, None], jnp.exp(later.log_decay), 0.0)
+    spans = ((1.0, (earlier.numerator, earlier.mass)), (factor, (later.numerator, later.mass)))
+    _, (numerator, mass) = scan.combine(*spans)
     return RACEState(
-        numerator=later.numerator + factor[..., None, None] * earlier.numerator,
-        mass=later.mass + factor[..., None] * earlier.mass,
+        numerator=numerator,
+        mass=mass,
         log_decay=later.log_decay + earlier.log_decay,
         segment=jnp.where(empty, earlier.segment, later.segment),
     )

@@ -16,21 +16,20 @@ import numpy as np
 
 from pallas_kernels import (
     Blocks,
+    CausalOperands,
+    CausalSteps,
     bidirectional_backward,
     bidirectional_forward,
-    causal_backward,
-    causal_forward,
 )
 from pallas_kernels.blocks import choose_blocks
 from pallas_kernels.tiles import padded, padded_features
+from race_jax.core import passes
+from race_jax.core.xla.chunk import Sums
 
 CAUSAL_GRADIENTS = (
     "zq", "zk", "value", "sharpness", "log_decay", "initial_numerator", "initial_mass",
 )  # fmt: skip
-CAUSAL_ARGUMENTS = (
-    *CAUSAL_GRADIENTS[:5], "key_value_mask", "segment_ids", *CAUSAL_GRADIENTS[5:],
-    "initial_segment",
-)  # fmt: skip
+CausalGradients = NamedTuple("CausalGradients", [(name, Any) for name in CAUSAL_GRADIENTS])
 BIDIRECTIONAL_ARGUMENTS = (
     *CAUSAL_GRADIENTS[:4], "key_value_mask", "initial_numerator", "initial_mass",
 )  # fmt: skip
@@ -208,10 +207,20 @@ def causal_kernels(
     exact: bool = True,
 ) -> tuple:
     """Returns results and gradients of the causal kernels. It is meant to be traced."""
-    arguments = [given[name] for name in CAUSAL_ARGUMENTS]
-    options = {"interpret": interpret, "config": config, "exact": exact}
-    result = causal_forward(*arguments, **options)
-    return result[:3], causal_backward(*arguments, *result[1:], *cotangents, **options)
+    operands = causal_operands(given)
+    hash_shape = given["zq"].shape[3:]
+    steps = CausalSteps.of(operands, hash_shape, interpret=interpret, config=config, exact=exact)
+    out, final, starts = passes.forward(steps, operands)
+    d_out, *d_final = cotangents
+    found = passes.backward(steps, operands, final, starts, d_out, Sums(*d_final))
+    return (out, *final), CausalGradients(*found[:5], *found.sums)
+
+
+def causal_operands(given: dict[str, Any]) -> CausalOperands:
+    """Returns the arguments in the form that the steps take."""
+    sums = Sums(given["initial_numerator"], given["initial_mass"])
+    names = "zq", "zk", "value", "sharpness", "log_decay", "key_value_mask", "segment_ids"
+    return CausalOperands(*(given[name] for name in names), sums, given["initial_segment"])
 
 
 def bidirectional_kernels(

@@ -13,6 +13,8 @@ import pallas_kernels
 from pallas_kernels import Block, Blocks, backend
 from pallas_kernels.backend import Output
 from pallas_kernels.plan import plan
+from race_jax.core import passes
+from race_jax.core.xla.chunk import Sums
 from tests.kernels import dense
 from tests.kernels.block_sizes import BLOCKS, PIPELINES
 from tests.kernels.dense import Case
@@ -183,9 +185,13 @@ def test_a_long_sequence_equals_its_halves(length, assert_close):
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def run(start, stop, zq, zk, value, state):
         cut = slice(start, stop)
-        rest = (sharpness, None, None, None, *state)
-        result = pallas_kernels.causal_forward(zq[:, cut], zk[:, cut], value[:, cut], *rest)
-        return result.out, (result.final_numerator, result.final_mass, state[2])
+        arrays = zq[:, cut], zk[:, cut], value[:, cut], sharpness
+        operands = pallas_kernels.CausalOperands(
+            *arrays, None, None, None, Sums(*state[:2]), state[2]
+        )
+        steps = pallas_kernels.CausalSteps.of(operands, (3, 3))
+        out, final, _ = passes.forward(steps, operands)
+        return out, (*final, state[2])
 
     middle = length // 2 + 77
     arrays = zq, zk, value
@@ -205,26 +211,26 @@ def test_gradients_past_2_31_elements_equal_those_of_the_halves(assert_close):
     middle = length // 2 + 80  # within a chunk
     zq, zk = (_random(i, 1, length, 4, 3, 3) for i in range(2))
     value, d_out = (_random(i, 1, length, 4, 128) for i in (2, 3))
-    zeros = jnp.zeros((1, 4, 24, 128)), jnp.zeros((1, 4, 24))
+    zeros = Sums(jnp.zeros((1, 4, 24, 128)), jnp.zeros((1, 4, 24)))
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def run(start, stop, zq, zk, value, d_out, state, d_final):
         cut = slice(start, stop)
         segment = jnp.zeros((1,), jnp.int32)
-        rest = jnp.full((4,), 2.0), None, None, None, *state, segment
-        arrays = zq[:, cut], zk[:, cut], value[:, cut], *rest
-        forward = pallas_kernels.causal_forward(*arrays)
-        given = *arrays, *forward[1:], d_out[:, cut], *d_final
-        gradients = pallas_kernels.causal_backward(*given)
-        return gradients, (forward.final_numerator, forward.final_mass)
+        arrays = zq[:, cut], zk[:, cut], value[:, cut], jnp.full((4,), 2.0)
+        operands = pallas_kernels.CausalOperands(*arrays, None, None, None, state, segment)
+        steps = pallas_kernels.CausalSteps.of(operands, (3, 3))
+        _, final, starts = passes.forward(steps, operands)
+        gradients = passes.backward(steps, operands, final, starts, d_out[:, cut], d_final)
+        return gradients, final
 
     arrays = zq, zk, value, d_out
     whole, _ = run(0, length, *arrays, zeros, zeros)
     _, state = run(0, middle, *arrays, zeros, zeros)
     tail, _ = run(middle, length, *arrays, state, zeros)
-    adjoint = tail.initial_numerator, tail.initial_mass
+    adjoint = tail.sums
     head, _ = run(0, middle, *arrays, zeros, adjoint)
-    for name in ("zq", "zk", "value"):
+    for name in ("z_q", "z_k", "value"):
         got, want = (getattr(x, name) for x in (head, whole))
         for where in (slice(0, 256), slice(middle - 256, middle)):
             assert_close(name, got[:, where], want[:, where], kind="streamed", dtype="bfloat16")

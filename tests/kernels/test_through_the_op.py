@@ -17,9 +17,7 @@ import race_jax
 from race_jax.core import dispatch, implementations
 from tests.kernels.dense import QUICK_COMPILE
 
-PASSES = [
-    f"{form}_{way}" for form in ("causal", "bidirectional") for way in ("forward", "backward")
-]
+PASSES = ["bidirectional_forward", "bidirectional_backward"]
 CHOICES = {"pallas": dispatch.PALLAS_ASKED, "by platform": dispatch.BY_PLATFORM}
 
 
@@ -28,14 +26,22 @@ def choose_kernels(request, monkeypatch):
     """Makes every call choose the interpreted kernels, and records the shapes of z in them."""
     shapes = []
 
-    def run(name, z_q, *rest, **options):
-        shapes.append(z_q.shape[3:])
-        options |= {"interpret": True, "exact": True}  # XLA's products on the CPU are exact too
-        return getattr(pallas_kernels, name)(z_q, *rest, **options)
+    options = {"interpret": True, "exact": True}  # XLA's products on the CPU are exact too
 
-    passes = {name: functools.partial(run, name) for name in PASSES}
-    kept = {name: getattr(pallas_kernels, name) for name in ("projection_columns", "split_count")}
-    monkeypatch.setattr(implementations, "kernels", lambda: SimpleNamespace(**passes, **kept))
+    def steps(operands, hash_shape, **given):
+        shapes.append(operands.z_q.shape[3:])
+        return pallas_kernels.CausalSteps.of(operands, hash_shape, **given | options)
+
+    def run(name, z_q, *rest, **given):
+        shapes.append(z_q.shape[3:])
+        return getattr(pallas_kernels, name)(z_q, *rest, **given | options)
+
+    kernels = SimpleNamespace(
+        CausalSteps=SimpleNamespace(of=steps),
+        projection_columns=pallas_kernels.projection_columns,
+        **{name: functools.partial(run, name) for name in PASSES},
+    )
+    monkeypatch.setattr(implementations, "kernels", lambda: kernels)
 
     def start():
         monkeypatch.setattr(dispatch, "choose", lambda *_, **__: CHOICES[request.param])

@@ -1,4 +1,4 @@
-"""Causal RACE attention: sweeps over chunks, with blocks in parallel or one after the other.
+"""Causal RACE attention in plain XLA: sweeps over chunks, with spans side by side or in turn.
 
     [N | z] = ((phi_q phi_kᵀ) . D) [v | 1] + into . (phi_q X),   o = N / z      in chunk.py
 
@@ -8,21 +8,20 @@ the backward pass recomputes the rest.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from race_jax.core import state
+from race_jax.core import scan, state
 from race_jax.core.shapes import Size
 from race_jax.core.xla import chunk as chunks
-from race_jax.core.xla import prefix
 from race_jax.core.xla.chunk import Sums, Tokens
 from race_jax.core.xla.sweep import (
     Layout,
-    Tiling,
     is_known,
     join_blocks,
     layout,
@@ -92,46 +91,146 @@ def _layout(length: Size, blocks: Size, chunk: int) -> Layout:
     )
 
 
-def forward(operands: Operands, *, blocks: Size, tiling: Tiling) -> tuple[jax.Array, Sums, Sums]:
-    """Computes causal attention.
+@dataclasses.dataclass(frozen=True)
+class XLASteps:
+    """The steps of ``passes.py`` in plain XLA, with all spans side by side.
+
+    Attributes:
+      length: T.
+      count: the number of spans.
+      chunk: the largest number of tokens that one step of a sweep takes.
+    """
+
+    length: int
+    count: int
+    chunk: int
+    scan_by = "scan"
+
+    @property
+    def plan(self) -> Layout:
+        return layout(self.length, self.count, self.chunk)
+
+    @property
+    def size(self) -> int:
+        return self.plan.block
+
+    def sums(self, operands: Operands) -> Sums:
+        def step(sums: Sums, tokens: Tokens, index: jax.Array) -> tuple[Sums, tuple]:
+            return _add_keys(operands.sharpness, sums, tokens), ()
+
+        sums, _ = self._sweep(step, self._fresh(operands.sums), self._tokens(operands), ())
+        return self._unfold(sums)
+
+    def outputs(self, operands: Operands, starts: Sums) -> jax.Array:
+        tokens = self._tokens(operands)
+        out = _output_buffer(tokens)
+        step = _forward_chunk(operands.sharpness)
+        _, out = self._sweep(step, self._fold(starts), tokens, out)
+        return _join_outputs(join_blocks(out, self.count), operands)
+
+    def adjoints(
+        self, operands: Operands, starts: Sums, final: Sums, d_out: jax.Array, d_final: Sums
+    ) -> tuple[Sums, Sums, None]:
+        def step(carry: tuple, piece: tuple[Tokens, jax.Array], index: jax.Array):
+            factor, sums, d_start = carry
+            tokens, d_out = piece
+            phi_q, phi_k, value = features(operands.sharpness, tokens)
+            decay = chunks.decay_factors(tokens)
+            d_out = visible_rows(tokens, jnp.moveaxis(d_out, 1, 3).astype(value.dtype))
+            rows = chunks.backward_rows(phi_q, phi_k, value, decay, sums, d_out)
+            own = chunks.add_rows(rows, decay, chunks.zeros_like(sums))
+            _, d_start = scan.combine((factor, own), (factor, d_start))
+            factor = chunks.scale(decay.across, factor, 0)
+            return (factor, chunks.add_keys(phi_k, value, decay, sums), d_start), ()
+
+        fresh = self._fresh(d_final)
+        factor = jnp.ones_like(fresh.mass, shape=fresh.mass.shape[:2])
+        arrays = self._tokens(operands), self._d_out(operands, d_out)
+        carry = factor, self._fold(starts), fresh
+        (_, _, adjoints), _ = self._sweep(step, carry, arrays, ())
+        return self._unfold(adjoints), d_final, None
+
+    def gradients(
+        self,
+        operands: Operands,
+        starts: Sums,
+        final: Sums,
+        d_out: jax.Array,
+        d_ends: Sums,
+        d_initial: Sums,
+        kept: None,
+    ) -> Operands:
+        tokens = self._tokens(operands)
+        loop = self._fold(d_ends), jnp.zeros_like(operands.sharpness), _write_buffers(tokens)
+        d_out = self._d_out(operands, d_out)
+        _, d_sharpness, written = _backward_block(
+            operands.sharpness, self.plan, tokens, d_out, self._fold(starts), loop, 0
+        )
+        written = jax.tree.map(lambda x: join_blocks(x, self.count), written)
+        return _cotangents(operands, written, d_sharpness, d_initial)
+
+    def _sweep(self, step: Callable, carry: Any, arrays: Any, buffers: Any) -> tuple[Any, Any]:
+        return sweep(step, carry, arrays, buffers, chunk=self.plan.chunk, count=self.plan.chunks)
+
+    def _tokens(self, operands: Operands) -> Tokens:
+        """Returns the padded tokens, with the spans as rows of the batch."""
+        tokens = pad_operands(operands, self.plan)
+        return jax.tree.map(lambda x: split_blocks(x, self.count), tokens)
+
+    def _d_out(self, operands: Operands, d_out: jax.Array) -> jax.Array:
+        return split_blocks(_pad_d_out(operands, d_out, self.plan), self.count)
+
+    def _fresh(self, sums: Sums) -> Sums:
+        """Returns zero sums for every span of every row of the batch."""
+        rows = lambda x: jnp.zeros_like(x, shape=(x.shape[0] * self.count, *x.shape[1:]))  # noqa: E731
+        return jax.tree.map(rows, sums)
+
+    def _fold(self, sums: Sums) -> Sums:
+        """Makes spans rows of the batch: ``(B, K, spans, ...)`` to ``(B * spans, K, ...)``."""
+        return jax.tree.map(
+            lambda x: jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], *x.shape[3:]), sums
+        )
+
+    def _unfold(self, sums: Sums) -> Sums:
+        """Undoes ``_fold``."""
+        unfold = lambda x: jnp.moveaxis(x.reshape(-1, self.count, *x.shape[1:]), 1, 2)  # noqa: E731
+        return jax.tree.map(unfold, sums)
+
+
+def forward(operands: Operands, *, blocks: Size, chunk: int) -> tuple[jax.Array, Sums, Sums]:
+    """Computes causal attention in one walk over the tokens, block after block.
+
+    On a CPU this is faster than the steps, because it forms the features of the keys only once.
 
     Args:
       operands: the arrays, with T >= 1.
       blocks: the number of blocks. The sums at the start of each are residuals.
-      tiling: the chunk size, and whether the blocks run in parallel.
+      chunk: the largest number of tokens that one step of the walk takes.
 
     Returns:
       The output ``(B, T, N, V)``, the final sums, and the sums at the start of every block,
       ``(B, K, blocks, F, V)`` and ``(B, K, blocks, F)``.
     """
-    plan = _layout(operands.value.shape[1], blocks, tiling.chunk)
+    plan = _layout(operands.value.shape[1], blocks, chunk)
     tokens = pad_operands(operands, plan)
-    shape = (*tokens.z_q.shape[:4], tokens.value.shape[-1])
-    out = jnp.zeros_like(tokens.value, shape=shape)
-    walk = functools.partial(
-        sweep, _forward_chunk(operands.sharpness), chunk=plan.chunk, count=plan.chunks
-    )
-    if tiling.parallel and is_known(blocks) and blocks > 1:
-        tokens, out = jax.tree.map(lambda x: split_blocks(x, blocks), (tokens, out))
-        starts, final = _block_starts(operands.sharpness, tokens, operands.sums, plan)
-        out = join_blocks(walk(prefix.fold(starts), tokens, out)[1], blocks)
-    else:
+    step = _forward_chunk(operands.sharpness)
 
-        def block(index: jax.Array, loop: tuple[Sums, Sums, jax.Array]):
-            sums, starts, out = loop
-            starts = _store(starts, index, sums)
-            sums, out = walk(sums, tokens, out, start=index * plan.block)
-            return sums, starts, out
+    def block(index: jax.Array, loop: tuple[Sums, Sums, jax.Array]):
+        sums, starts, out = loop
+        starts = _store(starts, index, sums)
+        sums, out = sweep(
+            step, sums, tokens, out, chunk=plan.chunk, count=plan.chunks, start=index * plan.block
+        )
+        return sums, starts, out
 
-        loop = operands.sums, _history(operands.sums, blocks), out
-        final, starts, out = jax.lax.fori_loop(0, blocks, block, loop)
+    loop = operands.sums, _history(operands.sums, blocks), _output_buffer(tokens)
+    final, starts, out = jax.lax.fori_loop(0, blocks, block, loop)
     starts = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), starts)
-    batch, length, heads = operands.z_q.shape[:3]
-    return out[:, :length].reshape(batch, length, heads, out.shape[-1]), final, starts
+    return _join_outputs(out, operands), final, starts
 
 
 def backward(
-    operands: Operands, starts: Sums, d_out: jax.Array, d_final: Sums, *, tiling: Tiling
+    operands: Operands, starts: Sums, d_out: jax.Array, d_final: Sums, *, chunk: int
 ) -> Operands:
     """Returns the cotangents of the operands, with None for masks and segments.
 
@@ -140,36 +239,49 @@ def backward(
       starts: the sums at the start of every block, from ``forward``.
       d_out: ``(B, T, N, V)``.
       d_final: the cotangent of the final sums.
-      tiling: as given to ``forward``.
+      chunk: as given to ``forward``.
     """
     blocks = starts.mass.shape[2]
-    length = operands.value.shape[1]
-    plan = _layout(length, blocks, tiling.chunk)
+    plan = _layout(operands.value.shape[1], blocks, chunk)
     tokens = pad_operands(operands, plan)
     starts = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), starts)
-    d_out = pad_time(
-        d_out.reshape(*d_out.shape[:2], *tokens.z_q.shape[2:4], d_out.shape[-1]), plan.length
-    )
-    written = _Written(*(x if x is None else jnp.zeros_like(x) for x in tokens[:4]))
-    d_sharpness = jnp.zeros_like(operands.sharpness)
-    step = functools.partial(_backward_block, operands.sharpness, plan)
-    if tiling.parallel and is_known(blocks) and blocks > 1:
-        tokens, d_out, written = jax.tree.map(
-            lambda x: split_blocks(x, blocks), (tokens, d_out, written)
-        )
-        d_ends, d_initial = _block_ends(operands.sharpness, tokens, d_out, starts, d_final, plan)
-        loop = prefix.fold(d_ends), d_sharpness, written
-        _, d_sharpness, written = step(tokens, d_out, prefix.fold(starts), loop, 0)
-        written = jax.tree.map(lambda x: join_blocks(x, blocks), written)
-    else:
+    d_out = _pad_d_out(operands, d_out, plan)
 
-        def block(turn: jax.Array, loop: tuple[Sums, jax.Array, _Written]):
-            index = blocks - 1 - turn
-            sums = jax.tree.map(lambda x: x[index], starts)
-            return step(tokens, d_out, sums, loop, index * plan.block)
+    def block(turn: jax.Array, loop: tuple[Sums, jax.Array, _Written]):
+        index = blocks - 1 - turn
+        sums = jax.tree.map(lambda x: x[index], starts)
+        start = index * plan.block
+        return _backward_block(operands.sharpness, plan, tokens, d_out, sums, loop, start)
 
-        loop = d_final, d_sharpness, written
-        d_initial, d_sharpness, written = jax.lax.fori_loop(0, blocks, block, loop)
+    loop = d_final, jnp.zeros_like(operands.sharpness), _write_buffers(tokens)
+    d_initial, d_sharpness, written = jax.lax.fori_loop(0, blocks, block, loop)
+    return _cotangents(operands, written, d_sharpness, d_initial)
+
+
+def _output_buffer(tokens: Tokens) -> jax.Array:
+    return jnp.zeros_like(tokens.value, shape=(*tokens.z_q.shape[:4], tokens.value.shape[-1]))
+
+
+def _join_outputs(out: jax.Array, operands: Operands) -> jax.Array:
+    """Returns outputs ``(B, T, N, V)`` of padded ones ``(B, .., K, G, V)``."""
+    batch, length, heads = operands.z_q.shape[:3]
+    return out[:, :length].reshape(batch, length, heads, out.shape[-1])
+
+
+def _pad_d_out(operands: Operands, d_out: jax.Array, plan: Layout) -> jax.Array:
+    kv_heads = operands.value.shape[2]
+    grouped = d_out.reshape(*d_out.shape[:2], kv_heads, -1, d_out.shape[-1])
+    return pad_time(grouped, plan.length)
+
+
+def _write_buffers(tokens: Tokens) -> _Written:
+    return _Written(*(x if x is None else jnp.zeros_like(x) for x in tokens[:4]))
+
+
+def _cotangents(
+    operands: Operands, written: _Written, d_sharpness: jax.Array, d_initial: Sums
+) -> Operands:
+    length = operands.value.shape[1]
     written = jax.tree.map(lambda x: x[:, :length], written)
     return Operands(
         z_q=written.z_q.reshape(operands.z_q.shape),
@@ -295,57 +407,3 @@ def _history(sums: Sums, count: Size) -> Sums:
 
 def _store(history: Sums, index: jax.Array, sums: Sums) -> Sums:
     return jax.tree.map(lambda many, one: many.at[index].set(one), history, sums)
-
-
-def _block_starts(
-    sharpness: jax.Array, tokens: Tokens, initial: Sums, plan: Layout
-) -> tuple[Sums, Sums]:
-    """Returns the sums that enter every block, ``(blocks, B, ...)``, and those after the last."""
-
-    def step(carry: tuple[jax.Array, Sums], tokens: Tokens, index: jax.Array):
-        factor, sums = carry
-        across = chunks.decay_factors(tokens).across
-        return (chunks.scale(across, factor, 0), _add_keys(sharpness, sums, tokens)), ()
-
-    local = _fresh(initial, plan.blocks)
-    carry = jnp.ones_like(local.mass, shape=local.mass.shape[:2]), local
-    carry, _ = sweep(step, carry, tokens, (), chunk=plan.chunk, count=plan.chunks)
-    return prefix.exclusive(*prefix.unfold(carry, plan.blocks), initial)
-
-
-def _block_ends(
-    sharpness: jax.Array,
-    tokens: Tokens,
-    d_out: jax.Array,
-    starts: Sums,
-    d_final: Sums,
-    plan: Layout,
-) -> tuple[Sums, Sums]:
-    """Returns the cotangents of the sums that leave every block, and of the initial sums."""
-
-    def step(carry: tuple, piece: tuple[Tokens, jax.Array], index: jax.Array):
-        factor, sums, d_start = carry
-        tokens, d_out = piece
-        phi_q, phi_k, value = features(sharpness, tokens)
-        decay = chunks.decay_factors(tokens)
-        d_out = visible_rows(tokens, jnp.moveaxis(d_out, 1, 3).astype(value.dtype))
-        rows = chunks.backward_rows(phi_q, phi_k, value, decay, sums, d_out)
-        own = chunks.add_rows(rows, decay, chunks.zeros_like(sums))
-        _, d_start = prefix.combine((factor, own), (factor, d_start))
-        factor = chunks.scale(decay.across, factor, 0)
-        return (factor, chunks.add_keys(phi_k, value, decay, sums), d_start), ()
-
-    d_local = _fresh(d_final, plan.blocks)
-    factor = jnp.ones_like(d_local.mass, shape=d_local.mass.shape[:2])
-    carry = factor, prefix.fold(starts), d_local
-    (factor, _, d_local), _ = sweep(
-        step, carry, (tokens, d_out), (), chunk=plan.chunk, count=plan.chunks
-    )
-    return prefix.exclusive_reverse(*prefix.unfold((factor, d_local), plan.blocks), d_final)
-
-
-def _fresh(sums: Sums, blocks: Size) -> Sums:
-    """Returns zero sums for every block of every row of the batch."""
-    return jax.tree.map(
-        lambda x: jnp.zeros_like(x, shape=(x.shape[0] * blocks, *x.shape[1:])), sums
-    )

@@ -1,0 +1,5 @@
+"""Gives the tests of this folder eight CPU devices. tests/test_devices.py runs them."""
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)

@@ -1,0 +1,22 @@
+"""Runs the tests of tests/devices in a Python of its own, which has eight CPU devices.
+
+JAX fixes the number of devices at first use, and the other tests use one. To run them directly:
+`pytest tests/devices`.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+FOLDER = pathlib.Path(__file__).parent / "devices"
+
+
+def test_everything_on_eight_devices():
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-p", "no:cacheprovider"]
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        command, cwd=FOLDER.parents[1], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
