@@ -28,7 +28,7 @@ def small_config() -> Config:
 
 
 def small_batch(seed: int = 0) -> dict[str, np.ndarray]:
-    """Returns random tokens with uneven weights, so that a mean over devices' means is wrong."""
+    """Random tokens with uneven weights, so that a mean over devices of means would show."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, VOCAB, (4, 25), np.int32)
     weights = np.ones((4, 24), np.float32)
