@@ -1,26 +1,25 @@
 """GPU kernels for RACE attention, written in Pallas.
 
-They take hash projections, values, sharpness, masks and a state, and return outputs and states, or
-gradients. They compute the chunk form of causal and bidirectional RACE attention (docs/kernels.md).
-None of these functions has a derivative rule of its own. The caller pairs each forward function
-with its backward function.
+They take hash projections, values, sharpness, masks and states, and compute the steps of causal and
+bidirectional RACE attention, forward and backward (docs/kernels.md). The caller combines states
+between the steps, and gives the derivative rule.
 """
 
 from typing import Any
 
 from pallas_kernels import backend
-from pallas_kernels.bidirectional import bidirectional_backward, bidirectional_forward
+from pallas_kernels.bidirectional import BidirectionalOperands, BidirectionalSteps
 from pallas_kernels.blocks import Block, Blocks, split_length
 from pallas_kernels.causal import CausalOperands, CausalSteps
 from pallas_kernels.plan import projection_columns
 
 __all__ = [
+    "BidirectionalOperands",
+    "BidirectionalSteps",
     "Block",
     "Blocks",
     "CausalOperands",
     "CausalSteps",
-    "bidirectional_backward",
-    "bidirectional_forward",
     "projection_columns",
     "split_length",
     "supports",

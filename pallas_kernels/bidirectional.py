@@ -1,13 +1,13 @@
-"""Bidirectional RACE attention on the GPU: the padding of arrays and the kernels, in order.
-
-The forward pass takes z of queries and keys, values, sharpness, a key mask and a state, and returns
-outputs and the total state. The backward pass also takes the totals and the cotangents, and returns
-every gradient by name. The equation is
+"""Bidirectional RACE attention on the GPU, as steps: sums, outputs, adjoints and gradients.
 
     o_t = φ(zq_t) S / φ(zq_t)·Z   with   [S | Z] = initial + Σ_s φ(zk_s)ᵀ [v_s | 1]
+
+Between the steps, the caller adds the initial state to the sums, and the cotangent of the total
+state to the adjoints.
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,152 +17,194 @@ from pallas_kernels.blocks import Blocks
 from pallas_kernels.causal_gradients import shares, total
 from pallas_kernels.causal_outputs import split_sums
 from pallas_kernels.centre import centred, common_adjoint, mean_value
-from pallas_kernels.plan import flat_projections, pad_to, padded_state, plan, traced_alike, unflat
-from pallas_kernels.tiles import Shared
+from pallas_kernels.plan import (
+    flat_projections,
+    like_pair,
+    pad_to,
+    padded_state,
+    plan,
+    traced_alike,
+    unflat,
+)
+from pallas_kernels.tiles import Problem, Shared
 
 
-class BidirectionalForward(NamedTuple):
-    """Outputs and total state of a bidirectional call."""
+class BidirectionalOperands(NamedTuple):
+    """The arrays of a bidirectional call. The steps take any other tuple with these fields too.
 
-    out: jax.Array  # (B, T, N, V), value's dtype
-    total_numerator: jax.Array  # (B, K, F, V) float32
-    total_mass: jax.Array  # (B, K, F) float32
-
-
-class BidirectionalGradients(NamedTuple):
-    """Cotangents of the inputs of a bidirectional call."""
-
-    zq: jax.Array
-    zk: jax.Array
-    value: jax.Array
-    sharpness: jax.Array
-    initial_numerator: jax.Array
-    initial_mass: jax.Array
-
-
-@traced_alike
-def bidirectional_forward(
-    zq: jax.Array,
-    zk: jax.Array,
-    value: jax.Array,
-    sharpness: jax.Array,
-    key_value_mask: jax.Array | None,
-    initial_numerator: jax.Array,
-    initial_mass: jax.Array,
-    *,
-    hash_shape: tuple[int, int] | None = None,
-    exact: bool = True,
-    interpret: bool = False,
-    config: Blocks | None = None,
-) -> BidirectionalForward:
-    """Returns the outputs of queries that see every key, and the total state.
-
-    Args:
-      zq: hash projections of the queries, (B, T, N, L, P), float32 or bfloat16.
-      zk: hash projections of the keys, (B, S, K, L, P). N is a multiple of K. S may differ from T.
+    Attributes:
+      z_q: hash projections of the queries, (B, T, N, L, P), or flat, as in `CausalOperands`.
+      z_k: hash projections of the keys, (B, S, K, L, P), in the same form. N is a multiple of K.
       value: (B, S, K, V), float32 or bfloat16. Products have its precision.
       sharpness: (K,) float32, positive.
-      key_value_mask: (B, S) bool, False at padded tokens. zk and value must be finite there.
-      initial_numerator: (B, K, F, V) float32, added to the sums over the keys.
-      initial_mass: (B, K, F) float32, added to the sums over the keys.
-      hash_shape: (L, P) if z is flat, of shape (..., 1, X), or None. Column l·P + p of a flat z is
-        plane p of table l, and the columns after the last plane are zero. With
-        X = projection_columns(L, P) no copy is made.
+      mask: (B, S) bool, False at padded tokens, or None. z and values must be finite there.
+      sums: the numerator (B, K, F, V) and the mass (B, K, F) of the initial state, in float32.
+    """
+
+    z_q: jax.Array
+    z_k: jax.Array
+    value: jax.Array
+    sharpness: jax.Array
+    mask: jax.Array | None
+    sums: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class BidirectionalSteps:
+    """The steps of a bidirectional call on the GPU.
+
+    The steps take states without padding, and pad them to the sizes that the products take.
+
+    Attributes:
+      hash_shape: (L, P), which the shape of a flat z does not show.
       exact: whether products of float32 operands are exact, rather than TF32.
       interpret: whether to run the kernels in Pallas's interpreter, which works on any platform.
       config: block sizes, or None to choose them by shape.
-
-    Returns:
-      A BidirectionalForward. Sums are kept in float32.
     """
+
+    hash_shape: tuple[int, int]
+    exact: bool = True
+    interpret: bool = False
+    config: Blocks | None = None
+
+    def sums(self, operands: Any) -> Any:
+        """Returns the sums of all keys: (B, K, F, V) and (B, K, F), in float32."""
+        return _sums(operands, steps=self)
+
+    def outputs(self, operands: Any, totals: Any) -> jax.Array:
+        """Returns the outputs (B, T, N, V), from the total state."""
+        return _outputs(operands, totals, steps=self)
+
+    def adjoints(
+        self, operands: Any, totals: Any, d_out: jax.Array, d_totals: Any
+    ) -> tuple[tuple, tuple, tuple]:
+        """Returns the adjoint of the total state from the outputs.
+
+        Args:
+          operands: as given to `outputs`.
+          totals: as given to `outputs`.
+          d_out: the cotangent of the outputs, (B, T, N, V).
+          d_totals: the cotangent of the total state.
+
+        Returns:
+          The adjoint, with padded sizes and a mass for every value block, then `d_totals` in the
+          same form, and then the gradients of the queries, which `gradients` takes as `kept`.
+        """
+        return _adjoints(operands, totals, d_out, d_totals, steps=self)
+
+    def gradients(
+        self, operands: Any, totals: Any, d_out: jax.Array, d_sums: tuple, kept: tuple
+    ) -> Any:
+        """Returns the gradients of the operands, in a tuple of the same kind.
+
+        Args:
+          operands: as given to `adjoints`.
+          totals: as given to `adjoints`.
+          d_out: as given to `adjoints`.
+          d_sums: the whole adjoint of the total state, in the form of `adjoints`.
+          kept: what `adjoints` returned for this step.
+        """
+        del totals, d_out
+        return _gradients(operands, d_sums, kept, steps=self)
+
+
+class _Call(NamedTuple):
+    """What every step needs: the sizes of queries and keys, blocks and padded arrays."""
+
+    queries: Problem
+    keys: Problem
+    blocks: Blocks
+    zq: jax.Array
+    zk: jax.Array
+    value: jax.Array
+
+
+def _prepare(steps: BidirectionalSteps, operands: Any) -> _Call:
+    value = operands.value
+    z_q, z_k = (z.astype(value.dtype) for z in (operands.z_q, operands.z_k))
     queries, keys, blocks = plan(
-        zq, zk, value, interpret, config, hash_shape=hash_shape, is_causal=False, exact=exact
+        z_q,
+        z_k,
+        value,
+        steps.interpret,
+        steps.config,
+        hash_shape=steps.hash_shape,
+        is_causal=False,
+        exact=steps.exact,
     )
-    shared = Shared(sharpness, mask=key_value_mask)
-    flat_k, wide = flat_projections(keys, zk), pad_to(value, keys.value_dim)
-    sums = split_sums(keys, blocks.sums, shared, flat_k, wide)
-    initial = padded_state(keys, initial_numerator, initial_mass)
-    totals = tuple(x + y.sum(axis=2) for x, y in zip(initial, sums, strict=True))
-    shared = Shared(sharpness)
-    out = kernels.read(queries, blocks.outputs, shared, flat_projections(queries, zq), totals)
-    features, value_dim = initial_numerator.shape[-2:]
-    return BidirectionalForward(
-        out[..., :value_dim], totals[0][..., :features, :value_dim], totals[1][..., :features]
+    return _Call(
+        queries,
+        keys,
+        blocks,
+        flat_projections(queries, z_q),
+        flat_projections(keys, z_k),
+        pad_to(value, keys.value_dim),
     )
 
 
 @traced_alike
-def bidirectional_backward(
-    zq: jax.Array,
-    zk: jax.Array,
-    value: jax.Array,
-    sharpness: jax.Array,
-    key_value_mask: jax.Array | None,
-    initial_numerator: jax.Array,
-    initial_mass: jax.Array,
-    total_numerator: jax.Array,
-    total_mass: jax.Array,
-    d_out: jax.Array,
-    d_total_numerator: jax.Array,
-    d_total_mass: jax.Array,
-    *,
-    hash_shape: tuple[int, int] | None = None,
-    exact: bool = True,
-    interpret: bool = False,
-    config: Blocks | None = None,
-) -> BidirectionalGradients:
-    """Returns the gradients of `bidirectional_forward`.
+def _sums(operands: Any, *, steps: BidirectionalSteps) -> Any:
+    call = _prepare(steps, operands)
+    shared = Shared(operands.sharpness, mask=operands.mask)
+    sums = split_sums(call.keys, call.blocks.sums, shared, call.zk, call.value)
+    numerator, mass = (x.sum(axis=2) for x in sums)
+    features, value_dim = operands.sums[0].shape[-2:]
+    return like_pair(operands.sums, numerator[..., :features, :value_dim], mass[..., :features])
 
-    Args:
-      zq: as given to `bidirectional_forward`.
-      zk: as given to `bidirectional_forward`.
-      value: as given to `bidirectional_forward`.
-      sharpness: as given to `bidirectional_forward`.
-      key_value_mask: as given to `bidirectional_forward`.
-      initial_numerator: as given to `bidirectional_forward`.
-      initial_mass: as given to `bidirectional_forward`.
-      total_numerator: (B, K, F, V), as `bidirectional_forward` returned it.
-      total_mass: (B, K, F), as `bidirectional_forward` returned it.
-      d_out: the cotangent of the outputs, (B, T, N, V).
-      d_total_numerator: the cotangent of the total numerator, (B, K, F, V) float32.
-      d_total_mass: the cotangent of the total mass, (B, K, F) float32.
-      hash_shape: as for `bidirectional_forward`.
-      exact: as for `bidirectional_forward`.
-      interpret: as for `bidirectional_forward`.
-      config: as for `bidirectional_forward`.
 
-    Returns:
-      A BidirectionalGradients. Each gradient has the dtype of its input.
-    """
-    queries, keys, blocks = plan(
-        zq, zk, value, interpret, config, hash_shape=hash_shape, is_causal=False, exact=exact
-    )
-    totals = padded_state(queries, total_numerator, total_mass)
-    d_totals = padded_state(queries, d_total_numerator, d_total_mass)
-    wide_d_out = pad_to(d_out.astype(value.dtype), queries.value_dim)
-    flat_q, flat_k = flat_projections(queries, zq), flat_projections(keys, zk)
+@traced_alike
+def _outputs(operands: Any, totals: Any, *, steps: BidirectionalSteps) -> jax.Array:
+    call = _prepare(steps, operands)
+    totals = padded_state(call.queries, *totals)
+    shared = Shared(operands.sharpness)
+    out = kernels.read(call.queries, call.blocks.outputs, shared, call.zq, totals)
+    return out[..., : operands.value.shape[-1]]
+
+
+@traced_alike
+def _adjoints(
+    operands: Any, totals: Any, d_out: jax.Array, d_totals: Any, *, steps: BidirectionalSteps
+) -> tuple[tuple, tuple, tuple]:
+    call = _prepare(steps, operands)
+    totals = padded_state(call.queries, *totals)
     mean = mean_value(*totals)
-    totals = centred(*totals, mean), totals[1]
-    d_zq, d_sharpness_q, (numerator, mass) = kernels.query_gradients(
-        queries, blocks.query, Shared(sharpness), flat_q, totals, wide_d_out
+    d_zq, d_sharpness, (numerator, mass) = kernels.query_gradients(
+        call.queries,
+        call.blocks.query,
+        Shared(operands.sharpness),
+        call.zq,
+        (centred(*totals, mean), totals[1]),
+        pad_to(d_out.astype(operands.value.dtype), call.queries.value_dim),
     )
     # The kernel computes δ as do·(o - m). In each of its value blocks, its Λ_Z = -Σ q̂ δ is
-    # therefore too large by Σ q̂ μ = Λ m, which is subtracted here. The cotangent of the total mass
-    # is added in the first block.
+    # therefore too large by Σ q̂ μ = Λ m, which is subtracted here.
     offset = (numerator * mean[..., None, :]).reshape(*numerator.shape[:3], mass.shape[0], -1)
-    mass += shares(d_totals[1][None], mass.shape[0]) - jnp.moveaxis(offset.sum(axis=-1), 3, 0)
-    adjoint = d_totals[0] + numerator, mass
-    shared = Shared(sharpness, mask=key_value_mask)
-    wide = pad_to(value, keys.value_dim)
-    d_zk, d_value, d_sharpness_k = kernels.key_value_gradients(
-        keys, blocks.key, shared, flat_k, wide, adjoint, common_adjoint(*adjoint, keys.buckets)
+    mass -= jnp.moveaxis(offset.sum(axis=-1), 3, 0)
+    # The cotangent of the total mass is in the first value block.
+    d_numerator, d_mass = padded_state(call.queries, *d_totals)
+    last = d_numerator, shares(d_mass[None], mass.shape[0])
+    return (numerator, mass), last, (d_zq, d_sharpness)
+
+
+@traced_alike
+def _gradients(operands: Any, adjoint: tuple, kept: tuple, *, steps: BidirectionalSteps) -> Any:
+    call, (d_zq, d_sharpness) = _prepare(steps, operands), kept
+    d_zk, d_value, more = kernels.key_value_gradients(
+        call.keys,
+        call.blocks.key,
+        Shared(operands.sharpness, mask=operands.mask),
+        call.zk,
+        call.value,
+        adjoint,
+        common_adjoint(*adjoint, call.keys.buckets),
     )
-    features, value_dim = initial_numerator.shape[-2:]
-    return BidirectionalGradients(
-        unflat(d_zq, zq),
-        unflat(d_zk, zk),
-        d_value[..., :value_dim],
-        (d_sharpness_q + d_sharpness_k).astype(sharpness.dtype),
-        adjoint[0][..., :features, :value_dim],
-        total(mass)[..., :features],
+    features, value_dim = operands.sums[0].shape[-2:]
+    d_numerator, d_mass = adjoint[0][..., :features, :value_dim], total(adjoint[1])[..., :features]
+    return operands._replace(
+        z_q=unflat(d_zq, operands.z_q),
+        z_k=unflat(d_zk, operands.z_k),
+        value=d_value[..., : operands.value.shape[-1]],
+        sharpness=(d_sharpness + more).astype(operands.sharpness.dtype),
+        mask=None,
+        sums=like_pair(operands.sums, d_numerator, d_mass),
     )

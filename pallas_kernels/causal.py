@@ -21,6 +21,7 @@ from pallas_kernels.centre import common_adjoint, less_common, mean_value
 from pallas_kernels.decay import later_flow, running_decay
 from pallas_kernels.plan import (
     flat_projections,
+    like_pair,
     pad_to,
     padded_state,
     plan,
@@ -194,7 +195,7 @@ def _sums(operands: Any, *, steps: CausalSteps) -> Any:
     )
     features, value_dim = operands.sums[0].shape[-2:]
     numerator = numerator[..., :features, :value_dim]
-    return _of_type(operands.sums, (numerator, mass[..., :features]))
+    return like_pair(operands.sums, numerator, mass[..., :features])
 
 
 @traced_alike
@@ -270,14 +271,9 @@ def _gradients(
         log_decay=d_log_decay,
         mask=None,
         segment=None,
-        sums=_of_type(operands.sums, d_sums),
+        sums=like_pair(operands.sums, *d_sums),
         initial_segment=None,
     )
-
-
-def _of_type(sums: Any, pair: tuple) -> Any:
-    """Returns a numerator and a mass in the kind of pair that the caller uses."""
-    return jax.tree.unflatten(jax.tree.structure(sums), pair)
 
 
 def _prepare(steps: CausalSteps, operands: Any) -> _Call:

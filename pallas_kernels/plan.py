@@ -6,6 +6,7 @@ The padding is exact: it adds columns of zeros that no output depends on.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,3 +131,8 @@ def pad_to(x: jax.Array, size: int, axis: int = -1) -> jax.Array:
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, padding)
+
+
+def like_pair(pair: Any, numerator: jax.Array, mass: jax.Array) -> Any:
+    """Returns a numerator and a mass in the kind of pair that the caller uses."""
+    return jax.tree.unflatten(jax.tree.structure(pair), (numerator, mass))

@@ -113,10 +113,10 @@ def _causal_forward(plan: Plan, operands: causal.Operands):
     def wide(operands):
         if _alone(blocks):
             return causal.forward(plan.logical(operands), blocks=blocks, chunk=CAUSAL_WIDE)
-        return passes.forward(_xla_steps(plan, operands, blocks), plan.logical(operands))
+        return passes.causal_forward(_xla_steps(plan, operands, blocks), plan.logical(operands))
 
     def pallas(operands):
-        return passes.forward(_kernel_steps(plan, operands), operands)
+        return passes.causal_forward(_kernel_steps(plan, operands), operands)
 
     with jax.named_scope("race_attention/causal"):
         out, final, starts = _by_platform(plan, cpu, wide, pallas)(operands)
@@ -137,11 +137,11 @@ def _causal_backward(plan: Plan, residuals: tuple, cotangents: tuple):
             gradient = causal.backward(logical, starts, *cotangents, chunk=CAUSAL_WIDE)
         else:
             steps = _xla_steps(plan, operands, blocks)
-            gradient = passes.backward(steps, logical, final, starts, *cotangents)
+            gradient = passes.causal_backward(steps, logical, final, starts, *cotangents)
         return plan.flat(gradient, operands)
 
     def pallas(operands, *rest):
-        return passes.backward(_kernel_steps(plan, operands), operands, *rest)
+        return passes.causal_backward(_kernel_steps(plan, operands), operands, *rest)
 
     with _backward_scope("causal", plan):
         return (_by_platform(plan, cpu, wide, pallas)(*residuals, *cotangents),)
@@ -163,7 +163,7 @@ def _xla_steps(plan: Plan, operands: causal.Operands, blocks: int) -> causal.XLA
     return causal.XLASteps(operands.value.shape[1], blocks, CAUSAL_WIDE)
 
 
-def _kernel_steps(plan: Plan, operands: causal.Operands) -> passes.Steps:
+def _kernel_steps(plan: Plan, operands: causal.Operands) -> passes.CausalSteps:
     return kernels().CausalSteps.of(operands, **plan.kernel_options)
 
 
@@ -178,24 +178,30 @@ def run_bidirectional(plan: Plan, operands: bidirectional.Operands) -> tuple[jax
 
 def _bidirectional_forward(plan: Plan, operands: bidirectional.Operands):
     def xla(tiling, operands):
-        return bidirectional.forward(plan.logical(operands), tiling=tiling)
+        steps = bidirectional.XLASteps(tiling)
+        return passes.bidirectional_forward(steps, plan.logical(operands))
 
-    pallas = functools.partial(_pallas_bidirectional_forward, plan)
-    run = _by_platform(plan, *_tiled(xla), pallas)
+    def pallas(operands):
+        steps = kernels().BidirectionalSteps(**plan.kernel_options)
+        return passes.bidirectional_forward(steps, operands)
+
     with jax.named_scope("race_attention/bidirectional"):
-        out, totals = run(operands)
+        out, totals = _by_platform(plan, *_tiled(xla), pallas)(operands)
     return (out, totals), (operands, totals)
 
 
 def _bidirectional_backward(plan: Plan, residuals: tuple, cotangents: tuple):
     def xla(tiling, operands, *rest):
-        gradient = bidirectional.backward(plan.logical(operands), *rest, tiling=tiling)
+        steps = bidirectional.XLASteps(tiling)
+        gradient = passes.bidirectional_backward(steps, plan.logical(operands), *rest)
         return plan.flat(gradient, operands)
 
-    pallas = functools.partial(_pallas_bidirectional_backward, plan)
-    run = _by_platform(plan, *_tiled(xla), pallas)
+    def pallas(operands, *rest):
+        steps = kernels().BidirectionalSteps(**plan.kernel_options)
+        return passes.bidirectional_backward(steps, operands, *rest)
+
     with _backward_scope("bidirectional", plan):
-        return (run(*residuals, *cotangents),)
+        return (_by_platform(plan, *_tiled(xla), pallas)(*residuals, *cotangents),)
 
 
 run_bidirectional.defvjp(_bidirectional_forward, _bidirectional_backward)
@@ -212,40 +218,3 @@ def _backward_scope(form: str, plan: Plan):
         jax.default_matmul_precision(plan.precision),
     ):
         yield
-
-
-def _pallas_bidirectional_forward(
-    plan: Plan, operands: bidirectional.Operands
-) -> tuple[jax.Array, Sums]:
-    z_q, z_k, value, sharpness, mask, sums = operands
-    out, *totals = kernels().bidirectional_forward(
-        z_q.astype(value.dtype),
-        z_k.astype(value.dtype),
-        value,
-        sharpness,
-        mask,
-        *sums,
-        **plan.kernel_options,
-    )
-    return out, Sums(*totals)
-
-
-def _pallas_bidirectional_backward(
-    plan: Plan, operands: bidirectional.Operands, totals: Sums, d_out: jax.Array, d_totals: Sums
-) -> bidirectional.Operands:
-    z_q, z_k, value, sharpness, mask, sums = operands
-    d_z_q, d_z_k, d_value, d_sharpness, *d_sums = kernels().bidirectional_backward(
-        z_q.astype(value.dtype),
-        z_k.astype(value.dtype),
-        value,
-        sharpness,
-        mask,
-        *sums,
-        *totals,
-        d_out,
-        *d_totals,
-        **plan.kernel_options,
-    )
-    return bidirectional.Operands(
-        d_z_q.astype(z_q.dtype), d_z_k.astype(z_k.dtype), d_value, d_sharpness, None, Sums(*d_sums)
-    )

@@ -106,6 +106,16 @@ def exclusive(
     return run(factors, sums, first, reverse)
 
 
+def total(sums: Any, first: Any, *, axis_name: str | None = None) -> Any:
+    """Returns ``first + sums``, added over the devices of a mesh axis if it is given."""
+    whole = jax.tree.map(jnp.add, first, sums)
+    if axis_name is None:
+        return whole
+    # The result is marked as varying over the axis, as all arrays of the pass are.
+    summed = jax.lax.psum(whole, axis_name)
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axis_name, to="varying"), summed)
+
+
 def _from_other_devices(
     factor: jax.Array, total: Any, first: Any, reverse: bool, axis_name: str
 ) -> Any:

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import (
+    BidirectionalOperands,
+    BidirectionalSteps,
     Blocks,
     CausalOperands,
     CausalSteps,
-    bidirectional_backward,
-    bidirectional_forward,
 )
 from pallas_kernels.blocks import choose_blocks
 from pallas_kernels.tiles import padded, padded_features
@@ -30,9 +30,9 @@ CAUSAL_GRADIENTS = (
     "zq", "zk", "value", "sharpness", "log_decay", "initial_numerator", "initial_mass",
 )  # fmt: skip
 CausalGradients = NamedTuple("CausalGradients", [(name, Any) for name in CAUSAL_GRADIENTS])
-BIDIRECTIONAL_ARGUMENTS = (
-    *CAUSAL_GRADIENTS[:4], "key_value_mask", "initial_numerator", "initial_mass",
-)  # fmt: skip
+BidirectionalGradients = NamedTuple(
+    "BidirectionalGradients", [(name, Any) for name in CAUSAL_GRADIENTS if name != "log_decay"]
+)
 
 
 class Case(NamedTuple):
@@ -210,9 +210,9 @@ def causal_kernels(
     operands = causal_operands(given)
     hash_shape = given["zq"].shape[3:]
     steps = CausalSteps.of(operands, hash_shape, interpret=interpret, config=config, exact=exact)
-    out, final, starts = passes.forward(steps, operands)
+    out, final, starts = passes.causal_forward(steps, operands)
     d_out, *d_final = cotangents
-    found = passes.backward(steps, operands, final, starts, d_out, Sums(*d_final))
+    found = passes.causal_backward(steps, operands, final, starts, d_out, Sums(*d_final))
     return (out, *final), CausalGradients(*found[:5], *found.sums)
 
 
@@ -232,10 +232,15 @@ def bidirectional_kernels(
     exact: bool = True,
 ) -> tuple:
     """Returns results and gradients of the bidirectional kernels. It is meant to be traced."""
-    arguments = [given[name] for name in BIDIRECTIONAL_ARGUMENTS]
-    options = {"interpret": interpret, "config": config, "exact": exact}
-    result = bidirectional_forward(*arguments, **options)
-    return result, bidirectional_backward(*arguments, *result[1:], *cotangents, **options)
+    names = "zq", "zk", "value", "sharpness", "key_value_mask"
+    sums = Sums(given["initial_numerator"], given["initial_mass"])
+    operands = BidirectionalOperands(*(given[name] for name in names), sums)
+    hash_shape = given["zq"].shape[3:]
+    steps = BidirectionalSteps(hash_shape, interpret=interpret, config=config, exact=exact)
+    out, totals = passes.bidirectional_forward(steps, operands)
+    d_out, *d_totals = cotangents
+    found = passes.bidirectional_backward(steps, operands, totals, d_out, Sums(*d_totals))
+    return (out, *totals), BidirectionalGradients(*found[:4], *found.sums)
 
 
 # To compile interpreted kernels takes far longer than to run them, so they are not optimized.

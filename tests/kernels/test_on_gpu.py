@@ -190,7 +190,7 @@ def test_a_long_sequence_equals_its_halves(length, assert_close):
             *arrays, None, None, None, Sums(*state[:2]), state[2]
         )
         steps = pallas_kernels.CausalSteps.of(operands, (3, 3))
-        out, final, _ = passes.forward(steps, operands)
+        out, final, _ = passes.causal_forward(steps, operands)
         return out, (*final, state[2])
 
     middle = length // 2 + 77
@@ -220,8 +220,8 @@ def test_gradients_past_2_31_elements_equal_those_of_the_halves(assert_close):
         arrays = zq[:, cut], zk[:, cut], value[:, cut], jnp.full((4,), 2.0)
         operands = pallas_kernels.CausalOperands(*arrays, None, None, None, state, segment)
         steps = pallas_kernels.CausalSteps.of(operands, (3, 3))
-        _, final, starts = passes.forward(steps, operands)
-        gradients = passes.backward(steps, operands, final, starts, d_out[:, cut], d_final)
+        _, final, starts = passes.causal_forward(steps, operands)
+        gradients = passes.causal_backward(steps, operands, final, starts, d_out[:, cut], d_final)
         return gradients, final
 
     arrays = zq, zk, value, d_out

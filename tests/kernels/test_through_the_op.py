@@ -4,7 +4,6 @@ The kernels are interpreted. The other case is XLA's code on the CPU of a host t
 gets the same flat projections.
 """
 
-import functools
 from types import SimpleNamespace
 
 import jax
@@ -17,7 +16,6 @@ import race_jax
 from race_jax.core import dispatch, implementations
 from tests.kernels.dense import QUICK_COMPILE
 
-PASSES = ["bidirectional_forward", "bidirectional_backward"]
 CHOICES = {"pallas": dispatch.PALLAS_ASKED, "by platform": dispatch.BY_PLATFORM}
 
 
@@ -32,14 +30,15 @@ def choose_kernels(request, monkeypatch):
         shapes.append(operands.z_q.shape[3:])
         return pallas_kernels.CausalSteps.of(operands, hash_shape, **given | options)
 
-    def run(name, z_q, *rest, **given):
-        shapes.append(z_q.shape[3:])
-        return getattr(pallas_kernels, name)(z_q, *rest, **given | options)
+    class Bidirectional(pallas_kernels.BidirectionalSteps):
+        def outputs(self, operands, totals):
+            shapes.append(operands.z_q.shape[3:])
+            return super().outputs(operands, totals)
 
     kernels = SimpleNamespace(
         CausalSteps=SimpleNamespace(of=steps),
+        BidirectionalSteps=lambda **given: Bidirectional(**given | options),
         projection_columns=pallas_kernels.projection_columns,
-        **{name: functools.partial(run, name) for name in PASSES},
     )
     monkeypatch.setattr(implementations, "kernels", lambda: kernels)
 

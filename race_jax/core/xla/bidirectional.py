@@ -8,6 +8,7 @@ backward pass needs beside the operands.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -44,84 +45,87 @@ class Operands(NamedTuple):
     sums: Sums
 
 
-def forward(operands: Operands, *, tiling: Tiling) -> tuple[jax.Array, Sums]:
-    """Returns the output ``(B, T, N, V)`` and the total sums.
+@dataclasses.dataclass(frozen=True)
+class XLASteps:
+    """The steps of ``passes.py`` in plain XLA.
 
-    Args:
-      operands: the arrays, with T >= 1 and S >= 1.
+    Attributes:
       tiling: the chunk size, and whether blocks run in parallel.
     """
-    sharpness = operands.sharpness
 
-    def add(carry: Sums, piece: tuple, index: jax.Array) -> tuple[Sums, tuple]:
-        phi_k, value = hash_keys(sharpness, *piece)
-        own = Sums(jnp.einsum("bkfs,bksv->bkfv", phi_k, value), phi_k.sum(axis=-1))
-        return jax.tree.map(jnp.add, carry, own), ()
+    tiling: Tiling
 
-    totals, _ = _walk(add, operands.sums, _key_arrays(operands, tiling), (), tiling)
+    def sums(self, operands: Operands) -> Sums:
+        def add(carry: Sums, piece: tuple, index: jax.Array) -> tuple[Sums, tuple]:
+            phi_k, value = hash_keys(operands.sharpness, *piece)
+            own = Sums(jnp.einsum("bkfs,bksv->bkfv", phi_k, value), phi_k.sum(axis=-1))
+            return jax.tree.map(jnp.add, carry, own), ()
 
-    def read(carry: tuple, z_q: jax.Array, index: jax.Array) -> tuple[tuple, jax.Array]:
-        phi_q = chunks.features(z_q, sharpness)
-        numerator = jnp.einsum("bkgft,bkfv->bkgtv", phi_q, totals.numerator)
-        mass = jnp.einsum("bkgft,bkf->bkgt", phi_q, totals.mass)
-        return carry, jnp.moveaxis(state.normalize(numerator, mass), 3, 1)
+        keys = _key_arrays(operands, self.tiling)
+        return _walk(add, chunks.zeros_like(operands.sums), keys, (), self.tiling)[0]
 
-    z_q = group(operands.z_q, operands.value.shape[2])
-    shape = (*z_q.shape[:4], operands.value.shape[-1])
-    out = jnp.zeros_like(operands.value, shape=shape)
-    _, out = _walk(read, (), z_q, out, tiling)
-    return out.reshape(*operands.z_q.shape[:3], operands.value.shape[-1]), totals
+    def outputs(self, operands: Operands, totals: Sums) -> jax.Array:
+        def read(carry: tuple, z_q: jax.Array, index: jax.Array) -> tuple[tuple, jax.Array]:
+            phi_q = chunks.features(z_q, operands.sharpness)
+            numerator = jnp.einsum("bkgft,bkfv->bkgtv", phi_q, totals.numerator)
+            mass = jnp.einsum("bkgft,bkf->bkgt", phi_q, totals.mass)
+            return carry, jnp.moveaxis(state.normalize(numerator, mass), 3, 1)
 
+        z_q = group(operands.z_q, operands.value.shape[2])
+        shape = (*z_q.shape[:4], operands.value.shape[-1])
+        out = jnp.zeros_like(operands.value, shape=shape)
+        _, out = _walk(read, (), z_q, out, self.tiling)
+        return out.reshape(*operands.z_q.shape[:3], operands.value.shape[-1])
 
-def backward(
-    operands: Operands, totals: Sums, d_out: jax.Array, d_totals: Sums, *, tiling: Tiling
-) -> Operands:
-    """Returns the cotangents of the operands, with None for the mask.
+    def adjoints(
+        self, operands: Operands, totals: Sums, d_out: jax.Array, d_totals: Sums
+    ) -> tuple[Sums, Sums, tuple[jax.Array, jax.Array]]:
+        def rows(carry: tuple[Sums, jax.Array], piece: tuple[jax.Array, jax.Array], index):
+            (d_sums, d_sharpness), (z_q, d_out) = carry, piece
+            phi_q = chunks.features(z_q, operands.sharpness)
+            d_out = jnp.moveaxis(d_out, 1, 3).astype(phi_q.dtype)
+            mass = jnp.einsum("bkgft,bkf->bkgt", phi_q, totals.mass)
+            seen = mass > state.MIN_MASS
+            inverse = jnp.where(seen, 1.0 / jnp.where(seen, mass, 1.0), 0.0)
+            along = jnp.einsum("bkfv,bkgtv->bkgft", totals.numerator, d_out)
+            d_mass = -((phi_q * along).sum(axis=-2) * inverse) * inverse
+            d_phi = along * inverse[..., None, :]
+            d_phi += d_mass[..., None, :] * totals.mass[:, :, None, :, None]
+            d_numerator = d_out * inverse[..., None]
+            own = Sums(
+                jnp.einsum("bkgft,bkgtv->bkfv", phi_q, d_numerator),
+                jnp.einsum("bkgft,bkgt->bkf", phi_q, d_mass),
+            )
+            d_z_q, more = chunks.pull_features(z_q, operands.sharpness, phi_q, d_phi)
+            return (jax.tree.map(jnp.add, d_sums, own), d_sharpness + more), d_z_q
 
-    Args:
-      operands: as given to ``forward``.
-      totals: the total sums from ``forward``.
-      d_out: ``(B, T, N, V)``.
-      d_totals: the cotangent of the total sums.
-      tiling: as given to ``forward``.
-    """
-    sharpness = operands.sharpness
+        z_q, d_out = (group(x, operands.value.shape[2]) for x in (operands.z_q, d_out))
+        carry = chunks.zeros_like(d_totals), jnp.zeros_like(operands.sharpness)
+        carry, d_z_q = _walk(rows, carry, (z_q, d_out), jnp.zeros_like(z_q), self.tiling)
+        d_sums, d_sharpness = carry
+        return d_sums, d_totals, (d_z_q.reshape(operands.z_q.shape), d_sharpness)
 
-    def rows(carry: tuple[Sums, jax.Array], piece: tuple[jax.Array, jax.Array], index: jax.Array):
-        (d_sums, d_sharpness), (z_q, d_out) = carry, piece
-        phi_q = chunks.features(z_q, sharpness)
-        d_out = jnp.moveaxis(d_out, 1, 3).astype(phi_q.dtype)
-        mass = jnp.einsum("bkgft,bkf->bkgt", phi_q, totals.mass)
-        seen = mass > state.MIN_MASS
-        inverse = jnp.where(seen, 1.0 / jnp.where(seen, mass, 1.0), 0.0)
-        along = jnp.einsum("bkfv,bkgtv->bkgft", totals.numerator, d_out)
-        d_mass = -((phi_q * along).sum(axis=-2) * inverse) * inverse
-        d_phi = along * inverse[..., None, :]
-        d_phi += d_mass[..., None, :] * totals.mass[:, :, None, :, None]
-        d_numerator = d_out * inverse[..., None]
-        own = Sums(
-            jnp.einsum("bkgft,bkgtv->bkfv", phi_q, d_numerator),
-            jnp.einsum("bkgft,bkgt->bkf", phi_q, d_mass),
-        )
-        d_z_q, more = chunks.pull_features(z_q, sharpness, phi_q, d_phi)
-        return (jax.tree.map(jnp.add, d_sums, own), d_sharpness + more), d_z_q
+    def gradients(
+        self,
+        operands: Operands,
+        totals: Sums,
+        d_out: jax.Array,
+        d_sums: Sums,
+        kept: tuple[jax.Array, jax.Array],
+    ) -> Operands:
+        def columns(d_sharpness: jax.Array, piece: tuple, index: jax.Array):
+            z_k, value, mask = piece
+            phi_k, value = hash_keys(operands.sharpness, z_k, value, mask)
+            d_phi = jnp.einsum("bkfv,bksv->bkfs", d_sums.numerator, value) + d_sums.mass[..., None]
+            d_value = jnp.einsum("bkfs,bkfv->bksv", phi_k, d_sums.numerator)
+            d_z_k, more = chunks.pull_features(z_k, operands.sharpness, phi_k, d_phi)
+            return d_sharpness + more, (d_z_k, jnp.moveaxis(d_value, 2, 1))
 
-    arrays = jax.tree.map(lambda x: group(x, operands.value.shape[2]), (operands.z_q, d_out))
-    carry = d_totals, jnp.zeros_like(sharpness)
-    (d_sums, d_sharpness), d_z_q = _walk(rows, carry, arrays, jnp.zeros_like(arrays[0]), tiling)
-
-    def columns(d_sharpness: jax.Array, piece: tuple, index: jax.Array):
-        z_k, value, mask = piece
-        phi_k, value = hash_keys(sharpness, z_k, value, mask)
-        d_phi = jnp.einsum("bkfv,bksv->bkfs", d_sums.numerator, value) + d_sums.mass[..., None]
-        d_value = jnp.einsum("bkfs,bkfv->bksv", phi_k, d_sums.numerator)
-        d_z_k, more = chunks.pull_features(z_k, sharpness, phi_k, d_phi)
-        return d_sharpness + more, (d_z_k, jnp.moveaxis(d_value, 2, 1))
-
-    written = jnp.zeros_like(operands.z_k), jnp.zeros_like(operands.value)
-    keys = _key_arrays(operands, tiling)
-    d_sharpness, (d_z_k, d_value) = _walk(columns, d_sharpness, keys, written, tiling)
-    return Operands(d_z_q.reshape(operands.z_q.shape), d_z_k, d_value, d_sharpness, None, d_sums)
+        d_z_q, d_sharpness = kept
+        written = jnp.zeros_like(operands.z_k), jnp.zeros_like(operands.value)
+        keys = _key_arrays(operands, self.tiling)
+        d_sharpness, (d_z_k, d_value) = _walk(columns, d_sharpness, keys, written, self.tiling)
+        return Operands(d_z_q, d_z_k, d_value, d_sharpness, None, d_sums)
 
 
 def _plan(length: Size, tiling: Tiling) -> Layout:
