@@ -39,7 +39,7 @@ def script():
 
 
 def save_run(directory, tokenizer, **changes):
-    """Saves a run of no steps, with the model that `build` makes."""
+    """A run of no steps, with the model that `build` makes."""
     model = describe(**changes)
     config = Config(model=model, data=DataConfig(sequence_length=8)).validate()
     params, fixed = nnx.state(build(tokenizer.vocab_size, **changes), nnx.Param, ...)
