@@ -27,8 +27,11 @@ HOPPER_CARDS = ("H100", "H200", "H800", "H20", "GH200")
 # to compile.
 _EXACT_PRODUCT = lax.DotAlgorithmPreset.BF16_BF16_F32_X6
 _TF32_PRODUCT = lax.DotAlgorithmPreset.TF32_TF32_F32
-NARROW_SIGNS = 64  # columns; so many go into float32 products, which are faster where they fit
-LEAST_EXPONENT = -60000.0  # of log2 φ in float16, whose range ends at 65504
+# Up to this number of columns, a product with signs is a float32 product, which is faster if it
+# fits.
+NARROW_SIGNS = 64
+# The least log2 sigmoid that goes into a product in float16, whose range ends at -65504.
+LEAST_EXPONENT = -60000.0
 _CONTRACT = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}
 
 
@@ -152,23 +155,27 @@ class Arithmetic:
         return lax.reduce_precision(x, 8, 10) if self.interpret else _ptx("cvt.rna.tf32.f32", x)
 
     def rounded(self, x: jax.Array) -> jax.Array:
-        """A float32 tile with the values that `cast` gives."""
+        """Returns a float32 tile with the values that `cast` gives."""
         if self.interpret and self.dtype == jnp.bfloat16:
-            # XLA may drop a cast and its inverse as excess precision.
+            # XLA may remove a cast and its inverse, as excess precision.
             return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
         return self.cast(x).astype(jnp.float32)
 
     def halves(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """Operands whose sum is a float32 tile to twice the bits of one; of float32 only one."""
+        """Returns operands whose sum is a float32 tile, with twice the bits of one operand.
+
+        A float32 operand holds the tile by itself, so there is only one.
+        """
         if self.dtype == jnp.float32:
             return (x,)
         coarse = self.rounded(x)
         return self.cast(coarse), self.cast(x - coarse)
 
     def exponent_dot(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        """A product of exponents and signs: in float16 where `dtype` is bfloat16.
+        """Computes a product of exponents and signs. It is in float16 if `dtype` is bfloat16.
 
-        Exponents lie within its range, and its three more bits make φ eight times as exact.
+        The exponents lie within the range of float16, and its three more bits make φ eight times as
+        exact.
         """
         if self.dtype == jnp.float32:
             return self.dot_signs(a, b)
@@ -256,7 +263,7 @@ def _ptx(instruction: str, x: jax.Array) -> jax.Array:
 
 
 def has_warpgroups() -> bool:
-    """Returns whether this JAX version has what warpgroup.py builds on."""
+    """Returns whether this version of JAX has what warpgroup.py needs."""
     return tuple(int(part) for part in jax.__version__.split(".")[:2]) >= (0, 11)
 
 

@@ -1,9 +1,9 @@
 """Bidirectional RACE attention on the GPU, as steps: sums, outputs, adjoints and gradients.
 
-    o_t = φ(zq_t) X / φ(zq_t)·Z,   [X | Z] = initial + Σ_s φ(zk_s)ᵀ [v_s | 1]
+    o_t = φ(zq_t) S / φ(zq_t)·Z   with   [S | Z] = initial + Σ_s φ(zk_s)ᵀ [v_s | 1]
 
-The caller adds the initial state to the sums between the steps, and the cotangent of the total to
-the adjoints.
+Between the steps, the caller adds the initial state to the sums, and the cotangent of the total
+state to the adjoints.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ class BidirectionalOperands(NamedTuple):
     Attributes:
       z_q: hash projections of the queries, (B, T, N, L, P), or flat, as in `CausalOperands`.
       z_k: hash projections of the keys, (B, S, K, L, P), in the same form. N is a multiple of K.
-      value: (B, S, K, V), float32 or bfloat16. Products take its precision.
-      sharpness: (K,) float32, > 0.
-      mask: (B, S) bool, False at padded tokens, whose z and values must be finite; or None.
+      value: (B, S, K, V), float32 or bfloat16. Products have its precision.
+      sharpness: (K,) float32, positive.
+      mask: (B, S) bool, False at padded tokens, or None. z and values must be finite there.
       sums: the numerator (B, K, F, V) and the mass (B, K, F) of the initial state, in float32.
     """
 
@@ -56,10 +56,10 @@ class BidirectionalSteps:
     The steps take states without padding, and pad them to the sizes that the products take.
 
     Attributes:
-      hash_shape: (L, P), which a flat z does not tell.
-      exact: whether products of float32 operands are exact, or TF32 products.
-      interpret: whether to run the kernels in Pallas' interpreter, on any platform (for tests).
-      config: block sizes; None chooses them by shape.
+      hash_shape: (L, P), which the shape of a flat z does not show.
+      exact: whether products of float32 operands are exact, rather than TF32.
+      interpret: whether to run the kernels in Pallas's interpreter, which works on any platform.
+      config: block sizes, or None to choose them by shape.
     """
 
     hash_shape: tuple[int, int]
@@ -82,13 +82,13 @@ class BidirectionalSteps:
 
         Args:
           operands: as given to `outputs`.
-          totals: likewise.
+          totals: as given to `outputs`.
           d_out: the cotangent of the outputs, (B, T, N, V).
           d_totals: the cotangent of the total state.
 
         Returns:
-          The adjoint, with sizes padded and a mass for every value block; `d_totals` in the same
-          form; and what the queries leave for `gradients`.
+          The adjoint, with padded sizes and a mass for every value block, then `d_totals` in the
+          same form, and then the gradients of the queries, which `gradients` takes as `kept`.
         """
         return _adjoints(operands, totals, d_out, d_totals, steps=self)
 
@@ -99,8 +99,8 @@ class BidirectionalSteps:
 
         Args:
           operands: as given to `adjoints`.
-          totals: likewise.
-          d_out: likewise.
+          totals: as given to `adjoints`.
+          d_out: as given to `adjoints`.
           d_sums: the whole adjoint of the total state, in the form of `adjoints`.
           kept: what `adjoints` returned for this step.
         """
@@ -176,8 +176,8 @@ def _adjoints(
         (centred(*totals, mean), totals[1]),
         pad_to(d_out.astype(operands.value.dtype), call.queries.value_dim),
     )
-    # δ of the kernel is do·(o - m), and Λ m = Σ q̂ μ what its -Σ q̂ δ has too much, in each of its
-    # value blocks.
+    # The kernel computes δ as do·(o - m). In each of its value blocks, its Λ_Z = -Σ q̂ δ is
+    # therefore too large by Σ q̂ μ = Λ m, which is subtracted here.
     offset = (numerator * mean[..., None, :]).reshape(*numerator.shape[:3], mass.shape[0], -1)
     mass -= jnp.moveaxis(offset.sum(axis=-1), 3, 0)
     # The cotangent of the total mass is in the first value block.

@@ -1,9 +1,14 @@
-"""Bidirectional RACE attention, the kernels: every query reads one total state.
+"""The kernels of bidirectional RACE attention, in which every query reads the same total state.
 
-In: z, values or cotangents of a chunk, and the total or its adjoint. Out: outputs, or gradients.
-Equation: o = φq X / φq·Z; with ρ = 1/z and δ = do·o, dφq = ρ (do Xᵀ - δ Z), Λ = Σ (ρ φq)ᵀ do,
-Λ_Z = -Σ ρ δ φq, and for the keys dφk = v Λᵀ + Λ_Z, dv = φk Λ; there Λ and Λ_Z are measured from
-λ and λ_Z, which leaves dz as it is, and dv has L λ more (centre.py).
+The inputs are z, values or cotangents, and the total state or its adjoint. The outputs are the
+outputs of attention, or gradients. The forward pass is o = φq S / z with z = φq·Z. With ρ = 1/z and
+δ = do·o, the gradients are
+
+    dφq = ρ (do Sᵀ - δ Z),   Λ = Σ (ρ φq)ᵀ do,   Λ_Z = -Σ ρ δ φq
+    dφk = v Λᵀ + Λ_Z,   dv = φk Λ
+
+In the code of dφk, λ is subtracted from Λ, and λ_Z from Λ_Z (centre.py). dz of the keys stays the
+same, and L λ is added to dv.
 """
 
 from types import SimpleNamespace
@@ -20,13 +25,13 @@ from pallas_kernels.tiles import MASS, Chunk, Problem, Shared
 
 
 def _total_state(problem: Problem, refs: SimpleNamespace) -> tuple[jax.Array, jax.Array]:
-    """The total, rounded to operands: numerator (F, V), mass (F, MASS)."""
+    """Returns the total as operands of products: the numerator (F, V) and the mass (F, MASS)."""
     mass = jnp.broadcast_to(refs.total_mass[...][:, None], (problem.features, MASS))
     return tuple(problem.arithmetic.cast(x) for x in (refs.total_numerator[...], mass))
 
 
 def _inverses(problem: Problem, chunk: Chunk, queries: jax.Array, mass: jax.Array) -> jax.Array:
-    """ρ (C,), from the same rounded operands as the numerator."""
+    """Returns ρ (C,), from the same rounded operands as the numerator."""
     denominator = jnp.max(problem.arithmetic.dot(queries, mass), axis=1)
     return reciprocals(problem, chunk, denominator)
 
@@ -114,7 +119,7 @@ def _total_inputs(problem: Problem, numerator: jax.Array, mass: jax.Array) -> di
 
 
 def read(problem: Problem, block: Block, shared: Shared, zq, totals: tuple) -> jax.Array:
-    """Outputs (B, T, N, V) from the total state."""
+    """Returns outputs (B, T, N, V) from the total state."""
     problem = problem.cut(block)
     shape = (problem.batch, problem.length, zq.shape[2], problem.value_dim)
     result = launch(
@@ -132,7 +137,10 @@ def read(problem: Problem, block: Block, shared: Shared, zq, totals: tuple) -> j
 
 
 def query_gradients(problem: Problem, block: Block, shared: Shared, zq, totals: tuple, d_out):
-    """dz of the queries, dβ (K,), and the total's adjoint: Λ, and Λ_Z of each value block."""
+    """Returns dz of the queries, dβ (K,), and the adjoint of the total state.
+
+    The adjoint is Λ (B, K, F, V), and Λ_Z (value blocks, B, K, F) of each value block by itself.
+    """
     problem = problem.cut(block)
     state = (problem.batch, problem.kv_heads, problem.splits, problem.features, problem.value_dim)
     result = launch(
@@ -163,9 +171,9 @@ def query_gradients(problem: Problem, block: Block, shared: Shared, zq, totals: 
 def key_value_gradients(
     problem: Problem, block: Block, shared: Shared, zk, value, adjoint: tuple, common: Common
 ):
-    """dz of the keys, dv, and dβ (K,), from the adjoint of the total state.
+    """Returns dz of the keys, dv, and dβ (K,), from the adjoint of the total state.
 
-    The adjoint's mass has a leading axis of value blocks, as the common one's.
+    Λ_Z of the adjoint and λ_Z of `common` have a leading axis of value blocks.
     """
     problem = problem.cut(block)
     numerator, mass = less_common(*adjoint, common)

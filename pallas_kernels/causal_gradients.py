@@ -1,12 +1,17 @@
-"""Causal RACE attention, backward: queries forward in time, then keys and values back in time.
+"""The backward pass of causal RACE attention: the queries forward in time, then the keys backward.
 
-In: the forward's inputs, the state where each split starts, the reference m of its values, the
-cotangents, and what the buckets' adjoints have in common. Out: dz of queries and keys, dv, dβ, dg
-and the cotangent of the initial state; features are computed again.
-Equation: with ρ = 1/z, δ = do·o, q̂ = ρ φq and T = (do vᵀ - δ)∘D,
-    dφq = ρ (T φk + in∘(do Sᵀ - δ Z)),   dφk = Tᵀ q̂ + out∘(v Λᵀ + Λ_Z),
-    dv = ((q̂ φkᵀ)∘D)ᵀ do + out∘(φk Λ),   [Λ | Λ_Z]' = a [Λ | Λ_Z] + (in∘q̂)ᵀ [do | -δ];
-dφq is computed with v, S and δ measured from m, dφk with Λ and Λ_Z from λ and λ_Z (centre.py).
+The inputs are those of the forward pass, the state at the start of each split, the cotangents, and
+the references m and [λ | λ_Z] of centre.py. The outputs are dz of the queries and keys, dv, dβ, the
+terms of dg, and each split's part of the adjoint of the state at its start. Features are computed
+again from z. With ρ = 1/z, δ = do·o, q̂ = ρ φq and T = (do vᵀ - δ)∘D,
+
+    dφq = ρ (T φk + in∘(do Sᵀ - δ Z))
+    dφk = Tᵀ q̂ + out∘(v Λᵀ + Λ_Z)
+    dv = ((q̂ φkᵀ)∘D)ᵀ do + out∘(φk Λ)
+    [Λ | Λ_Z]' = a [Λ | Λ_Z] + (in∘q̂)ᵀ [do | -δ]
+
+In the code of dφq, the reference m is subtracted from v, S and δ. In the code of dφk, λ is
+subtracted from Λ, and λ_Z from Λ_Z.
 """
 
 import functools
@@ -57,7 +62,7 @@ def _query_kernel(problem: Problem, refs: SimpleNamespace) -> None:
             queries, rounded_q = math.cast(phi_q), math.rounded(phi_q)
             d_out = load(refs.d_out, rows, chunk.rows)
             attention = chunk.visible(math.dot(queries, keys, "nt"))
-            if gate:  # δ as exact as it can be had: its error would add up along the sequence
+            if gate:  # an error of δ would add up along the sequence in dg, so δ is more exact here
                 denominator = _exact_denominators(chunk, attention, rounded_q, mass_row)
             else:
                 denominator = denominators(problem, chunk, math.cast(attention), queries, mass)
@@ -96,23 +101,23 @@ def _query_kernel(problem: Problem, refs: SimpleNamespace) -> None:
 
 
 def _exact_denominators(chunk: Chunk, attention, queries, mass_row) -> jax.Array:
-    """z (C,), where nothing but φ is rounded."""
+    """Returns z (C,). Nothing but φ is rounded."""
     read = chunk.enter(jnp.sum(queries * mass_row, axis=1)[:, None])
     return jnp.sum(attention, axis=1) + jnp.max(read, axis=1)
 
 
 def _scaled_queries(chunk: Chunk, feature_map: FeatureMap, refs: SimpleNamespace, head):
-    """q̂ = ρ φq (C, F) in float32."""
+    """Returns q̂ = ρ φq (C, F) in float32."""
     phi_q = hashed_queries(chunk, feature_map, refs.zq, head)
     return phi_q * refs.inverse[head, chunk.span][:, None]
 
 
 def gather(problem: Problem, chunk: Chunk, scaled_q, d_out, delta, state: tuple):
-    """[Λ | Λ_Z] + (in∘q̂)ᵀ [do | -δ]."""
+    """Returns [Λ | Λ_Z] + (in∘q̂)ᵀ [do | -δ]."""
     math, (numerator, mass) = problem.arithmetic, state
-    # Rounded twice, as the row sums take them in account.
+    # The queries are rounded twice, because the row sums of dg assume the same two roundings.
     queries = math.cast(chunk.enter(math.rounded(scaled_q)))
-    # δ in two halves, so that its rounding does not outlive that of do.
+    # δ goes in as two halves, so that its rounding error does not outgrow that of do.
     coarse = math.rounded(delta)
     halves = lax.broadcasted_iota(jnp.int32, (problem.chunk, MASS), 1) < MASS // 2
     parts = math.cast(jnp.where(halves, coarse[:, None], (delta - coarse)[:, None]))
@@ -120,7 +125,7 @@ def gather(problem: Problem, chunk: Chunk, scaled_q, d_out, delta, state: tuple)
 
 
 def mass_total(mass: jax.Array) -> jax.Array:
-    """Λ_Z (F,) from its columns of halves."""
+    """Returns Λ_Z (F,), the sum of the two halves that the columns of `mass` hold."""
     return jnp.sum(mass, axis=1) * (2.0 / MASS)
 
 
@@ -145,9 +150,9 @@ def _reverse_kernel(problem: Problem, refs: SimpleNamespace) -> None:
 
 
 def _key_value_kernel(problem: Problem, refs: SimpleNamespace) -> None:
-    """Gradients of keys, of values, or of both: those whose outputs are there."""
+    """Computes the gradients of keys, of values, or of both: those that have an output."""
     feature_map, math = problem.feature_map(refs), problem.arithmetic
-    # [λ | λ_Z]: the adjoints come less this, as it decays towards the start of the split.
+    # [λ | λ_Z] has been subtracted from the adjoints. It decays towards the start of the split.
     common_mass = None if refs.common_mass is None else refs.common_mass[...]
 
     def body(start, carry):
@@ -189,9 +194,10 @@ def _key_value_kernel(problem: Problem, refs: SimpleNamespace) -> None:
 
 
 def _d_phi_k(problem: Problem, chunk: Chunk, value, heads, state: tuple, refs: SimpleNamespace):
-    """v Λ'ᵀ + Λ_Z' (C, F), and Σ over query heads of Tᵀ q̂: dφk is out∘ the first, and the second.
+    """Returns v Λ'ᵀ + Λ_Z' (C, F), and the sum of Tᵀ q̂ (C, F) over the query heads.
 
-    With a gate Λ' is taken in two halves: column sums add up along the sequence.
+    dφk is the first times `out`, plus the second. With a gate, Λ' goes into its product as two
+    halves, because errors of the column sums would add up along the sequence.
     """
     math = problem.arithmetic
     adjoints = (math.cast(state[0]),) if refs.column is None else math.halves(state[0])
@@ -206,7 +212,7 @@ def _d_phi_k(problem: Problem, chunk: Chunk, value, heads, state: tuple, refs: S
 
 
 def _in_common(problem: Problem, value: jax.Array, common: tuple) -> jax.Array:
-    """v·λ + λ_Z (C, 1): what dφk has in common, which the decay's gradient takes back."""
+    """Returns v·λ + λ_Z (C, 1), the part of dφk that the gradient of the decay has to add back."""
     rows = jnp.broadcast_to(common[0][None, :], (MASS, problem.value_block))
     by_value = problem.arithmetic.dot(value, rows, "nt")
     return (jnp.max(by_value, axis=1) + common[1])[:, None]
@@ -215,7 +221,10 @@ def _in_common(problem: Problem, value: jax.Array, common: tuple) -> jax.Array:
 def _earlier_state(
     problem: Problem, chunk: Chunk, refs: SimpleNamespace, phi_k, heads, state: tuple, decayed
 ):
-    """The adjoint that leaves the chunk backwards; on the way dv = Σ Aᵀ do + out∘(φk Λ' + L λ)."""
+    """Returns the adjoint of the state that enters the chunk.
+
+    If dv is wanted, dv = Σ Aᵀ do + out∘(φk Λ' + L λ) is stored, with A = (q̂ φkᵀ)∘D.
+    """
     math, d_value = problem.arithmetic, None
     if refs.d_value is not None:
         common = problem.tables * decayed * refs.common_numerator[...][None, :]
@@ -241,7 +250,7 @@ def _earlier_state(
 def query_gradients(
     problem: Problem, block: Block, shared: Shared, zq, zk, value, states, mean, d_out
 ):
-    """dz of the queries, ρ, δ, dβ, and with a gate the row sums."""
+    """Returns dz of the queries, ρ, δ, dβ, and the row sums of dg if there is a gate."""
     problem = problem.cut(block)
     gate = shared.gamma is not None
     heads, d_zq_dtype = zq.shape[2], partial_dtype(problem, zq.dtype)
@@ -279,12 +288,15 @@ def query_gradients(
 
 
 def partial_dtype(problem: Problem, dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
-    """float32 for an output that is summed over value blocks afterwards."""
+    """Returns float32 for an output that is summed over value blocks afterwards, else `dtype`."""
     return dtype if problem.value_blocks == 1 else jnp.float32
 
 
 def reverse_sums(problem: Problem, block: Block, shared: Shared, zq, d_out, inverse, delta):
-    """Adjoints (B, K, splits, F, V) and (B, K, splits, F) of each split's starting state."""
+    """Returns each split's own part of the adjoint of the state at its start.
+
+    The parts are the numerator (B, K, splits, F, V) and the mass (value blocks, B, K, splits, F).
+    """
     problem = problem.cut(block)
     shape = (problem.batch, problem.kv_heads, problem.splits, problem.features, problem.value_dim)
     result = launch(
@@ -321,7 +333,10 @@ def key_value_gradients(
     keys: bool = True,
     values: bool = True,
 ):
-    """dz of the keys with dβ and the column sums of dg, or dv, or both; `rows` holds ρ and δ."""
+    """Returns dz of the keys with dβ and the column sums of dg, or dv, or all of these.
+
+    `rows` holds ρ and δ. `keys` and `values` say which gradients are wanted.
+    """
     problem = problem.cut(block)
     gate = keys and shared.gamma is not None
     zq, zk, value = arrays
@@ -368,10 +383,11 @@ def key_value_gradients(
 
 
 def shares(partial: jax.Array, blocks: int) -> jax.Array:
-    """What each of `blocks` value blocks has of a sum, from the parts that other blocks had.
+    """Divides a sum among `blocks` value blocks, from its parts in another number of blocks.
 
-    δ and Λ_Z of a block are those of its own columns, so that what its values have in common
-    cancels within the block; with finer blocks the first of several takes the whole part.
+    δ and Λ_Z of a block belong to the block's own columns, so that the mean of its values cancels
+    within the block. If one part is divided among several finer blocks, the first of them takes all
+    of it.
     """
     parts = partial.shape[0]
     if parts > blocks:
@@ -381,5 +397,5 @@ def shares(partial: jax.Array, blocks: int) -> jax.Array:
 
 
 def total(partial: jax.Array) -> jax.Array:
-    """The sum over value blocks; nothing moves if there is one."""
+    """Returns the sum over value blocks. If there is one block, nothing is copied."""
     return partial[0] if partial.shape[0] == 1 else partial.sum(axis=0)

@@ -43,7 +43,8 @@ def hashed_queries(chunk: Chunk, feature_map: FeatureMap, zq, head) -> jax.Array
 def absorb(problem: Problem, chunk: Chunk, phi_k: jax.Array, value: jax.Array, state: tuple):
     """Returns the state after a chunk: X' = a X + (out∘φk)ᵀ[v | 1]."""
     math, (numerator, mass) = problem.arithmetic, state
-    # Rounded twice, as the gate's gradient takes them in account (causal_gradients.py).
+    # The keys are rounded twice, because the gradient of the gate assumes the same two roundings
+    # (causal_gradients.py).
     keys = math.cast(chunk.leave(math.rounded(phi_k)))
     ones = jnp.ones((problem.chunk, MASS), problem.dtype)
     numerator = chunk.carry(numerator) + math.dot(keys, value, "tn")

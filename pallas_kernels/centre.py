@@ -1,17 +1,28 @@
-"""What the buckets of a state have in common, taken off where dz depends on what they differ by.
+"""The part that all buckets of a state share, and states from which it has been subtracted.
 
-In: numerators and masses of states, or of their adjoints. Out: one reference a state, and states
-measured from it.
-Equations, exact for every m and λ: o is affine in v, so with S' = S - Z mᵀ and μ = do·m the row
-δ' = do·(o - m) is δ - μ, and
-    dφq = ρ (do Sᵀ - δ Z) = ρ (do S'ᵀ - δ' Z);
-the features of a table sum to 1, so dz of the keys is the same from dφk and from dφk less what it
-has in common: with [Λ' | Λ_Z'] = [Λ | Λ_Z] - 1 [λ | λ_Z]
-    dφk = v Λᵀ + Λ_Z = v Λ'ᵀ + Λ_Z' + (v·λ + λ_Z),   dv = φk Λ = φk Λ' + L λ.
-Back in time Λ' follows the recurrence of Λ from where its split ends, if λ decays along with it.
+The gradient dz depends only on the differences between buckets. After many tokens, the means of the
+buckets S_f / Z_f differ little from each other. The adjoints of the buckets also differ little if
+many tokens are still to come. If S, Z and Λ themselves were rounded to bfloat16, these differences
+would be lost. The kernels therefore use a reference for each state, and round only what is left
+after the reference is subtracted.
 
-Why: after many tokens the buckets' means S_f / Z_f differ little from each other, and so do their
-adjoints before many. Rounded to bfloat16, S, Z and Λ lose it behind what they have in common.
+The inputs are the numerators and masses of states, or of their adjoints. The outputs are the
+references and the states without them. The equations below are exact for every m and λ.
+
+For the queries the reference is a value m. Outputs are affine in v. With S' = S - Z mᵀ, μ = do·m
+and δ' = do·(o - m) = δ - μ,
+
+    dφq = ρ (do Sᵀ - δ Z) = ρ (do S'ᵀ - δ' Z)
+
+For the keys the reference is [λ | λ_Z]. The features of a table sum to 1, so dz of the keys does
+not change if the same number is subtracted from every entry of a row of dφk. With
+[Λ' | Λ_Z'] = [Λ | Λ_Z] - 1 [λ | λ_Z],
+
+    dφk = v Λᵀ + Λ_Z = v Λ'ᵀ + Λ_Z' + (v·λ + λ_Z)
+    dv = φk Λ = φk Λ' + L λ
+
+Back in time, Λ' follows the recurrence of Λ from the end of its split, provided that λ decays in
+the same way.
 """
 
 from typing import NamedTuple
@@ -24,16 +35,17 @@ from pallas_kernels.tiles import TINY
 
 
 class Common(NamedTuple):
-    """[λ | λ_Z] of states' adjoints: what all buckets have in common."""
+    """The reference [λ | λ_Z] of the adjoints of states."""
 
     numerator: jax.Array  # (..., V)
     mass: jax.Array  # (...,)
 
 
 def mean_value(numerator: jax.Array, mass: jax.Array) -> jax.Array:
-    """m (..., V) of states (..., F, V) and (..., F): the mean of all buckets, 0 of an empty state.
+    """Returns m (..., V), the mean value over all buckets of states (..., F, V) and (..., F).
 
-    Rounded to bfloat16, so that a product with it as an operand is exact.
+    It is 0 for an empty state. It is rounded to bfloat16, so that a product that takes it as an
+    operand does not round it again.
     """
     total, weight = numerator.sum(axis=-2), mass.sum(axis=-1)[..., None]
     mean = jnp.where(weight >= TINY, total / jnp.maximum(weight, TINY), 0.0)
@@ -41,24 +53,25 @@ def mean_value(numerator: jax.Array, mass: jax.Array) -> jax.Array:
 
 
 def centred(numerator: jax.Array, mass: jax.Array, mean: jax.Array) -> jax.Array:
-    """S' = S - Z mᵀ."""
+    """Returns S' = S - Z mᵀ."""
     return numerator - mass[..., :, None] * mean[..., None, :]
 
 
 def less_common(numerator: jax.Array, mass: jax.Array, common: Common) -> tuple:
-    """Λ' and Λ_Z'."""
+    """Returns Λ' and Λ_Z', the adjoints without their reference."""
     return numerator - common.numerator[..., None, :], mass - common.mass[..., None]
 
 
 def common_adjoint(numerator: jax.Array, mass: jax.Array, buckets: int) -> Common:
-    """The mean over buckets of adjoints (..., F, V) and (..., F), zero in those past `buckets`.
+    """Returns the mean over the buckets of adjoints (..., F, V) and (..., F).
 
-    λ is rounded to bfloat16, as m is.
+    Buckets from index `buckets` on are padding and hold zeros. λ is rounded to bfloat16, as m is.
     """
     return Common(_operand(numerator.sum(axis=-2) / buckets), mass.sum(axis=-1) / buckets)
 
 
 def _operand(x: jax.Array) -> jax.Array:
-    # Not a cast and back, which XLA drops on a GPU as excess precision: then what is subtracted
-    # from a state would not be what the kernels take back.
+    # XLA may remove a cast to bfloat16 and back on a GPU, as excess precision. The number that is
+    # subtracted from a state would then differ from the number that the kernels add back.
+    # `reduce_precision` is never removed.
     return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)

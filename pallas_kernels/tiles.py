@@ -1,4 +1,4 @@
-"""What all causal kernels share: the sizes of a call, its block specifications, and decay factors.
+"""What all kernels share: the sizes of a call, its block specifications, and decay factors.
 
 The factors of one chunk are
 
@@ -52,7 +52,7 @@ class Shared:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Static sizes of one causal call. L and P are as given; the other sizes are padded."""
+    """Static sizes of one call. L and P are as given. F, V and L·P are padded."""
 
     batch: int
     length: int
@@ -112,7 +112,8 @@ class Problem:
         value_block = min(block.value, self.value_dim)
         return dataclasses.replace(self, value_block=value_block, packed=block.packed)
 
-    # Block specifications, named after the arrays that they cut.
+    # These are block specifications, named after the arrays that they cut. Their docstrings give
+    # the shapes of those arrays.
 
     def constant(self, *shape: int) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda h, s, b: (0,) * len(shape))
@@ -147,7 +148,7 @@ class Problem:
         return pl.BlockSpec(shape, lambda h, s, b: (b, h // n, s, 0, h % n))
 
     def share(self, spec: pl.BlockSpec) -> pl.BlockSpec:
-        """Of an array with a leading axis of value blocks, what one program takes."""
+        """Returns the specification for an array that has a leading axis of value blocks."""
         n, index = self.value_blocks, spec.index_map
         return pl.BlockSpec((None, *spec.block_shape), lambda h, s, b: (h % n, *index(h, s, b)))
 
@@ -169,7 +170,7 @@ class Problem:
     # Each value block writes its own part of these outputs. The parts are summed outside.
 
     def partial(self, shape: tuple[int, ...], dtype: Any, spec: pl.BlockSpec) -> Output:
-        """An output with a leading axis of value blocks."""
+        """Returns an output with a leading axis of value blocks."""
         return Output((self.value_blocks, *shape), dtype, self.share(spec))
 
     def row_statistic(self, heads: int) -> Output:

@@ -1,13 +1,16 @@
-"""Causal RACE attention, backward of keys and values, back in time, by four warpgroups.
+"""The gradients of keys and values of causal RACE attention, by four warpgroups.
 
-In: the forward's z and values, do, ρ, δ, the adjoint of the state that leaves each split less what
-its buckets have in common, λ and λ_Z (centre.py).
-Out: dz of the keys, dv, the terms of dβ, and with a gate the column sums.
-Equation: with q̂ = ρ φq and T = (do vᵀ - δ)∘D, dφk = Tᵀ q̂ + out∘(v Λᵀ + Λ_Z),
-dv = ((q̂ φkᵀ)∘D)ᵀ do + out∘(φk Λ), and [Λ | Λ_Z]' = a [Λ | Λ_Z] + (in∘q̂)ᵀ [do | -δ], but
-Λ is Λ' + λ and Λ_Z is Λ_Z' + λ_Z, and λ decays with Λ'.
+The kernel goes backward in time. Its inputs are z and values as in the forward pass, do, ρ, δ, the
+adjoint [Λ' | Λ_Z'] of the state that leaves each split, and its reference [λ | λ_Z] (centre.py).
+The outputs are dz of the keys, dv, the terms of dβ, and the column sums if there is a gate. With
+q̂ = ρ φq, T = (do vᵀ - δ)∘D, Λ = Λ' + 1 λᵀ and Λ_Z = Λ_Z' + λ_Z,
 
-One warpgroup fetches, one hashes queries and keeps the adjoint, one makes dz, and one dv.
+    dφk = Tᵀ q̂ + out∘(v Λᵀ + Λ_Z)
+    dv = ((q̂ φkᵀ)∘D)ᵀ do + out∘(φk Λ)
+    [Λ | Λ_Z]' = a [Λ | Λ_Z] + (in∘q̂)ᵀ [do | -δ]
+
+λ decays in the same way as Λ'. The first warpgroup fetches. The second, the keeper, hashes queries
+and keeps the adjoint. The third computes dz, and the fourth dv.
 """
 
 import functools
@@ -26,8 +29,10 @@ from pallas_kernels.causal_gradients import total
 from pallas_kernels.centre import Common
 from pallas_kernels.tiles import Problem, Shared
 
-COMMON_ROWS = 16  # equal ones, λ: the fewest that a product sums over
-PASSED_SLOTS = 2  # of what one warpgroup makes for another, and multiplies itself meanwhile
+# λ is stored as this number of equal rows, which is the least that a product sums over.
+COMMON_ROWS = 16
+# The slots for tiles that one warpgroup makes for others. The maker multiplies by them as well.
+PASSED_SLOTS = 2
 
 
 def _fetch(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
@@ -66,7 +71,10 @@ def _fetch(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> Non
 
 
 def _pass_adjoint(refs: SimpleNamespace, turn: jax.Array, numerator, mass) -> None:
-    """Stores Λ' and Λ_Z' for the others; with a gate also what Λ' loses there to rounding."""
+    """Stores Λ' and Λ_Z' for the other warpgroups.
+
+    With a gate, the part of Λ' that is lost by rounding is stored as well.
+    """
     passed = lax.rem(turn, PASSED_SLOTS)
     refs.state_tiles[passed, pl.ds(0, tiles.FEATURES)] = numerator.astype(jnp.bfloat16)
     if refs.fine_tiles is not None:
@@ -82,7 +90,7 @@ def _pass_adjoint(refs: SimpleNamespace, turn: jax.Array, numerator, mass) -> No
 def _keep_adjoint(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
     where = place.batch, place.head, place.split
     features = tiles.TileFeatures(refs, place.head)
-    # Columns 0 and 1 take the halves of -Λ_Z; the others are never read.
+    # Columns 0 and 1 hold the halves of -Λ_Z. The other columns are never read.
     mass = wg.by_rows(wg.load(refs.leaving_mass.at[where], wg.ROWS), 8)
     mass = jnp.where(wg.index(1, 8) == 0, -mass, 0.0)
     state = wg.load(refs.leaving_numerator.at[where]), mass
@@ -117,8 +125,8 @@ def _keep_adjoint(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace)
             refs.hashed_tiles[passed] = phi.astype(jnp.bfloat16)
             entering = refs.hashed_tiles.at[passed]
             if refs.entering_tiles is not None:
-                wg.commit()  # all warps are through with the last product of this tile
-                # Rounded twice, as the row sums take them in account.
+                wg.commit()  # all warps have finished the last product that reads this tile
+                # The queries are rounded twice, because the row sums assume the same roundings.
                 phi = weights.times("enter", wg.rounded(phi))
                 refs.entering_tiles[...] = phi.astype(jnp.bfloat16)
                 entering = refs.entering_tiles
@@ -159,7 +167,8 @@ def _differentiate_keys(place: tiles.Place, pipeline: Pipeline, refs: SimpleName
             wg.arrive(refs.fine_free)
             in_common = decayed * (in_common + common_mass)
             wg.wait(refs.phi_full.at[passed])
-            # out∘φk as the states take it, twice rounded, against what is added up below.
+            # The states take out∘φk rounded twice. The sum below takes it without the second
+            # rounding. `lost` is the difference that this makes to the column sums.
             lost = weights.times("leave", wg.load(refs.phi_tiles.at[passed]))
             lost = (wg.rounded(lost) - lost) * (by_state + wg.by_rows(in_common))
             lost, in_common = jnp.sum(lost, axis=1), weights.times_rows("leave", in_common)
@@ -205,7 +214,7 @@ def _differentiate_keys(place: tiles.Place, pipeline: Pipeline, refs: SimpleName
 
 
 def _shared_features(refs: SimpleNamespace, passed: jax.Array, *, waited: bool) -> jax.Array:
-    """φk (64, F) of the values' warpgroup, which may go on with the slot."""
+    """Returns φk (64, F), which the values' warpgroup has made, and frees its slot."""
     if not waited:
         wg.wait(refs.phi_full.at[passed])
     phi = wg.load(refs.phi_tiles.at[passed])
@@ -214,9 +223,10 @@ def _shared_features(refs: SimpleNamespace, passed: jax.Array, *, waited: bool) 
 
 
 def _from_adjoint(refs: SimpleNamespace, values: Any, passed: jax.Array):
-    """v Λ'ᵀ (64, F), with a gate to twice the bits of an operand, and v·λ (64,): λ lies below Λ'.
+    """Returns v Λ'ᵀ (64, F), and with a gate also v·λ (64,).
 
-    What the decay's gradient adds up along the sequence must not lose Λ' to rounding.
+    λ is stored in the rows below Λ'. With a gate, Λ' is multiplied with twice the bits of an
+    operand, because the gradient of the decay adds up the rounding errors along the sequence.
     """
     wg.wait(refs.state_full.at[passed])
     adjoint = refs.state_tiles.at[passed, pl.ds(0, tiles.FEATURES)].transpose((1, 0))
@@ -253,7 +263,8 @@ def _differentiate_values(place: tiles.Place, pipeline: Pipeline, refs: SimpleNa
 
         refs.phi_tiles[passed] = keys
         wg.arrive(refs.phi_full.at[passed])
-        # λ lies there COMMON_ROWS times; added as a tile it would cost a tenth of the kernel.
+        # L λ is added by a product with COMMON_ROWS equal rows of λ. Adding it as a tile would take
+        # a tenth of the kernel's time.
         share = wg.filled(1.0, COMMON_ROWS) * (tables / COMMON_ROWS * decayed)
         share = weights.keep(weights.times("leave", share)).astype(jnp.bfloat16)
         (decayed,) = weights.carry(decayed)
@@ -288,12 +299,13 @@ def _differentiate_values(place: tiles.Place, pipeline: Pipeline, refs: SimpleNa
 
 
 def _halves(problem: Problem, delta: jax.Array) -> jax.Array:
-    """δ (B, N, T) as operands (B, N, chunks, 8, 64): two rows of bfloat16 whose sum it is.
+    """Returns δ (B, N, T) as operands (B, N, chunks, 8, 64) in bfloat16.
 
-    In halves, so that its rounding does not outlive that of do.
+    The first two rows are halves whose sum is δ, so that its rounding error does not outgrow that
+    of do. The other rows are zero.
     """
     delta = delta.reshape(*delta.shape[:2], problem.chunks, 1, wg.CHUNK)
-    # Not a cast and back, which XLA may drop as excess precision.
+    # XLA may remove a cast to bfloat16 and back, as excess precision.
     coarse = lax.reduce_precision(delta, exponent_bits=8, mantissa_bits=7)
     row = jnp.arange(8)[:, None]
     halves = jnp.where(row == 0, coarse, jnp.where(row == 1, delta - coarse, 0.0))
@@ -301,7 +313,7 @@ def _halves(problem: Problem, delta: jax.Array) -> jax.Array:
 
 
 def _memory(problem: Problem, numbers: dict, pipeline: Pipeline) -> dict[str, Any]:
-    """Shared memory of a program, by name."""
+    """Returns the shared memory of a program, by name."""
     gate, enters = numbers["gamma"] is not None, numbers["enter"] is not None
     slots, z = pipeline.query_slots, (wg.CHUNK, problem.projections)
     passed = lambda readers: wg.barrier(num_arrivals=readers, num_barriers=PASSED_SLOTS)  # noqa: E731
@@ -316,13 +328,13 @@ def _memory(problem: Problem, numbers: dict, pipeline: Pipeline) -> dict[str, An
         "delta_columns": wg.operand(slots, 8, wg.CHUNK),
         "queries_full": wg.barrier(num_arrivals=5, num_barriers=slots),
         "queries_free": wg.barrier(num_arrivals=3, num_barriers=slots),
-        # With a gate λ lies below Λ': one product with both.
+        # With a gate, rows of λ lie below those of Λ'.
         "state_tiles": wg.operand(PASSED_SLOTS, tiles.FEATURES + 8 * gate, problem.value_dim),
         "mass_numbers": wg.plain(PASSED_SLOTS, tiles.FEATURES),
         "decay_tiles": wg.operand(PASSED_SLOTS, wg.CHUNK, wg.CHUNK, dtype=jnp.float16)
         if enters
         else None,
-        # One slot: the keys' warpgroup multiplies by it first of all.
+        # One slot is enough, because the keys' warpgroup begins with the product that reads it.
         "fine_tiles": wg.operand(wg.CHUNK, problem.value_dim) if gate else None,
         "fine_free": wg.barrier(num_arrivals=1) if gate else None,
         "state_full": passed(1),
@@ -352,7 +364,10 @@ def key_value_gradients(
     adjoints: tuple,
     common: Common,
 ):
-    """As causal_gradients.key_value_gradients, for problems of `blocks.fits_warpgroups`."""
+    """Returns the same as causal_gradients.key_value_gradients.
+
+    The problem must fit `blocks.fits_warpgroups`.
+    """
     place, gate = tiles.Place(problem, reverse=True), shared.gamma is not None
     delta, adjoint_mass, common_mass = map(total, (rows.delta, adjoints[1], common.mass))
     numbers = tiles.token_numbers(problem, shared)

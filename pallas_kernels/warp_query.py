@@ -1,12 +1,14 @@
 """The gradient of the queries of causal RACE attention, by four warpgroups that pass tiles.
 
-The inputs are those of the forward pass, the state at the start of each split, m, and do. The
-outputs are dz of the queries, ρ, δ, the terms of dβ, and the row sums if there is a gate. With
+The inputs are those of the forward pass, the state at the start of each split, the reference m of
+centre.py, and do. The outputs are dz of the queries, ρ, δ, the terms of dβ, and the row sums if
+there is a gate. With
 Y = ((do vᵀ)∘D) φk + in∘(do Sᵀ) and G = D φk + in∘Z, every row gives
 
     1/ρ = φq·G,   δ = do·o = ρ φq·Y,   dφq = ρ (Y - δ G)
 
-v and S, and therefore δ, are measured from m (centre.py). The δ that is written is δ + do·m.
+In the code, m is subtracted from v and S, and δ is then smaller by do·m. The δ that is written has
+do·m added back.
 """
 
 from types import SimpleNamespace
@@ -24,7 +26,10 @@ from pallas_kernels.warp_forward import READERS, Item, inverse_of
 
 
 def _differentiate(features: tiles.TileFeatures, at: Item) -> tuple[jax.Array, ...]:
-    """u, φq, dφq, ρ and δ, by the equations above; products one by one hold fewer registers."""
+    """Returns u, φq, dφq, ρ and δ, by the equations above.
+
+    The products run one after the other, because this takes fewer registers.
+    """
     by_state, offset = _from_state(at)
     by_state = at.weights.times("enter", by_state)
     by_key = wg.product((at.d_out, at.values.transpose((1, 0))), start=-wg.by_rows(offset))
@@ -42,9 +47,11 @@ def _differentiate(features: tiles.TileFeatures, at: Item) -> tuple[jax.Array, .
 
 
 def _from_state(at: Item) -> tuple[jax.Array, jax.Array]:
-    """do S'ᵀ (64, F) and μ = do·m (64,): m lies below S', whose rounding is made up for if given.
+    """Returns do S'ᵀ (64, F) and μ = do·m (64,).
 
-    One product with both made ptxas serialise all products of the form without row sums.
+    m is stored in the rows below S'. If the part of S' that is lost by rounding is given, it is
+    multiplied too. One product with both S' and m made ptxas serialize all products of
+    `_differentiate`.
     """
     state, mean = pl.ds(0, tiles.FEATURES), pl.ds(tiles.FEATURES, 8)
 

@@ -59,7 +59,7 @@ def constants(problem: Problem, sharpness: jax.Array) -> dict[str, jax.Array]:
     signs = corner_signs(problem.tables, problem.planes, problem.projections, FEATURES)
     positive, negative = (jnp.asarray(x, jnp.bfloat16) for x in signs)
     return {
-        # In float16 for exponents, whose three more bits make φ eight times as exact.
+        # Products of exponents are in float16. Its three more bits make φ eight times as exact.
         "positive_rows_of": positive.astype(jnp.float16),
         "negative_rows_of": negative.astype(jnp.float16),
         "positive_columns_of": positive,
@@ -180,9 +180,9 @@ class TileFeatures:
         return self.expand(self.squash(z))
 
     def gradient(self, squashed, phi: jax.Array, d_phi: jax.Array, *, halves: bool = False):
-        """dz (64, LP), and the terms whose sum is dβ, from φ and dφ (64, F) in float32.
+        """Returns dz (64, LP), and the terms whose sum is dβ, from φ and dφ (64, F) in float32.
 
-        With `halves` φ dφ is multiplied to twice the bits of an operand.
+        With `halves`, φ dφ is multiplied with twice the bits of an operand.
         """
         weight = phi * d_phi
         parts = [weight.astype(jnp.bfloat16)]
@@ -243,7 +243,10 @@ class Weights:
         return rows if valid is None else jnp.where(valid > 0.0, rows, 0.0)
 
     def carry(self, *tiles: jax.Array) -> tuple[jax.Array, ...]:
-        """Multiplies states by a, the part that remains after the chunk: `in` at its last token."""
+        """Multiplies states by a, the part of a state that remains after the chunk.
+
+        a is the factor `in` of the last token.
+        """
         enter = self._numbers["enter"]
         if enter is None:
             return tiles

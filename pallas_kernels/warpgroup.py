@@ -33,13 +33,13 @@ fetch = plgpu.copy_gmem_to_smem
 
 
 def operand(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
-    """Shared memory of 16-bit tiles (..., rows, 64 n) that a matrix product reads."""
+    """Returns shared memory for 16-bit tiles (..., rows, 64 n) that a matrix product reads."""
     transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def narrow_operand(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
-    """The same for a product over 16 rows, whose tiles are 16 wide."""
+    """Returns the same for a product that sums over 16 rows. Its tiles are 16 wide."""
     transforms = plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
@@ -171,7 +171,7 @@ def product(*pairs: tuple[Any, Any], start: jax.Array | None = None, columns: in
 
 
 def rounded(x: jax.Array) -> jax.Array:
-    """A float32 tile with the values that an operand of it has."""
+    """Returns a float32 tile with the values that it would have as an operand."""
     return x.astype(jnp.bfloat16).astype(jnp.float32)
 
 

@@ -4,7 +4,7 @@ import importlib.util
 
 
 def require(part: str, extra: str, modules: dict[str, str]) -> None:
-    """Raises ModuleNotFoundError in one sentence where a package is missing.
+    """Raises ModuleNotFoundError if a package is missing. The message says what to install.
 
     Args:
         part: the part of the library that is imported.

@@ -1,7 +1,7 @@
-"""Checks that any dataclass record of settings needs, written once.
+"""Checks for dataclass records of settings.
 
-In: a record that a person filled by hand, on the command line or from JSON. Out: the same record
-in one normal form, or a ValueError naming the field by its dotted path. Equation: none.
+A record may be filled by hand, on the command line, or from JSON. The checks bring its values into
+one normal form, or raise a ValueError that names the field by its dotted path.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ def fill(record: Any, values: dict[str, Any], path: str) -> None:
 
 
 def check_fields(record: Any, path: str) -> None:
-    """Refuses unknown fields and wrong types; writes the one form of each accepted value."""
+    """Raises ValueError for unknown fields and wrong types, and brings values into normal form."""
     names = [field.name for field in dataclasses.fields(record)]
     for name in vars(record):
         if name not in names:
@@ -38,7 +38,7 @@ def check_fields(record: Any, path: str) -> None:
 
 
 def unknown_field(path: str, name: str, names: list[str]) -> ValueError:
-    """The error for a field that `path` does not have, with the nearest one that it has."""
+    """Returns the error for an unknown field of `path`. It suggests the nearest known name."""
     close = difflib.get_close_matches(name, names, n=1)
     fields = f"its fields are {', '.join(names)}" if names else f"{path} has no fields"
     return ValueError(
@@ -47,7 +47,7 @@ def unknown_field(path: str, name: str, names: list[str]) -> ValueError:
 
 
 def _as_kind(value: Any, kind: Any, path: str) -> Any:
-    """`value` in the form that the annotation `kind` promises, or ValueError naming `path`."""
+    """Returns `value` in the form of the annotation `kind`. Raises ValueError naming `path`."""
     kinds = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
     if type(None) in kinds and (value is None or value in ("none", "None")):
         return None
@@ -66,7 +66,7 @@ def _as_kind(value: Any, kind: Any, path: str) -> Any:
 
 
 def as_names(value: Any, path: str) -> tuple[str, ...]:
-    """A tuple of names from comma-separated text, or from a tuple or list of whole names."""
+    """Returns a tuple of names, from comma-separated text or from a tuple or list of names."""
     if isinstance(value, str):
         return tuple(name.strip() for name in value.split(",") if name.strip())
     if not isinstance(value, (tuple, list)) or not all(isinstance(name, str) for name in value):

@@ -1,4 +1,4 @@
-"""Shared parts of all tests: the tolerance table, comparison by name, markers and fresh Pythons.
+"""Shared parts of all tests: the tolerance table, comparison by name, markers and new Pythons.
 
 Tests use them through the fixtures `assert_close`, `tolerance`, `rng`, `run_python`, `on_h200` and
 `data_root`.
@@ -33,8 +33,8 @@ LEAST_SCALE = 1e-3
 class Tolerance(NamedTuple):
     """RMS(error) <= rms scale and max |error| <= max scale, where scale is RMS(want).
 
-    The scale is at least 1e-3. Arrays here are of order one; one that is much smaller is what
-    larger terms leave when they cancel, and its rounding errors are theirs.
+    The scale is at least 1e-3. Arrays in these tests are of order one. If an array is much smaller,
+    larger terms have canceled in it, and its rounding errors are those of the terms.
     """
 
     rms: float
@@ -43,14 +43,15 @@ class Tolerance(NamedTuple):
 
 # By kind of comparison and dtype: relative RMS, and the maximum in units of RMS(want).
 #
-# Both are relative, because rounding is: an array that is ten times larger, or sums ten times as
-# much, may be ten times as far off. The maximum is looser by what the largest of 1e3 to 1e5
-# elements is above their RMS. Each bound is at least three times the worst error that was seen on
-# Python 3.11 with jax 0.10.2 and XLA's optimiser, and on 3.12 with jax 0.12.0 without it: two
-# roundings of the same sums, as another machine's is a third. tests/margins.py shows the distances.
-# A looser entry needs a reason of its own, written beside it, as CONTRIBUTING.md says.
+# Both are relative, because rounding errors are proportional to the numbers. The maximum is looser,
+# because the largest of 1e3 to 1e5 errors is well above their RMS. Each bound is at least three
+# times the worst error that was seen on Python 3.11 with jax 0.10.2 and XLA's optimizer, and on
+# 3.12 with jax 0.12.0 without it. These two round the same sums differently, and another machine
+# would differ again. tests/margins.py shows the distances. A looser entry needs a reason of its
+# own, written beside it, as CONTRIBUTING.md says.
 TOLERANCES = {
-    # A path against the oracle, which is given the rounded inputs upcast; kernels against XLA.
+    # A path against the oracle, which gets the rounded inputs in a wider dtype, and kernels against
+    # XLA.
     # float32: 8e-7 and 9e-6 were seen, the first where the gate sums to -100, which is known to
     # 1e-5 only, the second where few of 1024 buckets hold nearly everything. In float64 the same
     # comparisons give 1e-13 or less, so it is rounding. A product in TF32 would add 5e-4.
@@ -107,7 +108,7 @@ TOLERANCES = {
 
 
 def lookup_tolerance(kind: str, dtype: Any = "float32") -> Tolerance:
-    """The table's entry for a kind of comparison and a dtype."""
+    """Returns the table's entry for a kind of comparison and a dtype."""
     name = np.dtype(dtype).name
     if name not in TOLERANCES.get(kind, {}):
         known = {k: sorted(v) for k, v in TOLERANCES.items()}
@@ -142,7 +143,7 @@ def compare(name: str, got: Any, want: Any, *, kind: str, dtype: Any = "float32"
 def _difference(
     got: np.ndarray, want: np.ndarray, limits: Tolerance | None, comparison: dict[str, str]
 ) -> str | None:
-    """What is wrong with `got`, in words; None if nothing is."""
+    """Returns what is wrong with `got`, in words, or None."""
     if got.shape != want.shape:
         return f"shape {got.shape}, want {want.shape}"
     if limits is None or want.dtype.kind in "biu":
@@ -180,7 +181,7 @@ def _record(comparison: dict[str, Any]) -> None:
 
 
 def run_fresh_python(script: str, *, devices: int = 1, timeout: float = 900) -> str:
-    """Runs a script in its own Python with that many CPU devices; returns what it printed."""
+    """Runs a script in a new Python with that number of CPU devices, and returns its output."""
     settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
@@ -215,13 +216,13 @@ def run_python():
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Random numbers, the same ones for every test."""
+    """A generator of random numbers with the same seed in every test."""
     return np.random.default_rng(20251004)
 
 
 @pytest.fixture(scope="session")
 def data_root() -> pathlib.Path:
-    """The folder of real data sets; tests that ask for it are marked `data`."""
+    """The folder of real data sets. Tests that ask for it are marked `data`."""
     if reason := _why_no_data():
         pytest.skip(reason)
     return pathlib.Path(os.environ["RACE_JAX_DATA"]).resolve()
@@ -270,7 +271,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One warning is expected, by name: JAX says it of every kernel in Pallas's Triton form."""
+    """Allows one warning, which JAX gives for every kernel of Pallas's Triton backend."""
     if file := config.getoption("margins"):
         os.environ[MARGINS] = file
     config.addinivalue_line(

@@ -21,9 +21,9 @@ EVERYTHING = {
 }
 CAUSAL = {"is_causal": True, "gate": 0.2, "segments": 3} | EVERYTHING
 
-# A covering set: lengths on and off every chunk size, head dims, odd and even table shapes, each
-# argument alone and all of them together. A chunk's total decay stays above about -100, as the
-# tolerances ask for.
+# The cases cover lengths that are multiples of a chunk size or not, head dims, odd and even table
+# shapes, each argument alone, and all of them together. The total log decay of a chunk stays above
+# about -100, because the tolerances assume it.
 GRID = {
     "one token": {"is_causal": True, "queries": 1, "batch": 1, "heads": 1, "num_planes": 1},
     "7, P=10": {"is_causal": True, "queries": 7, "tables": 1, "num_planes": 10, "heads": 3},
@@ -84,7 +84,7 @@ def test_float64_is_computed_in_float64(assert_close):
 
 
 def test_many_blocks_match_the_token_by_token_oracle(assert_close):
-    """Long enough that blocks, and not only chunks, are combined."""
+    """The sequence is so long that blocks are combined, and not only chunks."""
     problem = make_problem(
         queries=9001, batch=1, heads=1, value_dim=3, is_causal=True, gate=0.01, segments=3
     )
@@ -152,7 +152,7 @@ def test_output_is_a_convex_average_of_visible_values(is_causal, assert_close):
 
 
 def test_value_one_gives_one_in_bfloat16():
-    """The denominator is summed from the very features that the numerator is."""
+    """The denominator is a sum of the same rounded features as the numerator."""
     problem = make_problem(queries=130, is_causal=True, gate=0.1).astype(jnp.bfloat16)
     ones = problem.replace(value=np.ones_like(problem.arrays["value"]))
     assert np.all(outputs(ones)["out"].astype(np.float32) == 1)
@@ -187,7 +187,7 @@ def test_a_second_run_is_bit_identical(is_causal, assert_close):
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_no_tokens(is_causal, assert_close):
-    """T = 0 gives no outputs, and leaves a causal state as it was."""
+    """With T = 0 there are no outputs, and a causal state does not change."""
     problem = make_problem(queries=0, state=True, is_causal=is_causal)
     got = outputs(problem)
     assert got["out"].shape == (2, 0, 2, 5)
@@ -199,7 +199,7 @@ def test_no_tokens(is_causal, assert_close):
 
 @pytest.mark.parametrize("state", [True, False])
 def test_no_keys(state, assert_close):
-    """S = 0 reads the initial state, or gives zeros."""
+    """With S = 0 queries read the initial state. Without one they return zeros."""
     problem = make_problem(queries=5, keys=0, state=state)
     (want, want_gradients), (got, gradients) = oracle(problem), evaluate(problem)
     assert_close("", got, want, kind="outputs")

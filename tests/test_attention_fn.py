@@ -42,7 +42,7 @@ def call(layer, x, mask=None, is_causal=False):
 @pytest.mark.parametrize("num_kv_heads", [None, 2])
 @pytest.mark.parametrize("always_causal", [False, True])
 def test_inside_nnx_attention(assert_close, num_kv_heads, always_causal):
-    """With grouped heads and padding; causality from the maker or from the call."""
+    """There are grouped heads and padding. Causality is set by `attention_fn` or by the call."""
     function = attention_fn(PLANES, sharpness=2.0, is_causal=always_causal)
     layer = nnx_layer(function, num_kv_heads=num_kv_heads)
 
@@ -56,7 +56,7 @@ def test_inside_nnx_attention(assert_close, num_kv_heads, always_causal):
 
 
 def test_decoding_with_the_cache_of_nnx_attention(assert_close):
-    """The cache's mask rules, whether or not a Flax version still passes is_causal."""
+    """The mask of the cache decides, whether or not the version of Flax also passes is_causal."""
     layer = nnx_layer(attention_fn(PLANES, is_causal=True), num_kv_heads=2)
     whole = call(layer, X, is_causal=True)
     layer.init_cache(X.shape)
@@ -106,7 +106,7 @@ def test_decoding_with_the_cache_of_linen_attention(assert_close):
 
 
 def test_every_name_that_flax_and_jax_pass_is_accepted():
-    """Flax's NNX module passes all of its names unfiltered; Linen filters by the signature."""
+    """Flax's NNX module passes all of its names. Linen passes those in the signature only."""
     ours = set(inspect.signature(attend).parameters)
     passed_by_nnx = {
         *("mask", "dropout_rng", "dropout_rate", "broadcast_dropout", "deterministic", "dtype"),
@@ -121,7 +121,7 @@ def test_every_name_that_flax_and_jax_pass_is_accepted():
 
 
 def test_arguments_of_jax_attention(assert_close):
-    """Lengths, packed segments, and leading axes, in one call."""
+    """One call has lengths, packed segments, and several leading axes."""
     query, key, value = (heads(BATCH, 1, LENGTH, 2, HEAD_DIM, seed=seed) for seed in range(3))
     lengths = jnp.array([LENGTH, 4])
     segment_ids = jnp.array([[0, 0, 0, 1, 1, 1], [2, 3, 3, 3, 3, 3]])

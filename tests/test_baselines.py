@@ -23,7 +23,7 @@ def draw(rng, batch=3, length=7, heads=4, kv_heads=2, head_dim=8, value_dim=5):
 
 
 def oracle(query, key, value, bias=None, *, is_causal=False, mask=None, segments=None):
-    """Head by head and query by query, over the keys that a query sees; float64."""
+    """Computes softmax for each head and query, over the keys that the query sees, in float64."""
     batch, length, heads, head_dim = query.shape
     group = heads // key.shape[2]
     out = np.zeros((batch, length, heads, value.shape[-1]))

@@ -141,7 +141,7 @@ def test_floors_count_by_hand():
     assert attention.floor_bytes(resident, qkv, backward=True) == 11 * tensor
 
 
-def test_the_issue_s_goals_are_lines_of_the_table():
+def test_the_goals_are_lines_of_the_table():
     cases = [problem for sweep in floor_table.SWEEPS.values() for problem in sweep]
     assert len(cases) == len(set(cases))
     lines = {(jobs[0].case, jobs[0].attention) for jobs in floor_table.plan(cases, IMPLEMENTATIONS)}

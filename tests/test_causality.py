@@ -41,7 +41,7 @@ def test_changing_the_future_changes_nothing_before_it(normalization, rng, asser
 
 
 def jacobian(problem, names):
-    """|d out_t / d x_s| of one row, largest over everything else, by the name of x: (T, S)."""
+    """Returns, by the name of x, the maximum of |d out_t / d x_s| over all other axes: (T, S)."""
     probe = jnp.asarray(np.random.default_rng(0).normal(size=problem.cotangents["out"].shape[2:]))
 
     @jax.jit
@@ -60,8 +60,8 @@ def jacobian(problem, names):
     return jax.device_get(rows(to_device(problem)))
 
 
-# jaxlib 0.10.2 dies in a YNNPACK fusion of this one vmapped gradient; it passes with those fusions
-# off, and on jaxlib 0.11. The test by perturbation covers the form on both.
+# jaxlib 0.10.2 crashes in a YNNPACK fusion of this vmapped gradient. It passes without these
+# fusions, and on jaxlib 0.11. The test by perturbation covers this form on both.
 BUCKET = pytest.param(
     "bucket",
     marks=pytest.mark.skipif(

@@ -51,7 +51,7 @@ def shell_commands(page: str) -> list[str]:
 
 
 def in_small(command: str) -> str | None:
-    """The command as the copy can run it in seconds; None where something else tries it."""
+    """Returns a form of the command that runs in seconds, or None if another test runs it."""
     if command.startswith(("make test", "pip ")):
         return None
     if "bench_kernels.py" in command:
@@ -104,7 +104,7 @@ def test_shell_commands_are_found():
 
 
 def test_every_command_of_the_pages_runs_in_order(copy):
-    # What `make test ARGS=...` was given is not for the commands of the pages.
+    # The variables that `make test ARGS=...` was given must not reach the commands of the pages.
     make = ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL")
     environment = {name: value for name, value in os.environ.items() if name not in make} | {
         "PYTHONPATH": str(copy),

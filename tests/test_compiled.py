@@ -15,7 +15,7 @@ HEADS, KV_HEADS, HEAD_DIM = 2, 1, 64
 
 
 def shapes(length):
-    """Arguments at that length, and the bytes of its tokens' arrays."""
+    """Returns arguments of this length, and the bytes of the arrays that have a token axis."""
     float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     tokens = (
         float32((1, length, HEADS, HEAD_DIM)),
@@ -71,13 +71,13 @@ def test_memory_grows_no_faster_than_the_inputs(passes, is_causal):
     inputs, all_pairs = shapes(long)[2], 4 * long**2
     assert of_long <= 1.05 * (long / short) * of_short
     assert of_long < all_pairs / 50
-    # Packed segments without causality take a second pass, backwards in time.
+    # Bidirectional calls with packed segments take a second pass, backward in time.
     assert of_long < (2 if is_causal else 5) * inputs
 
 
 @CAUSALITY
 def test_gradients_of_a_batch_do_not_end_the_process(is_causal, run_python):
-    """jaxlib 0.10.2 crashed in its own fusion of an earlier form of this gradient."""
+    """jaxlib 0.10.2 crashed in a fusion of an earlier form of this gradient."""
     printed = run_python(
         f"""
         import jax, jax.numpy as jnp, race_jax

@@ -1,4 +1,4 @@
-"""The choice of implementation and its reason, and that a named implementation never falls back."""
+"""An implementation is chosen with a reason, and a named implementation never falls back."""
 
 import jax
 import jax.numpy as jnp

@@ -24,7 +24,7 @@ def python_blocks(page: str) -> list[str]:
 
 
 def run_blocks(blocks: list[str], name: str) -> list[str]:
-    """Runs the examples of one page in order, in one namespace; says which went wrong."""
+    """Runs the examples of one page in order, in one namespace. Returns those that failed."""
     scope: dict[str, object] = {}
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     complaints: list[str] = []
@@ -58,13 +58,13 @@ def link_complaints(text: str, folder: pathlib.Path) -> list[str]:
 
 
 def name_complaints(text: str) -> list[str]:
-    """Files named in prose must exist; a stem in capitals (configs/NAME.py) is a placeholder."""
+    """Files that a text names must exist. A name in capitals (configs/NAME.py) is a placeholder."""
     names = {name for name in FILE_NAME.findall(text) if not pathlib.Path(name).stem.isupper()}
     return [f"{name} does not exist" for name in sorted(names) if not (ROOT / name).exists()]
 
 
 def tracked_files() -> list[pathlib.Path]:
-    """Files under version control, with new ones; outside of git, everything not hidden."""
+    """Returns files under version control and new ones; without git, all that are not hidden."""
     listing = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,

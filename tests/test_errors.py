@@ -13,7 +13,7 @@ F = L * 2**P
 
 
 def arguments(**changed):
-    """Good arguments of race_attention, with some changed."""
+    """Returns good arguments of `race_attention`, with the given changes."""
     good = {
         "query": jnp.ones((B, T, N, H)),
         "key": jnp.ones((B, T, K, H)),
@@ -34,7 +34,7 @@ def gate(value=-0.1, shape=(B, T, K)):
 CAUSAL = {"is_causal": True}
 RUNS = jnp.array([[0, 0, 1, 1, 2], [3, 3, 3, 4, 4]])
 
-# Name: changed arguments, the error, and words that its message has.
+# By name: changed arguments, the error, and words of its message.
 WRONG = {
     "query of rank 3": ({"query": jnp.ones((B, T, H))}, ValueError, ["query", "(2, 5, 8)"]),
     "key of rank 3": ({"key": jnp.ones((B, T, H))}, ValueError, ["key", "(2, 5, 8)"]),
@@ -125,7 +125,7 @@ WRONG = {
 
 
 def refused(error, words, function, *args, **kwargs):
-    """Asserts that a call raises that error, in those words."""
+    """Asserts that a call raises this error, and that the message has these words."""
     with pytest.raises(error) as raised:
         function(*args, **kwargs)
     missing = [word for word in words if word not in str(raised.value)]
@@ -144,7 +144,7 @@ def test_good_arguments_are_not():
 
 
 def test_junk_in_padded_slots_is_not_an_error():
-    """What is checked where concrete is checked at tokens only."""
+    """Values that are checked, if they are concrete, are checked at tokens only."""
     mask = jnp.arange(T) < jnp.array([[3], [5]])
     junk = arguments(
         key_value_mask=mask,

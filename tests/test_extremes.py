@@ -1,4 +1,4 @@
-"""Extreme inputs: sharpness at which sums underflow, and gates that keep or forget everything."""
+"""Extreme inputs work: sharpness at which sums underflow, and gates that forget everything."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from tests.problems import evaluate, make_problem, outputs
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_large_sharpness_stays_finite(is_causal):
-    """Beyond beta = 8 the float32 denominator can underflow: rows then count as seeing no key."""
+    """Above beta = 8 a float32 denominator can underflow. The row then counts as seeing no key."""
     gate = 0.3 if is_causal else None
     problem = make_problem(
         queries=70,
@@ -45,7 +45,7 @@ def test_a_gate_of_zeros_is_no_gate(assert_close):
     assert_close("", gradients, want_gradients, kind="gate")
 
 
-def test_a_strong_gate_leaves_the_own_value(assert_close):
+def test_a_strong_gate_keeps_only_the_token_s_own_value(assert_close):
     problem = make_problem(queries=70, is_causal=True, gate=1.0)
     strong = problem.replace(log_decay=np.full_like(problem.arrays["log_decay"], -79.0))
     out = outputs(strong)["out"]

@@ -13,7 +13,7 @@ from race_jax.core import reference
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def hash_all(x, planes, sharpness, dtype=jnp.float32):
-    """z, phi by the library, phi by the oracle."""
+    """Returns z, phi by the library, and phi by the oracle."""
     x, planes = x.astype(dtype), planes.astype(dtype)
     z = race_jax.hash_projections(x, planes)
     return z, race_jax.soft_hash(z, sharpness), reference.corner_softmax(x, planes, sharpness)
@@ -114,10 +114,10 @@ THETA = 1.1
 
 @pytest.fixture(scope="module")
 def saturated_projections():
-    """Two vectors at the angle THETA, hashed into 20,000 tables of 3 planes."""
+    """Returns z of two vectors at the angle THETA, for 20,000 tables of 3 planes."""
     basis, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(16, 2)))
     pair = np.array([[1, 0], [np.cos(THETA), np.sin(THETA)]]) @ basis.T
-    # Planes so long that tanh is a sign, as the closed forms assume.
+    # The planes are so long that tanh is a sign, as the closed forms assume.
     planes = race_jax.init_planes(
         jax.random.key(2), num_tables=20_000, num_planes=3, head_dim=16, scale=1e4
     )
@@ -128,8 +128,8 @@ def saturated_projections():
 def test_closed_forms_under_saturation(saturated_projections, sharpness):
     """E phi(q) . phi(k) = (s - (2s - 1) theta/pi)^P, s = sigmoid(2 beta), for a hard-hashed key.
 
-    With s^2 + (1 - s)^2 for s where the key is soft too. At sharpness 50 both are the hard hash's
-    collision probability, (1 - theta/pi)^P.
+    If the key is hashed softly too, s^2 + (1 - s)^2 takes the place of s. At sharpness 50 both are
+    the probability (1 - theta/pi)^P that hard hashes are equal.
     """
     z_q, z_k = saturated_projections
     soft_q, soft_k = (race_jax.soft_hash(z, sharpness).reshape(-1, 8) for z in (z_q, z_k))
@@ -173,7 +173,7 @@ def test_orthogonal_planes_are_orthogonal_with_chi_norms(assert_close):
 
 
 def test_saturation_depends_on_the_scale_of_the_planes(rng):
-    """The figures of docs: mean tanh' is 0.10 at H = 64 with unit planes, 0.61 with 1/sqrt(H)."""
+    """At H = 64 the mean of tanh' is 0.10 with planes of scale 1, and 0.61 with 1/sqrt(H)."""
     x = jnp.asarray(rng.normal(size=(512, 64)), jnp.float32)
     for scale, want in ((1.0, 0.10), (64**-0.5, 0.61)):
         planes = race_jax.init_planes(

@@ -29,7 +29,7 @@ SEGMENTS = np.array([[0, 0, 0, 0, 1, 1, 1, 1, 1], [3, 3, 3, 3, 5, 5, 5, 5, 6]])
 
 
 def make(rng, **options):
-    """Settings, random parameters and planes; every parameter is off its initial value."""
+    """Returns settings, random parameters and planes. No parameter has its initial value."""
     s = RACEConfig(**{"in_features": WIDTH, **options})
 
     def normal(*shape):
@@ -55,7 +55,7 @@ def make(rng, **options):
 
 
 def layer_of(params, *args, **options):
-    """`race_layer` with the norms as the functions that Flax's modules are to it."""
+    """Returns `race_layer` with norms as functions, in place of Flax's modules."""
 
     def norm(scale, x):
         x -= x.mean(axis=-1, keepdims=True)
@@ -86,7 +86,7 @@ def naive_convolution(x, kernel, mask, ids):
 
 
 def naive_layer(s, params, planes, x_q, x_k, *, mask, ids_q, ids_k, is_causal):
-    """One sequence, by all pairs, in float64, in the order of the definition."""
+    """Computes one sequence from all pairs in float64, in the order of the definition."""
     params, x_q, x_k = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, x_q, x_k))
     if s.short_conv:
         x_q = x_k = naive_convolution(x_q, params["conv_kernel"], mask, ids_k)
@@ -136,8 +136,9 @@ CASES = {
         {"num_heads": 2, "forget_gate": "fixed", "half_life": 6.0, "learn_sharpness": False},
         {"is_causal": True},
     ),
-    # LayerNorm of heads of two dimensions, the default here, keeps the sign of a difference only:
-    # where the two nearly agree, it multiplies their rounding errors by up to a thousand.
+    # By default heads have two dimensions here. LayerNorm then keeps only the sign of their
+    # difference. If the two are nearly equal, it multiplies their rounding errors by up to a
+    # thousand.
     "bidirectional, masked, packed": (
         {
             "num_heads": 4,
@@ -204,7 +205,7 @@ def test_folded_planes_give_the_same_outputs_and_gradients(rng, assert_close):
 
 
 def test_split_anywhere_gives_the_whole(rng, assert_close):
-    """Prefill, one token, many tokens, none: all are one call with a state."""
+    """One call with a state takes a prompt, one token, many tokens, or none."""
     s, params, planes = make(rng, **ALL)
     x = rng.normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
 

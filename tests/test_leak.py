@@ -21,7 +21,7 @@ OPTIMIZER = optax.adam(1e-2)
 
 
 def init(key):
-    """Parameters of embeddings, one attention layer, and an MLP behind it."""
+    """Returns the parameters of embeddings, one attention layer, and an MLP after it."""
     keys = jax.random.split(key, 6)
 
     def normal(key, *shape):
@@ -39,14 +39,15 @@ def init(key):
 
 
 def loss(params, planes, tokens, leaks):
-    """Mean nats of each next token; `leaks` turns the attention's time round."""
+    """Returns the mean nats of each next token. With `leaks`, attention runs backward in time."""
     x = params["embed"][tokens[:, :-1]] + params["positions"]
 
     def turned(x):
         return jnp.where(leaks, jnp.flip(x, axis=1), x)
 
     q, k, v = jnp.einsum("btd,dinh->ibtnh", turned(x), params["qkv"])
-    # One head forgets nothing, the other nearly all: a leak of far and of near tokens shows.
+    # One head forgets nothing, and the other nearly everything. This shows leaks of far tokens and
+    # of near ones.
     gate = jnp.broadcast_to(jnp.array([0.0, -1.0]), k.shape[:3])
     attended = turned(
         race_jax.race_attention(q, k, v, planes, sharpness=2.0, is_causal=True, log_decay=gate)
@@ -58,7 +59,7 @@ def loss(params, planes, tokens, leaks):
 
 @jax.jit
 def loss_on_fresh_tokens_after_training(leaks):
-    """Trains by a scan over steps, each with tokens of its own."""
+    """Trains by a scan over steps, with new tokens in each step."""
     params, planes = init(jax.random.key(0))
 
     def batch(step):

@@ -19,10 +19,11 @@ OPTIONS = {
 
 
 def problem(rng, parts):
-    """Features, values and options; the gate's padded slots hold junk."""
+    """Returns features, values and options. The gate has junk in padded slots."""
     draw = lambda *shape: jnp.asarray(rng.uniform(0.1, 1.0, shape), jnp.float32)  # noqa: E731
     arrays = {"phi_q": draw(B, T, N, F), "phi_k": draw(B, T, K, F)}
-    # Of mean zero: of a large mean the gradients of features would be small differences.
+    # Values have a mean of zero. With a large mean, the gradients of features would be small
+    # differences of large numbers.
     arrays["value"] = jnp.asarray(rng.normal(size=(B, T, K, V)), jnp.float32)
     options = {"is_causal": "causal" in parts}
     if "gate" in parts:
@@ -37,7 +38,7 @@ def problem(rng, parts):
 def all_pairs(
     phi_q, phi_k, value, log_decay=None, *, is_causal, key_value_mask=None, segment_ids=None
 ):
-    """The definition: weights of every query and key, then a weighted mean."""
+    """Computes the definition: weights of all pairs, and then a weighted mean."""
     mask = jnp.ones((B, T), bool) if key_value_mask is None else key_value_mask
     visible = jnp.broadcast_to(mask[:, None, :], (B, T, T))
     if is_causal:
@@ -65,7 +66,7 @@ def test_linear_attention_is_its_definition(name, rng, assert_close):
     @jax.jit
     def both(arrays):
         def run(function):
-            # A padded slot belongs to the segment before it; what its query reads is not compared.
+            # A padded slot belongs to the segment before it. Its output is not compared.
             out, pull_back = jax.vjp(lambda arrays: function(**arrays, **options) * kept, arrays)
             return out, pull_back(cotangent)[0]
 

@@ -1,4 +1,4 @@
-"""The linear attention layer against its definition, written out for all pairs of tokens."""
+"""The linear attention layer equals its definition, written out for all pairs of tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ B, T, D, N, K, H = 2, 9, 6, 4, 2, 3
 
 
 def weighted_means(layer, x, mask, segments, gate):
-    """Weights (elu(q) + 1) . (elu(k) + 1) of visible pairs, then weighted means of the values."""
+    """Returns the means of values, with weights (elu(q) + 1) . (elu(k) + 1) of visible pairs."""
     x = jnp.where(mask[..., None], x, 0.0)
     project = lambda m: jnp.einsum("btd,dnh->btnh", x, m.kernel[...]) + m.bias[...]  # noqa: E731
     query, key, value = project(layer.query), project(layer.key), project(layer.value)

@@ -70,7 +70,7 @@ def test_parameters_go_both_ways_with_equal_outputs_and_gradients(assert_close, 
 
 
 def test_fields_are_those_of_the_nnx_module():
-    """All but what only one of the two kinds of module has; with the same defaults."""
+    """Fields that both kinds of module can have are in both, with the same defaults."""
     nnx_fields = inspect.signature(RACEAttention.__init__).parameters
     linen_fields = inspect.signature(linen.RACEAttention).parameters
     only_nnx = {"self", "in_features", "in_kv_features", "keep_rngs", "rngs"}

@@ -19,7 +19,7 @@ MODES = [
 
 
 def with_junk(problem, junk, rng):
-    """The problem with NaN, infinities and huge numbers in whatever stands in padded slots."""
+    """Returns the problem with NaN, infinities and huge numbers in all padded slots."""
     padded = ~problem.masks["key_value_mask"]
     names = ["key", "value"] + ["query", "log_decay"] * problem.is_causal
     changed = {}
@@ -81,7 +81,7 @@ LENGTHS = (9, 40, 21)  # the second border of 70 tokens lies inside a chunk of a
 
 
 def separate_runs(query, key, value, planes, *, segment_ids, log_decay=None, **options):
-    """The op on each of three segments by itself."""
+    """Runs the operation on each of three segments by itself."""
     del segment_ids
     borders = np.cumsum(LENGTHS)[:-1]
     runs = []

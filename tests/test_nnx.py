@@ -16,7 +16,7 @@ BATCH, LENGTH, WIDTH = 2, 8, 16
 
 
 def shapes(make):
-    """Names and shapes of a module's parameters, without making them."""
+    """Returns the names and shapes of a module's parameters, without making them."""
     state = nnx.state(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), nnx.Param)
     return jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(state))
 
@@ -78,7 +78,7 @@ def test_planes_come_from_their_own_seed_and_differ_from_layer_to_layer():
 
 
 def test_fixed_planes_are_no_parameter_and_learned_ones_are():
-    """They travel with the state, and gradients with respect to nnx.Param leave them out."""
+    """Fixed planes are part of the state. Gradients with respect to nnx.Param leave them out."""
     fixed = RACEAttention(2, WIDTH, rngs=nnx.Rngs(0))
     learned = RACEAttention(2, WIDTH, learn_planes=True, rngs=nnx.Rngs(0))
     assert isinstance(fixed.planes, HashPlanes)
@@ -130,7 +130,7 @@ def test_paper_refuses_what_it_fixes():
 
 
 def test_prefill_and_decoding_are_one_call(assert_close):
-    """A prompt, then tokens one by one under jit, against the whole."""
+    """A prompt, and then tokens one by one under jit, give the outputs of the whole sequence."""
     module = RACEAttention(
         4, WIDTH, num_kv_heads=2, forget_gate="data", short_conv=True, rngs=nnx.Rngs(0)
     )
@@ -171,7 +171,7 @@ def test_dropout_follows_flax(assert_close):
 
 
 def test_split_merge_vmap_scan_and_remat_over_layers(assert_close):
-    """A stack of layers made under vmap, run by lax.scan with remat, against a loop."""
+    """A stack of layers is made under vmap and run by lax.scan with remat. It equals a loop."""
 
     @nnx.split_rngs(splits=2)
     @nnx.vmap
@@ -234,7 +234,7 @@ def test_a_missing_stream_is_named():
 
 
 def test_streams_that_flax_modules_ask_for_are_enough():
-    """Without a stream of their own, planes come from that of the parameters."""
+    """Without a stream of their own, planes are drawn from the stream of the parameters."""
     first, second, dropping = (
         RACEAttention(2, WIDTH, dropout_rate=rate, rngs=nnx.Rngs(params=seed, dropout=1))
         for seed, rate in ((0, 0.0), (2, 0.0), (0, 0.1))
@@ -244,7 +244,7 @@ def test_streams_that_flax_modules_ask_for_are_enough():
 
 
 def test_seeds_of_planes_and_parameters_share_no_numbers():
-    """planes=1 beside params=0 draws nothing that params=1 draws."""
+    """With the seeds planes=1 and params=0, no plane has a number that params=1 draws."""
 
     def unit(planes):
         return np.asarray(planes).ravel() / np.std(planes)
@@ -272,7 +272,7 @@ def test_one_set_of_planes_for_layers_made_together_is_warned_of():
 
 
 def test_partitioned_initialisers_keep_their_names():
-    """As in Flax, sharding names of an initialiser reach the projections."""
+    """As in Flax, the sharding names of an initializer reach the projections."""
     init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("embed", "heads", None))
     with nnx.use_eager_sharding(False):
         module = RACEAttention(2, WIDTH, kernel_init=init, rngs=nnx.Rngs(0))

@@ -18,7 +18,7 @@ NAMES = ("query", "key", "value", "out")
 
 
 class Adapter(nnx.Module):
-    """Low-rank adaptation of any module, written as a user would write it."""
+    """A low-rank adapter of any module, as a user would write it."""
 
     def __init__(self, base, width, shape, rngs):
         self.base = base
@@ -68,7 +68,7 @@ def test_a_wrapped_projection_is_called_and_gets_gradients(assert_close, name, f
 
 
 def test_flax_s_own_low_rank_layers_take_the_place_of_each_projection(assert_close):
-    """nnx.LoRALinear knows no heads: it gives them, and takes them, side by side."""
+    """nnx.LoRALinear has no axis of heads. It returns all heads in one axis, and takes them so."""
     module, plain = layer(), layer()
     for name in NAMES:
         lora = nnx.LoRALinear(WIDTH, WIDTH, lora_rank=2, rngs=nnx.Rngs(1))

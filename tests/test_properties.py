@@ -25,7 +25,7 @@ GATES = st.sampled_from([0.0, 0.1, 3.0, 40.0])
 
 @st.composite
 def segment_ids(draw):
-    """Ids in contiguous runs, rising or falling."""
+    """Draws ids in contiguous runs, rising or falling."""
     borders = draw(arrays_of.arrays(np.int32, (B, T), elements=st.integers(0, 1)))
     ids = np.cumsum(borders, axis=1, dtype=np.int32)
     return draw(st.sampled_from([ids, 20 - ids]))
@@ -33,7 +33,7 @@ def segment_ids(draw):
 
 @st.composite
 def problems(draw, is_causal=True):
-    """Problems of one shape with drawn masks, segments, gates and sharpness."""
+    """Draws problems of one shape, with masks, segments, gates and sharpness."""
     drawn = {
         "sharpness": np.full(1, draw(SHARPNESS), np.float32),
         "key_value_mask": draw(MASKS),
@@ -54,7 +54,7 @@ def problems(draw, is_causal=True):
 
 
 def visibility(problem):
-    """visible(t, s) of the contract, in loops: (B, T, S)."""
+    """Returns visible(t, s) by its definition, in loops: (B, T, S)."""
     mask, ids = problem.masks["key_value_mask"], problem.masks["segment_ids"]
     visible = np.zeros((B, T, T), bool)
     for b in range(B):
@@ -82,7 +82,7 @@ def test_outputs_are_averages_of_visible_values_and_zero_without(tolerance, prob
 
 @given(problems() | problems(is_causal=False))
 def test_invisible_pairs_have_no_gradient(problem):
-    """A cotangent at one query reaches visible values only."""
+    """A cotangent at one query gives gradients to visible values only."""
     visible = visibility(problem)
     for t in (0, 6, T - 1):
         problem.cotangents.update({n: np.zeros_like(x) for n, x in problem.cotangents.items()})
@@ -112,7 +112,7 @@ def test_features_of_every_table_sum_to_one(assert_close, seed, sharpness):
 
 @st.composite
 def states(draw, segments):
-    """States of one row each: drawn sums in the given segments; empty where the segment is -1."""
+    """Draws states of one row in the given segments. A state with segment -1 is empty."""
     rng = np.random.default_rng(draw(SEEDS))
     segments = np.asarray(segments, np.int32)
     rows = len(segments)
@@ -131,7 +131,7 @@ def states(draw, segments):
 
 @st.composite
 def three_states(draw):
-    """Three neighbouring spans, in segments that are contiguous runs, any of them empty."""
+    """Draws three adjoining spans. Their segments are contiguous runs, and any may be empty."""
     ids = np.cumsum(draw(arrays_of.arrays(np.int32, (3, 8), elements=st.integers(0, 1))), axis=0)
     empty = draw(arrays_of.arrays(bool, (3, 8)))
     return [draw(states(row)) for row in np.where(empty, -1, ids)]
@@ -155,8 +155,8 @@ def test_merge_is_associative_and_empty_is_neutral(assert_close, three):
 @given(problems(is_causal=False), st.permutations(range(T)))
 def test_keys_have_no_order_without_causality(assert_close, problem, order):
     mask = problem.masks["key_value_mask"]
-    # One segment, for tokens of several could not be moved; and a padded query belongs to it only
-    # after a token.
+    # There is one segment, because tokens cannot be moved between several. A padded query belongs
+    # to it only if a token comes before.
     mask[:, 0] = True
     problem = problem.replace(segment_ids=np.zeros((B, T), np.int32))
     order = [0, *(i for i in order if i)]

@@ -1,4 +1,4 @@
-"""The static settings of the layer: defaults, initial values, and what is refused."""
+"""The settings of the layer have the right defaults and initial values. Bad ones are refused."""
 
 import inspect
 import json

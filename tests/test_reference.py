@@ -69,7 +69,7 @@ def test_forward_mode_equals_reverse_mode(assert_close):
 
 
 def test_weights_by_hand(rng, assert_close):
-    """Three tokens, one head, with loops over everything that the definition sums over."""
+    """There are three tokens and one head, and a loop for every sum of the definition."""
     q, k, v = rng.normal(size=(3, 3, 4))
     planes, beta, gate = rng.normal(size=(2, 2, 4)), 1.7, -rng.exponential(size=3)
 

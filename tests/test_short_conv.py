@@ -7,7 +7,7 @@ import pytest
 from race_jax.layers import short_conv
 
 BATCH, LENGTH, FEATURES = 4, 12, 3
-# One row a kind of padding: none, left, right, interior.
+# Each row has another kind of padding: none, left, right, interior.
 MASK = np.array(
     [
         [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
@@ -17,7 +17,7 @@ MASK = np.array(
     ],
     bool,
 )
-# Runs that meet in the open, and inside padding.
+# Some runs meet between tokens, and some inside padding.
 SEGMENTS = np.array(
     [
         [0, 0, 0, 0, 0, 1, 1, 2, 3, 3, 3, 3],
@@ -32,7 +32,7 @@ convolve = jax.jit(short_conv.short_convolution)
 
 
 def naive(x, kernel, taps, segment, mask, ids):
-    """y_t = sum_j kernel_j x_{t-j} over a list of the tokens that are there."""
+    """Computes y_t = sum_j kernel_j x_{t-j} over a list of the tokens that are not padding."""
     out, new_taps = np.zeros_like(x), np.zeros_like(taps)
     for row in range(len(x)):
         tokens = [(segment[row], tap) for tap in taps[row]]

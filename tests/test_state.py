@@ -1,4 +1,4 @@
-"""RACEState: init, update, merge and read, and that splitting and decoding equal one whole call."""
+"""`RACEState` follows its definition. Splitting or decoding a sequence equals one whole call."""
 
 import functools
 import itertools
@@ -21,7 +21,7 @@ def fields(state):
 
 
 def features(problem, name):
-    """phi of the problem's queries or keys."""
+    """Returns phi of the problem's queries or keys."""
     arrays = problem.arrays
     z = race_jax.hash_projections(arrays[name], arrays["planes"])
     sharpness = arrays["sharpness"]
@@ -29,7 +29,7 @@ def features(problem, name):
 
 
 def added(state, problem, start=0, stop=None):
-    """The state after the problem's tokens from start to stop."""
+    """Returns the state after the problem's tokens from start to stop."""
     rest = {n: problem.arrays[n] for n in ("log_decay",) if n in problem.arrays} | problem.masks
     rest = {name: x[:, start:stop] for name, x in rest.items()}
     phi_k, value = features(problem, "key"), problem.arrays["value"]
@@ -147,7 +147,7 @@ def test_read_is_what_queries_get(normalization, assert_close):
 
 
 def carried(*splits):
-    """The op in pieces that hand their state on; the same signature as the op."""
+    """Returns the operation in pieces that carry the state, with the signature of the operation."""
 
     @functools.wraps(race_jax.race_attention)
     def pieces(query, key, value, planes, *, initial_state=None, return_state, **options):
@@ -178,7 +178,7 @@ def test_splitting_anywhere_equals_the_whole(splits, assert_close):
 
 
 def test_one_token_at_a_time_equals_the_whole(assert_close):
-    """Decoding: a scan of one-token calls, with gradients through the carried states."""
+    """Decoding is a scan of calls with one token. Gradients go through the carried states."""
     problem = make_problem(queries=33, state=True, is_causal=True, **PACKED)
 
     def decode(query, key, value, planes, *, initial_state, return_state, **options):
@@ -202,7 +202,7 @@ def test_one_token_at_a_time_equals_the_whole(assert_close):
 
 
 def test_bidirectional_totals_carry_on(assert_close):
-    """Keys in two parts: the returned totals of the first are the initial state of the second."""
+    """The keys are in two parts. The totals of the first are the initial state of the second."""
     problem = make_problem(queries=7, keys=50, batch=4, padding=True, heads=4, kv_heads=2)
 
     def in_two_parts(query, key, value, planes, *, key_value_mask, return_state, **options):
@@ -240,7 +240,7 @@ def test_gradients_of_the_returned_state_alone(assert_close):
 
 
 def test_a_state_is_a_value():
-    """Rolling back is keeping the old state: nothing writes into it."""
+    """Nothing writes into a state, so an old state can be used again."""
     problem = to_device(make_problem(queries=5, is_causal=True, state=True))
     state = initial(problem)
     before = jax.device_get(fields(state))

@@ -103,7 +103,7 @@ def test_flax_serializes_a_state():
 
 
 def test_hessian_is_that_of_the_reference(rng, assert_close):
-    """It differentiates the written-out gradient forward, which XLA's operations allow."""
+    """It differentiates the gradient in forward mode, which the operations of XLA allow."""
     x, planes = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 4), (1, 2, 4)))
 
     def total(op):

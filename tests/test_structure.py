@@ -20,8 +20,8 @@ OURS = ("race_jax", "pallas_kernels", "configs", "scripts")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
-# The data flow: a part of race_jax may import what stands on its right, and whatever that may.
-# Nothing imports reference (for tests and docs) or linen (for users, by name).
+# The data flow. A part of race_jax may import the parts on its right, and all parts that these may
+# import. Nothing imports reference (for tests and docs) or linen (for users, by name).
 SOURCES = {
     "core.shapes": "",
     "core.hashing": "core.shapes",
@@ -73,7 +73,7 @@ ANY_LIBRARY = {"data", "tasks", "train", "scripts"}
 
 
 def left_of(part: str) -> set[str]:
-    """All parts that `part` may import, itself included."""
+    """Returns all parts that `part` may import, including itself."""
     return {part}.union(*(left_of(source) for source in SOURCES[part].split()))
 
 
@@ -87,7 +87,7 @@ def path_of(module: str) -> pathlib.Path:
 
 
 def part_of(name: str) -> str:
-    """`race_jax.models.config.ModelConfig` -> `models`; a name of the root -> `race_jax`."""
+    """Returns `models` for `race_jax.models.config.ModelConfig`, and `race_jax` for a root name."""
     top, *rest = name.split(".")
     if top != "race_jax":
         return top
@@ -96,13 +96,13 @@ def part_of(name: str) -> str:
 
 
 def absolute(name: str, level: int, package: list[str]) -> str:
-    """The full name of an import with `level` leading dots in a module of `package`."""
+    """Returns the full name of an import with `level` leading dots in a module of `package`."""
     above = package[: len(package) - level + 1] if level else []
     return ".".join([*above, name]).rstrip(".")
 
 
 def imported_names(node: ast.AST, package: list[str]) -> list[str]:
-    """The dotted names that one node imports; `package` is where relative imports start."""
+    """Returns the dotted names that one node imports. Relative imports start at `package`."""
     match node:
         case ast.Import(names=names):
             return [alias.name for alias in names]
@@ -118,7 +118,7 @@ def imported_names(node: ast.AST, package: list[str]) -> list[str]:
 
 
 def imports(tree: ast.AST, package: list[str], lazy: bool = False) -> Iterator[tuple[str, bool]]:
-    """Every import below `tree`, with whether it waits inside a function."""
+    """Yields every import in `tree`, and whether it is inside a function."""
     for node in ast.iter_child_nodes(tree):
         yield from ((name, lazy) for name in imported_names(node, package))
         inside = isinstance(node, (*FUNCTIONS, ast.Lambda))
@@ -134,7 +134,7 @@ def library_complaint(importer: str, library: str) -> str | None:
 
 
 def direction_complaint(importer: str, name: str, lazy: bool) -> str | None:
-    """Says what is wrong when module `importer` imports `name`; None where nothing is."""
+    """Returns what is wrong if module `importer` imports `name`, or None if it may."""
     top = name.split(".")[0]
     source, target = part_of(importer), part_of(name)
     if top not in OURS:
@@ -165,7 +165,7 @@ def module_name(module: str) -> tuple[str, bool]:
 
 
 def code_lines(function: ast.AST) -> int:
-    """Lines of a function's body, docstrings left out."""
+    """Returns the number of lines of a function's body, without docstrings."""
     docstrings = (
         node.body[0]
         for node in ast.walk(function)
@@ -187,7 +187,7 @@ def length_complaints(label: str, source: str) -> list[str]:
 
 
 def own_methods(kind: type) -> dict[str, object]:
-    """The public methods and properties that a class defines itself."""
+    """Returns the public methods and properties that a class defines itself."""
     members = {
         name: member.__func__ if isinstance(member, classmethod | staticmethod) else member
         for name, member in vars(kind).items()
@@ -202,7 +202,7 @@ def own_methods(kind: type) -> dict[str, object]:
 
 
 def docstring_complaints(name: str, value: object) -> list[str]:
-    """A public function or class needs a docstring with a doctest, and its methods a docstring."""
+    """Public functions and classes need a docstring with a doctest, and methods a docstring."""
     text = value.__doc__ or ""
     found = [f"{name} has no docstring"] * (not text)
     found += [f"{name} has no doctest"] * (">>>" not in text)
@@ -256,7 +256,7 @@ def test_a_forbidden_import_is_found(importer, line):
         ("configs.lm_default", "import dataclasses\nfrom race_jax.train.config import Config"),
     ],
 )
-def test_a_lawful_import_passes(importer, line):
+def test_an_allowed_import_passes(importer, line):
     assert direction_complaints(importer, line) == []
 
 

@@ -1,4 +1,4 @@
-"""The operation under jit, vmap, scan, remat and shard_map; forward mode raises a clear error."""
+"""The operation works under jit, vmap, scan, remat and shard_map. Forward mode raises an error."""
 
 import functools
 
@@ -22,7 +22,7 @@ MODES = [pytest.param(GATED, id="causal"), pytest.param({"padding": True}, id="b
 
 
 def three_problems(**options):
-    """Problems that differ in everything, and the same stacked in a new leading axis."""
+    """Returns problems that differ in all arguments, and the same stacked in a new leading axis."""
     problems = [to_device(make_problem(seed, **SMALL, **options)) for seed in range(3)]
     return problems, jax.tree.map(lambda *x: jnp.stack(x), *problems)
 
@@ -81,7 +81,7 @@ def test_eager_equals_jit(assert_close):
 
 
 def test_scan_over_segments_of_a_long_sequence(assert_close):
-    """Streaming: a scan whose carry is the state, its body rematerialised."""
+    """Streaming is a scan whose carry is the state. Its body is rematerialized."""
     problem = make_problem(queries=96, is_causal=True, gate=0.1, state=True)
 
     def streamed(query, key, value, planes, *, log_decay, initial_state, return_state, **options):
@@ -124,7 +124,7 @@ def test_remat_changes_nothing(assert_close):
 
 
 def test_int_leaf_of_the_state_under_grad(assert_close):
-    """jax.grad takes a state with allow_int=True; its gradients are vjp's."""
+    """With allow_int=True, jax.grad takes a state, and gives the gradients of jax.vjp."""
     problem = to_device(make_problem(**SMALL, is_causal=True))
     fields = {n.removeprefix("state."): x for n, x in problem.arrays.items() if "state." in n}
     state = race_jax.RACEState(**fields, segment=problem.state_segment)

@@ -1,6 +1,6 @@
-"""Byte-pair tokenizers, by the optional package `tokenizers`.
+"""Byte-pair tokenizers, which use the optional package `tokenizers`.
 
-In: a JSON file of that package, or training text. Out: a `BytePairTokenizer`. Equation: none.
+A `BytePairTokenizer` is read from a JSON file of that package, or trained on text.
 """
 
 import functools
@@ -32,10 +32,12 @@ class BytePairTokenizer(Tokenizer):
             self._inner = tokenizers.Tokenizer.from_str(json_text)
         except Exception as error:  # the package raises nothing narrower
             raise ValueError(f"not a `tokenizers` JSON file: {error}") from error
-        # A file may ask for the lengths that some model takes; text of any length is ours.
+        # A file may say that texts are cut or padded to the length that some model takes. Here
+        # texts keep their length.
         self._inner.no_truncation()
         self._inner.no_padding()
-        # A rare letter: without an unknown token or byte fallback it would vanish unseen.
+        # This letter is rare. A tokenizer without an unknown token and without byte fallback drops
+        # it.
         if not self._encode_piece("\U00013000").size:
             raise ValueError(
                 "this tokenizer silently drops characters that it does not know; take one with "
@@ -44,7 +46,7 @@ class BytePairTokenizer(Tokenizer):
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], *, vocab_size: int) -> "BytePairTokenizer":
-        """Trains byte-level pairs on `texts`; `vocab_size` counts the 256 bytes."""
+        """Trains byte-level pairs on `texts`. `vocab_size` includes the 256 bytes."""
         if vocab_size < 256:
             raise ValueError(
                 f"config.data.vocab_limit must be >= 256 for byte-level pairs, got {vocab_size}"
@@ -63,45 +65,47 @@ class BytePairTokenizer(Tokenizer):
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """One more than the highest id."""
+        """The highest id plus one."""
         return max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
 
     def _encode_piece(self, piece: str) -> np.ndarray:
-        # In parts, which the package spreads over all cores.
+        # The package encodes the parts in parallel, on all cores.
         parts = list(pieces(piece, size=1 << 16))
         encoded = self._inner.encode_batch_fast(parts, add_special_tokens=False)
         return np.array([index for part in encoded for index in part.ids], np.int64)
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-        """The text, special tokens shown."""
+        """Returns the text, with its special tokens."""
         return self._inner.decode(self._checked(ids).tolist(), skip_special_tokens=False)
 
     def num_unknown(self, ids: np.ndarray) -> int:
-        """How many of `ids` are the unknown token of the JSON file, if that has one."""
+        """Returns how many of `ids` are the unknown token, or 0 if the JSON file has none."""
         token = getattr(self._inner.model, "unk_token", None)
         unknown = None if token is None else self._inner.token_to_id(token)
         return 0 if unknown is None else int(np.count_nonzero(np.asarray(ids) == unknown))
 
     def to_dict(self) -> dict[str, Any]:
-        """Name and the whole JSON text: a checkpoint needs no other file."""
+        """Returns the name and the whole JSON text, so that a checkpoint needs no other file."""
         return {"name": self.name, "json_text": self.json_text}
 
 
 def read_or_train(
     path: Path, texts: Iterable[str], *, vocab_limit: int | None
 ) -> BytePairTokenizer:
-    """Reads a tokenizer's JSON file; trains it first where it does not exist yet.
+    """Reads the JSON file of a tokenizer. If there is no such file, it is trained and written.
 
     Args:
         path: the file, `config.data.tokenizer_file`.
-        texts: training text, consumed only to train.
-        vocab_limit: size to train to; a file that exists may not hold more. None never trains.
+        texts: the training text, which is read only if a tokenizer is trained.
+        vocab_limit: the size of a trained vocabulary, and the most tokens that a file may hold.
+            With None nothing is trained.
 
     Returns:
         The tokenizer of the file.
 
     Raises:
-        ValueError: the file is missing with no `vocab_limit`, damaged, or holds too many tokens.
+        ValueError: the file is missing and `vocab_limit` is None, or the file is damaged or holds
+            too many tokens.
         ImportError: the package `tokenizers` is not installed.
     """
     _tokenizers()
@@ -132,7 +136,7 @@ def read_or_train(
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Writes a file that is never seen half written, even by another process of the same run."""
+    """Writes a file in one step, so that no other process can read half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
 """The record that describes the text of a run and how it becomes batches.
 
-In: plain values. Out: a checked `DataConfig`, whose every error names the field.
+Its fields hold plain values. Every error names the field.
 """
 
 import dataclasses
@@ -18,26 +18,32 @@ class DataConfig:
     """Where the text comes from and how it becomes windows of tokens.
 
     Attributes:
-        source: "stdlib" (the Python standard library's own source files), "files" (local text,
-            plain or packed by gzip, bzip2, xz or zip) or "huggingface" (a data set by name, needs
-            `datasets`).
-        root: folder that relative file names start from; None takes the environment variable
+        source: "stdlib" (the source files of Python's standard library), "files" (local text, plain
+            or packed by gzip, bzip2, xz or zip) or "huggingface" (a data set by name, which needs
+            the package `datasets`).
+        root: the folder that relative file names start from. None takes the environment variable
             RACE_JAX_DATA, which is used for nothing else.
         train_files, valid_files, test_files: file names, as a tuple or as one comma-separated
-            string. They may hold spaces; in a tuple they may also hold commas.
-        dataset, dataset_config, text_field: the Hugging Face names.
-        tokenizer: "bytes", "characters", "words" (from the training split) or "bpe".
-        tokenizer_file: a `tokenizers` JSON file, for "bpe".
-        vocab_limit: keep only this many most frequent words; the rest become `<unk>`.
-        end_of_line: append `<eos>` at each line end, for word models.
-        packing: "contiguous" windows of one stream, or "packed" documents with segment ids.
-        document_separator: text that divides a file into documents when packed; "" keeps it whole.
-        sequence_length: T, tokens per window.
-        valid_fraction: share held out where no `valid_files` are given: of the files (stdlib), of
-            the end of the text (files).
-        valid_tail: characters held out at the end of the text instead of a share; 0 is off.
-        num_workers: processes that read "contiguous" windows, each with a copy of the text; 0
-            reads in a thread of this process. The batches are the same for any number.
+            string. They may contain spaces. In a tuple they may also contain commas.
+        dataset, dataset_config, text_field: the names of a Hugging Face data set, of its
+            configuration, and of its column of text.
+        tokenizer: "bytes", "characters", "words" or "bpe" (byte pairs). The vocabulary of
+            characters and words is that of the training split.
+        tokenizer_file: the JSON file of a `tokenizers` tokenizer, for "bpe".
+        vocab_limit: for "words", the size of the vocabulary, which keeps the most frequent words;
+            the others become `<unk>`. For "bpe", the size of a vocabulary that is trained.
+        end_of_line: whether each line break becomes the token `<eos>`, for "words".
+        packing: "contiguous" cuts one stream of text into windows. "packed" puts whole documents
+            side by side in a row, with segment ids.
+        document_separator: the text that divides a file into documents, for "packed". With ""
+            every file is one document.
+        sequence_length: T, the tokens of a window.
+        valid_fraction: the share of the text that is held out if there is no validation text. It is
+            a share of the files for "stdlib", and of the end of the text otherwise.
+        valid_tail: the number of characters that are held out at the end of the text, in place of
+            a share. 0 means that the share counts.
+        num_workers: the number of processes that read "contiguous" windows, each with a copy of the
+            text. With 0 a thread of this process reads. The batches are the same for any number.
     """
 
     source: str = "stdlib"
@@ -76,7 +82,7 @@ class DataConfig:
         self._validate_source()
 
     def validate_workers(self) -> None:
-        """Raises ValueError where `num_workers` cannot be used."""
+        """Raises ValueError if `num_workers` cannot be used."""
         at_least("config.data.num_workers", self.num_workers, 0)
         if self.num_workers > MAX_WORKERS:
             raise ValueError(
@@ -84,8 +90,8 @@ class DataConfig:
             )
         if self.num_workers and self.packing == "packed":
             raise ValueError(
-                'config.data.num_workers must be 0 with packing="packed", whose rows depend on all '
-                f"documents before them, got {self.num_workers}; a thread reads ahead in any case"
+                'config.data.num_workers must be 0 with packing="packed", because a row depends on '
+                f"all documents before it; got {self.num_workers}. A thread reads ahead in any case"
             )
 
     def _validate_source(self) -> None:

@@ -1,7 +1,7 @@
-"""Named texts and their splits, before any tokenizer.
+"""Named texts and their splits, before they are tokenized.
 
-In: bytes with the name of the file they came from. Out: a `Corpus` whose held-out part is cut
-without splitting a character. Equation: none.
+A text is a string of bytes with the name of its file. Texts form a `Corpus`, whose held-out part
+never begins in the middle of a character.
 """
 
 import dataclasses
@@ -12,13 +12,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A named text: `name` is what errors call it, `data` its bytes."""
+    """The bytes `data` of a text, and the `name` that errors call it."""
 
     name: str
     data: bytes
 
     def text(self) -> str:
-        """The text of the bytes. Raises ValueError naming the document where not UTF-8."""
+        """Returns the text. Raises ValueError naming the document if the bytes are not UTF-8."""
         try:
             return self.data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -31,14 +31,17 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """The documents of each split, none empty; `test` may have none."""
+    """The documents of each split. No document is empty. `test` may have no documents."""
 
     train: tuple[Document, ...]
     valid: tuple[Document, ...]
     test: tuple[Document, ...] = ()
 
     def digest(self) -> str:
-        """SHA-256 of all splits, names left out: losses compare only at an equal digest."""
+        """Returns the SHA-256 of all splits, without their names.
+
+        The losses of two runs can be compared only if the digests are equal.
+        """
         total = hashlib.sha256()
         for split in (self.train, self.valid, self.test):
             total.update(f"{len(split)};".encode())
@@ -51,19 +54,22 @@ class Corpus:
 def hold_out(
     documents: list[Document], *, characters: int, fraction: float
 ) -> tuple[list[Document], list[Document]]:
-    r"""Holds the end of the text out: its last `characters` if > 0, else about a `fraction`.
+    r"""Holds out the end of the text.
+
+    If `characters` is positive, exactly that number of characters is held out, from the end of the
+    last document. Otherwise about a `fraction` of the text is held out.
 
     Args:
-        documents: at least one, in order.
-        characters: held out exactly, off the end of the last document.
-        fraction: in (0, 1), of all bytes; whole documents from the end, then part of one, cut at
-            the start of a line.
+        documents: the documents in order, at least one.
+        characters: the number of characters to hold out, or 0.
+        fraction: the share of all bytes to hold out, in (0, 1). Whole documents are taken from the
+            end, and then a part of one, which begins at the start of a line.
 
     Returns:
-        (documents that are kept, documents that are held out), in order, none empty.
+        The documents that are kept and those that are held out, in order. None of them is empty.
 
     Raises:
-        ValueError: the text is too short to keep anything; names the document.
+        ValueError: the text is so short that nothing would be kept. The error names the document.
 
     Example:
         >>> poem = Document("poem", b"one\ntwo\n")
@@ -98,7 +104,7 @@ def _hold_out_characters(
 def _hold_out_fraction(
     documents: list[Document], fraction: float
 ) -> tuple[list[Document], list[Document]]:
-    """Holds out about the last `fraction` of the text: whole documents, then part of one."""
+    """Holds out about the last `fraction` of the text, as whole documents and a part of one."""
     kept, held_out = list(documents), []
     wanted = max(1, round(fraction * sum(len(document.data) for document in documents)))
     while len(kept) > 1 and wanted >= len(kept[-1].data):
@@ -117,10 +123,10 @@ def _hold_out_fraction(
 
 
 def _line_start(data: bytes, wanted: int) -> int:
-    """Where the last `wanted` bytes begin, moved back to a line's, a word's or a character's start.
+    """Returns about where the last `wanted` bytes begin.
 
-    The search goes back no further than another `wanted` bytes, so one long line cannot be taken
-    whole.
+    The position is moved back to the start of a line, or else of a word, or else of a character. It
+    is moved back by no more than another `wanted` bytes, so that one long line is not taken whole.
     """
     position = max(0, len(data) - wanted)
     for border in (b"\n", b" "):
@@ -133,6 +139,6 @@ def _line_start(data: bytes, wanted: int) -> int:
 
 
 def _cut(document: Document, position: int) -> tuple[Document, Document]:
-    """The document before and from byte `position` on."""
+    """Returns the part of the document before byte `position`, and the part from there on."""
     head = Document(document.name, document.data[:position])
     return head, Document(f"{document.name} (held-out end)", document.data[position:])

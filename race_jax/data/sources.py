@@ -1,7 +1,7 @@
-"""Where text comes from: the standard library, local files, or a Hugging Face data set.
+"""The sources of text: Python's standard library, local files, or a Hugging Face data set.
 
-In: a `DataConfig`. Out: a `Corpus` of named documents, still bytes, cut into train, valid and
-test. Equation: none.
+A `DataConfig` names the source. The text becomes a `Corpus`: named documents as bytes, divided into
+the splits train, valid and test.
 """
 
 import codecs
@@ -20,9 +20,9 @@ from race_jax.records import as_names, one_of
 
 ROOT_VARIABLE = "RACE_JAX_DATA"
 
-# Left out of the standard library: tests and installed packages; bundled programs; and tables
-# made by machine (character maps, the help text, build settings), which are long and repeat
-# themselves, so that one of them among the held-out files would decide the figure.
+# Some files of the standard library are left out: tests and installed packages, bundled programs,
+# and generated tables (character maps, the help text, build settings). The tables are long and
+# repetitive. A single one among the held-out files would dominate the measured loss.
 STDLIB_SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "site-packages", "dist-packages", "__pycache__"}
     | {"idlelib", "ensurepip", "lib2to3", "turtledemo"}
@@ -38,20 +38,22 @@ _READ_ERRORS = (
 
 
 def load_corpus(config: DataConfig) -> Corpus:
-    """Reads the text that `config` names and holds a part of it out.
+    """Reads the text that `config` names and holds out a part of it.
 
     Args:
-        config: `source` chooses the reader; `root` and the three file lists (else the data set's
-            names), `valid_tail` and `valid_fraction` are used here.
+        config: `source` chooses the reader. The fields `root`, `train_files`, `valid_files` and
+            `test_files`, or else those of the data set, and `valid_tail` and `valid_fraction` are
+            used.
 
     Returns:
-        The splits. Without validation files, or a validation split, the end of the training text
-        is held out: its last `valid_tail` characters if given, else a share `valid_fraction`,
-        cut at a line's start. Of the standard library whole files are held out.
+        The splits. If there are no validation files, and no validation split of a data set, the end
+        of the training text is held out: its last `valid_tail` characters if that is given, else a
+        share `valid_fraction` that begins at the start of a line. For the standard library, whole
+        files are held out.
 
     Raises:
         ValueError: a file is missing, empty, a folder, unreadable or damaged, or a name is
-            unknown; the message names it.
+            unknown. The error names it.
         ImportError: `source` is "huggingface" and `datasets` is not installed.
 
     Example:
@@ -69,12 +71,12 @@ def load_corpus(config: DataConfig) -> Corpus:
 
 
 def refuse_ignored(config: DataConfig, choice: str, owners: dict[str, tuple[str, ...]]) -> None:
-    """Raises ValueError where a field is set that the choice made would silently ignore.
+    """Raises ValueError if a field is set that would be ignored.
 
     Args:
         config: the record.
-        choice: name of the field that chooses, such as "source".
-        owners: for each field that only some choices look at, those choices.
+        choice: the name of the field that chooses, such as "source".
+        owners: by the name of a field, the choices that use that field.
     """
     chosen = getattr(config, choice)
     for field, needs in owners.items():
@@ -87,7 +89,11 @@ def refuse_ignored(config: DataConfig, choice: str, owners: dict[str, tuple[str,
 
 
 def read_file(path: Path) -> bytes:
-    """The text of a file, unpacked and without a byte order mark. Raises ValueError naming it."""
+    """Returns the text of a file, unpacked and without a byte order mark.
+
+    Raises:
+        ValueError: the file cannot be read. The error names it.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -95,15 +101,15 @@ def read_file(path: Path) -> bytes:
         raise ValueError(f"{path}: {next(known, str(error))}") from error
     text = plain_text(str(path), data)
     if not text:
-        raise ValueError(f"{path}: is empty")
+        raise ValueError(f"{path}: the file is empty")
     return text
 
 
 def expand(name: str, field: str) -> Path:
-    """The path that `name` stands for, a leading `~` replaced by the user's folder.
+    """Returns the path `name`, with a leading `~` replaced by the folder of the user.
 
     Raises:
-        ValueError: there is no such user; names the field.
+        ValueError: there is no such user. The error names the field.
     """
     try:
         return Path(name).expanduser()
@@ -112,7 +118,7 @@ def expand(name: str, field: str) -> Path:
 
 
 def _read_stdlib(config: DataConfig) -> Corpus:
-    """The standard library's own source; a hash of a file's path decides whether it is held out."""
+    """Reads the source of the standard library. A hash of a file's path says if it is held out."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     splits: dict[bool, list[Document]] = {False: [], True: []}
     for path in _stdlib_paths(folder):
@@ -129,14 +135,14 @@ def _read_stdlib(config: DataConfig) -> Corpus:
 
 
 def _stdlib_paths(folder: Path) -> list[str]:
-    """Sorted relative paths, "/" between the parts on every system."""
+    """Returns sorted relative paths. The separator is "/" on every system."""
     paths = []
     for parent, children, names in os.walk(folder):
         children[:] = [child for child in children if child not in STDLIB_SKIPPED_FOLDERS]
         for name in names:
             path = Path(parent) / name
             wanted = path.suffix == ".py" and not name.startswith(STDLIB_SKIPPED_PREFIX)
-            if wanted and path.is_file():  # a link may lead nowhere
+            if wanted and path.is_file():  # False for a broken link
                 paths.append(path.relative_to(folder).as_posix())
     return sorted(paths)
 
@@ -150,12 +156,12 @@ def _is_utf8(data: bytes) -> bool:
 
 
 def _unit_hash(text: str) -> float:
-    """A number in [0, 1) that depends on nothing but `text`."""
+    """Returns a number in [0, 1) that depends on `text` only."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
 def _read_files(config: DataConfig) -> Corpus:
-    """Local files, given by name under a root."""
+    """Reads local files by their names."""
     train, valid, test = (
         [
             Document(str(path), read_file(path))
@@ -171,7 +177,7 @@ def _read_files(config: DataConfig) -> Corpus:
 
 
 def _resolve(config: DataConfig, field: str, names: str | Sequence[str]) -> Iterator[Path]:
-    """The paths that the names of one field stand for."""
+    """Yields the paths of the files that one field names."""
     root = config.root or os.environ.get(ROOT_VARIABLE)
     for name in as_names(names, f"config.data.{field}"):
         path = expand(name, f"config.data.{field}")
@@ -181,7 +187,7 @@ def _resolve(config: DataConfig, field: str, names: str | Sequence[str]) -> Iter
 
 
 def _root_folder(root: str | None, config: DataConfig, field: str, name: str) -> Path:
-    """The folder that relative names start from."""
+    """Returns the folder that relative names start from."""
     ways = f"--config.data.root=FOLDER or the environment variable {ROOT_VARIABLE}"
     if not root:
         raise ValueError(
@@ -195,7 +201,7 @@ def _root_folder(root: str | None, config: DataConfig, field: str, name: str) ->
 
 
 def _read_huggingface(config: DataConfig) -> Corpus:
-    """A data set by name: one document a row when packed, else one document a split."""
+    """Reads a data set by name. With packing, each row is a document; else each split is one."""
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
@@ -224,7 +230,7 @@ def _read_huggingface(config: DataConfig) -> Corpus:
 
 
 def _row_documents(config: DataConfig, split: str, rows: Any) -> list[Document]:
-    """The documents of one Hugging Face split, at least one."""
+    """Returns the documents of one Hugging Face split, at least one."""
     name, field = f"{config.dataset}/{split}", config.text_field
     if field not in rows.column_names:
         raise ValueError(
@@ -239,7 +245,7 @@ def _row_documents(config: DataConfig, split: str, rows: Any) -> list[Document]:
         )
     if config.packing == "packed":
         return [Document(f"{name}[{i}]", text.encode()) for i, text in enumerate(texts) if text]
-    # A row is a line in line-by-line sets, with or without its line break.
+    # In many data sets each row is one line of text, with or without its line break.
     lines = (text if text.endswith("\n") else text + "\n" for text in texts)
     return [Document(name, "".join(lines).encode())]
 
@@ -247,7 +253,7 @@ def _row_documents(config: DataConfig, split: str, rows: Any) -> list[Document]:
 def _corpus(
     config: DataConfig, train: list[Document], valid: list[Document], test: list[Document]
 ) -> Corpus:
-    """The corpus, with the end of the training text held out where no `valid` is given."""
+    """Returns the corpus. If `valid` is empty, the end of the training text is held out."""
     if not valid:
         train, valid = hold_out(train, characters=config.valid_tail, fraction=config.valid_fraction)
     return Corpus(tuple(train), tuple(valid), tuple(test))

@@ -1,7 +1,8 @@
-"""The data of a run: text to batches for training, and the held-out text to score.
+"""The data of a run, from text to batches for training and to held-out text for scoring.
 
-In: a `DataConfig`. Out: `Data`: the tokenizer, an endless resumable stream of training batches,
-and one pass over each held-out split. Equation: bits per byte = nats / (ln 2 * num_bytes).
+A `DataConfig` becomes `Data`: the tokenizer, an endless stream of training batches that can be
+resumed, and one pass over each held-out split. A loss in bits per byte is
+nats / (ln 2 * num_bytes).
 """
 
 import dataclasses
@@ -27,12 +28,14 @@ class HeldOut:
     """A held-out split.
 
     Attributes:
-        text: its bytes, documents joined as the training text is; for `xz` beside the model.
-        num_tokens: tokens that are scored, the sum of all weights: every token of the stream, or
-            of each packed document, but the first, which nothing predicts.
-        num_bytes: bytes of text that the scored tokens stand for.
+        text: the bytes of the split, with documents joined as in the training text. A run may
+            compress them by `xz`, for comparison with the model.
+        num_tokens: the number of tokens that are scored, which is the sum of all weights. The first
+            token of the stream, or of each packed document, is not scored, because nothing comes
+            before it.
+        num_bytes: the bytes of text that the scored tokens stand for.
         encodes_text: whether the text can be recovered from the tokens. If not, a loss in bits per
-            byte of text means nothing.
+            byte of text has no meaning.
         num_unknown: how many of the scored tokens are `<unk>`.
         batches: one pass in a fixed order. The last batch is filled up with rows of weight 0.
     """
@@ -49,20 +52,20 @@ class HeldOut:
 class Data:
     """What a training run reads.
 
-    A batch is a dict of arrays (B, T): `inputs` and `targets` int32, `weights` float32 (0 where
-    there is nothing to score) and, if the documents are packed, `segment_ids` int32 (1, 2, … and 0
-    for the empty tail).
+    A batch is a dict of arrays (B, T): `inputs` and `targets` in int32, `weights` in float32 (0 at
+    tokens that are not scored) and, if documents are packed, `segment_ids` in int32 (1, 2, … for
+    the documents of a row, and 0 for its empty tail).
 
     Attributes:
-        tokenizer: text to ids and back.
+        tokenizer: it turns text into ids and back.
         train: endless training batches. The state of an iterator is a small dict of JSON values
-            that counts the batches handed out. In any process that built the same data it
-            continues with the very next batch, also with another `num_workers`.
-        valid, test: the held-out splits; `test` may be None.
-        num_train_tokens: tokens of one epoch.
-        digest: SHA-256 of all text; losses compare only at equal digests.
-        tokenizer_digest: SHA-256 of the tokenizer and of the token ids of the training text.
-        description: one line for the log: source, sizes, digest.
+            that counts the batches handed out. In any process that has built the same data, the
+            state continues with the very next batch, also with another `num_workers`.
+        valid, test: the held-out splits. `test` may be None.
+        num_train_tokens: the tokens of one epoch.
+        digest: the SHA-256 of all text. Losses can be compared only if the digests are equal.
+        tokenizer_digest: the SHA-256 of the tokenizer and of the token ids of the training text.
+        description: one line for the log, with the source, the sizes and the digest.
     """
 
     tokenizer: Tokenizer
@@ -76,35 +79,37 @@ class Data:
 
     @property
     def digests(self) -> dict[str, str]:
-        """The digests of all content that decides what is learned, for a resumed run to compare."""
+        """The digests of everything that decides what is learned. A resumed run compares them."""
         return {"the training text": self.digest, "the tokenizer": self.tokenizer_digest}
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids."""
+        """The number of token ids."""
         return self.tokenizer.vocab_size
 
 
 def build_data(config: DataConfig, *, batch_size: int, seed: int) -> Data:
-    """Reads, tokenizes and cuts the text of a run; everything that can be wrong with it shows here.
+    """Reads, tokenizes and cuts the text of a run. Every fault of the text is found here.
 
-    Training windows follow each other from an offset that changes with the epoch, in shuffled
-    order, so that an epoch uses each token about once. Held-out windows of T + 1 tokens overlap by
-    one, so that each token but the very first of the split is scored exactly once. Packed, whole
-    documents share a row, one segment each; longer ones are first cut into such windows.
+    Training windows follow each other from an offset that changes with the epoch. They are read in
+    shuffled order, and an epoch uses each token about once. Held-out windows of T + 1 tokens
+    overlap by one token, so that each token except the first of the split is scored exactly once.
+    With packing, whole documents share a row, and each is a segment of its own. Documents that are
+    longer than a row are first cut into such windows.
 
     Args:
-        config: source, splits, tokenizer, packing, `sequence_length` T.
-        batch_size: rows of a batch, at least 1.
-        seed: of the order of the training windows, in [0, 2**32).
+        config: the source, splits, tokenizer, packing, and `sequence_length` T.
+        batch_size: the rows of a batch, at least 1.
+        seed: the seed of the order of the training windows, in [0, 2**32).
 
     Returns:
-        The data, in memory: one array of ids, one byte a token up to 256 ids.
+        The data. All ids are kept in memory, in one byte per token if there are at most 256 ids.
 
     Raises:
         ValueError: a file or a field is unusable, the text is shorter than one window, or the
-            held-out text holds what the vocabulary does not know; names the file or field.
-        ImportError: an optional package is missing; says which extra to install.
+            held-out text has a word or character that the vocabulary lacks. The error names the
+            file or the field.
+        ImportError: an optional package is missing. The error says which extra to install.
 
     Example:
         >>> data = build_data(DataConfig(sequence_length=8), batch_size=2, seed=0)
@@ -138,7 +143,7 @@ def build_data(config: DataConfig, *, batch_size: int, seed: int) -> Data:
 
 
 def _divided(corpus: Corpus, config: DataConfig) -> Corpus:
-    """The corpus with its files divided into documents, where packing asks for it."""
+    """Returns the corpus with its files divided into documents, if there is a separator."""
     refuse_ignored(config, "packing", {"document_separator": ("packed",)})
     separator = config.document_separator.encode()
     if not separator:
@@ -162,7 +167,7 @@ def _divided(corpus: Corpus, config: DataConfig) -> Corpus:
 
 
 def _vocabulary_texts(corpus: Corpus, config: DataConfig) -> Iterator[str]:
-    """The training texts, and what joins documents where any are joined."""
+    """Yields the training texts, and the separator if documents are joined by it."""
     yield from (document.text() for document in corpus.train)
     joins = any(len(split) > 1 for split in (corpus.train, corpus.valid, corpus.test))
     if joins and config.packing == "contiguous":
@@ -170,7 +175,10 @@ def _vocabulary_texts(corpus: Corpus, config: DataConfig) -> Iterator[str]:
 
 
 def _encode(documents: Sequence[Document], tokenizer: Tokenizer, config: DataConfig) -> TokenStream:
-    """The ids of a split: each document apart when packed, else all joined by the separator."""
+    """Returns the ids of a split.
+
+    With packing the documents stay apart. Otherwise the separator joins them.
+    """
     encoded = [_encode_document(document, tokenizer) for document in documents]
     if config.packing == "packed" or len(documents) == 1:
         return TokenStream.of(encoded)
@@ -190,7 +198,7 @@ def _encode_document(document: Document, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def _check_length(documents: Sequence[Document], stream: TokenStream, config: DataConfig) -> None:
-    """Raises ValueError where the training text does not fill one window."""
+    """Raises ValueError if the training text does not fill one window."""
     names = documents[0].name + f" and {len(documents) - 1} more" * (len(documents) > 1)
     length = config.sequence_length
     if config.packing == "packed":
@@ -243,9 +251,10 @@ def _held_out(
 
 
 def _tokenizer_digest(tokenizer: Tokenizer, train: TokenStream) -> str:
-    """SHA-256 of a tokenizer's record, and of the ids that it makes of the training text.
+    """Returns the SHA-256 of a tokenizer's record and of its ids of the training text.
 
-    The ids also change where another version of a tokenizer's package reads the record differently.
+    The ids are included because another version of a tokenizer's package may read the same record
+    differently.
     """
     total = hashlib.sha256(json.dumps(tokenizer.to_dict(), sort_keys=True).encode())
     total.update(np.ascontiguousarray(train.ids))

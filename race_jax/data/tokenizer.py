@@ -1,7 +1,7 @@
-"""Which tokenizer a run uses, and how a checkpoint brings it back.
+"""The choice of a run's tokenizer.
 
-In: a `DataConfig` and the training text, or a tokenizer's JSON record. Out: a `Tokenizer`.
-Equation: none.
+A tokenizer is made from a `DataConfig` and the training text. A checkpoint keeps it as a JSON
+record, from which it is made again.
 """
 
 from collections.abc import Iterable
@@ -30,16 +30,16 @@ _KINDS: dict[str, type[Tokenizer]] = {
 
 
 def from_dict(record: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_dict` recorded.
+    """Returns the tokenizer that `to_dict` has recorded.
 
     Args:
-        record: JSON values, with "name" among them.
+        record: JSON values. "name" is one of them.
 
     Returns:
-        A tokenizer that encodes and decodes as the recorded one.
+        A tokenizer that encodes and decodes as the recorded one does.
 
     Raises:
-        ValueError: the name is none of ours.
+        ValueError: there is no tokenizer of this name.
         ImportError: the name is "bpe" and `tokenizers` is not installed.
 
     Example:
@@ -53,20 +53,20 @@ def from_dict(record: dict[str, Any]) -> Tokenizer:
 
 
 def build_tokenizer(config: DataConfig, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer that `config` names, with its vocabulary from the training text.
+    """Returns the tokenizer that `config` names, with the vocabulary of the training text.
 
     Args:
-        config: `tokenizer`, and where they apply `tokenizer_file`, `vocab_limit`, `end_of_line`.
-        texts: the training documents; consumed only where a vocabulary is needed.
+        config: the fields `tokenizer`, `tokenizer_file`, `vocab_limit` and `end_of_line` are used.
+        texts: the training documents. They are read only if the tokenizer needs a vocabulary.
 
     Returns:
-        The tokenizer. "bpe" reads `tokenizer_file`; where that does not exist yet and
-        `vocab_limit` is given, byte-level pairs are trained and written there first.
+        The tokenizer. "bpe" reads `tokenizer_file`. If there is no such file and `vocab_limit` is
+        given, byte-level pairs are trained and written to that file first.
 
     Raises:
         ValueError: the name is unknown, a field does not apply to it, or the file is missing or
-            damaged; the message names field or file.
-        ImportError: "bpe" without the package `tokenizers`.
+            damaged. The error names the field or the file.
+        ImportError: the name is "bpe" and the package `tokenizers` is not installed.
 
     Example:
         >>> build_tokenizer(DataConfig(tokenizer="characters"), ["hello"]).alphabet
@@ -88,7 +88,10 @@ def build_tokenizer(config: DataConfig, texts: Iterable[str]) -> Tokenizer:
         )
     if name == "bpe":
         if not config.tokenizer_file:
-            raise ValueError("config.data.tokenizer_file: tokenizer='bpe' needs a JSON file's name")
+            raise ValueError(
+                "config.data.tokenizer_file: tokenizer='bpe' needs the name of a JSON file, "
+                f"got {config.tokenizer_file!r}"
+            )
         path = expand(config.tokenizer_file, "config.data.tokenizer_file")
         return read_or_train(path, texts, vocab_limit=config.vocab_limit)
     return CharacterTokenizer.from_texts(texts) if name == "characters" else ByteTokenizer()

@@ -1,6 +1,6 @@
-"""The text of a file's bytes: unpacked, and without a byte order mark.
+"""Turns the bytes of a file into text: unpacked, and without a byte order mark.
 
-What a file holds is read from its first bytes. Its name is only compared with them.
+The first bytes of a file say what it holds. The name of the file must agree with them.
 """
 
 import bz2
@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import PurePath
 
-# What a file begins with, and what unpacks it.
+# The first bytes of packed files, and the forms that they stand for.
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\x1f\x8b\x08", "gzip"),
     *((b"BZh%d1AY&SY" % level, "bzip2") for level in range(1, 10)),
@@ -22,7 +22,7 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"PK\x03\x04", "zip"),
     (b"PK\x05\x06", "zip"),  # an empty archive
 )
-# Forms that hold text but are not read: what a file begins with, its name, and the way out.
+# Forms of files that are refused: their first bytes, their names, and what to do instead.
 _EXTRACT, _CONVERT = "extract the text files", "convert it to plain text"
 _CONVERT_TABLE = "load it as a data set (--config.data.source=huggingface), or " + _CONVERT
 _REFUSED: tuple[tuple[bytes, str, str], ...] = (
@@ -53,19 +53,19 @@ _MARKS = (
 
 
 def plain_text(name: str, data: bytes) -> bytes:
-    """The text that a file's bytes stand for.
+    """Returns the text that the bytes of a file stand for.
 
     Args:
-        name: the file's name, for errors. Where it ends in .gz, .bz2, .xz or .zip, the data must be
-            of that form.
+        name: the name of the file, for errors. If it ends in .gz, .bz2, .xz or .zip, the data must
+            be of that form.
         data: the whole file.
 
     Returns:
-        The unpacked bytes. A byte order mark of UTF-8 is removed; text with one of UTF-16 or UTF-32
-        becomes UTF-8.
+        The unpacked bytes. A byte order mark of UTF-8 is removed. Text that begins with the byte
+        order mark of UTF-16 or UTF-32 becomes UTF-8.
 
     Raises:
-        ValueError: the data is damaged, or of a form that is not read; says which.
+        ValueError: the data is damaged, or its form is not read. The error says which.
 
     Example:
         >>> plain_text("poem.txt", gzip.compress(b"one line"))
@@ -92,7 +92,7 @@ def plain_text(name: str, data: bytes) -> bytes:
 
 
 def _form(data: bytes) -> str | None:
-    """The packed form that `data` begins with, or None."""
+    """Returns the packed form that `data` has, or None."""
     return next((form for begins, form in _MAGIC if data.startswith(begins)), None)
 
 
@@ -110,11 +110,11 @@ def _unpack(name: str, form: str, data: bytes) -> bytes:
 
 
 class _NotOneFile(Exception):
-    """An archive with no file or with several."""
+    """The archive holds no file, or several."""
 
 
 def _unzip(data: bytes) -> bytes:
-    """The one file of a zip archive."""
+    """Returns the only file of a zip archive."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
         if len(names) != 1:
@@ -131,7 +131,7 @@ _UNPACKERS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def _without_mark(name: str, data: bytes) -> bytes:
-    """The bytes without a byte order mark, in UTF-8 where the mark says what they are."""
+    """Returns the bytes without a byte order mark. If there was one, they become UTF-8."""
     for mark, encoding in _MARKS:
         if data.startswith(mark):
             if encoding == "utf-8":

@@ -1,7 +1,7 @@
-"""Tokenizers whose vocabulary needs no other package: bytes, characters, words.
+"""Tokenizers that need no other package: bytes, characters and words.
 
-In: text. Out: one array of ids in the smallest of uint8, uint16, int32 that holds the vocabulary;
-and a JSON record of the tokenizer for checkpoints. Equation: none.
+A tokenizer turns text into an array of ids, in the smallest of uint8, uint16 and int32 that holds
+the vocabulary. It also has a JSON record, which checkpoints keep.
 """
 
 import abc
@@ -14,15 +14,17 @@ import numpy as np
 
 UNKNOWN = "<unk>"
 END_OF_LINE = "<eos>"
-PIECE = 1 << 20  # characters that are encoded at a time, so that 100 MB need no list of all words
+# The number of characters that are encoded at a time. Without it, 100 MB of text would need one
+# list of all their words.
+PIECE = 1 << 20
 
 
 class Tokenizer(abc.ABC):
-    """What all tokenizers share.
+    """The base class of all tokenizers.
 
     Attributes:
         name: the tokenizer's name in `config.data.tokenizer` and in its record.
-        separator: text put between two documents that are joined into one stream.
+        separator: the text between two documents that are joined into one stream.
     """
 
     name: ClassVar[str]
@@ -31,10 +33,14 @@ class Tokenizer(abc.ABC):
     @property
     @abc.abstractmethod
     def vocab_size(self) -> int:
-        """Number of ids; they run from 0."""
+        """The number of ids. They start at 0."""
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`. Raises ValueError showing what the vocabulary does not know."""
+        """Returns the ids of `text`.
+
+        Raises:
+            ValueError: the vocabulary lacks a word or character. The error shows it.
+        """
         sizes = {np.uint8: 1 << 8, np.uint16: 1 << 16, np.int32: 1 << 31}
         dtype = next(dtype for dtype, size in sizes.items() if self.vocab_size <= size)
         parts = [self._encode_piece(piece).astype(dtype) for piece in pieces(text)]
@@ -42,22 +48,22 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-        """The text of `ids`. Raises ValueError for an id outside the vocabulary."""
+        """Returns the text of `ids`. Raises ValueError for an id outside the vocabulary."""
 
     @abc.abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """A record of JSON values from which `from_dict` makes an equal tokenizer."""
+        """Returns a record of JSON values, from which `from_dict` makes an equal tokenizer."""
 
     def num_bytes(self, ids: np.ndarray) -> int:
-        """UTF-8 bytes of the text that `ids` stand for."""
+        """Returns the number of UTF-8 bytes of the text that `ids` stand for."""
         return len(self.decode(ids).encode("utf-8"))
 
     def encodes(self, data: bytes, ids: np.ndarray) -> bool:
-        """Whether the text `data` can be recovered from its `ids`."""
+        """Returns whether the text `data` can be recovered from its `ids`."""
         return self.decode(ids).encode("utf-8") == data
 
     def num_unknown(self, ids: np.ndarray) -> int:
-        """How many of `ids` stand for text that the vocabulary lacks."""
+        """Returns how many of `ids` stand for text that the vocabulary lacks."""
         return 0
 
     def _checked(self, ids: np.ndarray | Sequence[int]) -> np.ndarray:
@@ -67,12 +73,12 @@ class Tokenizer(abc.ABC):
         return ids
 
     def _encode_piece(self, piece: str) -> np.ndarray:
-        """The ids of a stretch of text short enough to be handled at once."""
+        """Returns the ids of one piece of a text."""
         raise NotImplementedError
 
 
 class ByteTokenizer(Tokenizer):
-    """One token a byte: 256 ids, no file, takes anything.
+    """A tokenizer of bytes. It has 256 ids, needs no file, and encodes any text.
 
     Example:
         >>> ByteTokenizer().encode("é").tolist(), ByteTokenizer().decode([195, 169])
@@ -80,37 +86,37 @@ class ByteTokenizer(Tokenizer):
     """
 
     name = "bytes"
-    separator = "\0"  # no text file holds it
+    separator = "\0"  # a text file does not contain this byte
 
     @property
     def vocab_size(self) -> int:
-        """256."""
+        """The number of ids, 256."""
         return 256
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """The bytes of `text`, which may itself be bytes; those are not copied."""
+        """Returns the bytes of `text`. If `text` is bytes itself, nothing is copied."""
         data = text.encode("utf-8") if isinstance(text, str) else text
         return np.frombuffer(data, np.uint8)
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-        """The text of the bytes; what is not UTF-8 shows as U+FFFD."""
+        """Returns the text of the bytes. Bytes that are not UTF-8 become U+FFFD."""
         return self._checked(ids).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def num_bytes(self, ids: np.ndarray) -> int:
-        """One a token."""
+        """Returns the number of ids, because each stands for one byte."""
         return len(ids)
 
     def encodes(self, data: bytes, ids: np.ndarray) -> bool:
-        """Always."""
+        """Returns True, because bytes lose nothing."""
         return True
 
     def to_dict(self) -> dict[str, Any]:
-        """Its name alone."""
+        """Returns a record with the name only."""
         return {"name": self.name}
 
 
 class CharacterTokenizer(Tokenizer):
-    """One token a character of a fixed alphabet, ids in the order of `alphabet`.
+    """A tokenizer of the characters of a fixed alphabet. Ids follow the order of `alphabet`.
 
     Example:
         >>> CharacterTokenizer(" ab").encode("abba").tolist()
@@ -122,14 +128,14 @@ class CharacterTokenizer(Tokenizer):
     def __init__(self, alphabet: str):
         self.alphabet = alphabet
         codes = _code_points(alphabet)
-        # One id past the highest code point stands for everything unknown.
+        # The entry after the highest code point stands for all characters beyond it.
         self._ids = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)
         self._ids[codes] = np.arange(len(codes))
         self._codes = codes
 
     @classmethod
     def from_texts(cls, texts: Iterable[str]) -> "CharacterTokenizer":
-        """The characters that occur in `texts`, sorted."""
+        """Returns a tokenizer of the characters that occur in `texts`, in sorted order."""
         found: set[str] = set()
         for text in texts:
             found.update(text)
@@ -137,7 +143,7 @@ class CharacterTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """Number of characters of the alphabet."""
+        """The number of characters of the alphabet."""
         return len(self._codes)
 
     def _encode_piece(self, piece: str) -> np.ndarray:
@@ -150,19 +156,20 @@ class CharacterTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-        """The characters, joined."""
+        """Returns the text of the characters."""
         return self._codes[self._checked(ids)].tobytes().decode("utf-32-le", "surrogatepass")
 
     def to_dict(self) -> dict[str, Any]:
-        """Name and alphabet."""
+        """Returns a record with the name and the alphabet."""
         return {"name": self.name, "alphabet": self.alphabet}
 
 
 class WordTokenizer(Tokenizer):
-    r"""One token a word, as white space divides them, and `<eos>` for each line break if asked.
+    r"""A tokenizer of words, which are divided by white space.
 
-    Without end_of_line a line break is white space like any other. Words outside the vocabulary
-    become `<unk>` if the vocabulary has it, else they are an error.
+    With `end_of_line` each line break becomes the token `<eos>`. Otherwise a line break is white
+    space like any other. A word outside the vocabulary becomes `<unk>` if the vocabulary has this
+    token, and raises an error otherwise.
 
     Example:
         >>> words = WordTokenizer(["<eos>", "the", "cat"], end_of_line=True)
@@ -182,9 +189,10 @@ class WordTokenizer(Tokenizer):
     def from_texts(
         cls, texts: Iterable[str], *, end_of_line: bool = False, limit: int | None = None
     ) -> "WordTokenizer":
-        """The words of `texts`, the most frequent first, ties in alphabetical order.
+        """Returns a tokenizer of the words of `texts`, the most frequent first.
 
-        With a `limit` on the vocabulary, `<unk>` comes first and counts; it is then always there.
+        Words that are equally frequent are in alphabetical order. With a `limit` on the size of the
+        vocabulary, its first word is always `<unk>`, which counts as one of the words.
         """
         counts: collections.Counter[str] = collections.Counter()
         for text in texts:
@@ -199,7 +207,7 @@ class WordTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """Number of words, `<unk>` and `<eos>` among them."""
+        """The number of words, including `<unk>` and `<eos>`."""
         return len(self.vocabulary)
 
     def _encode_piece(self, piece: str) -> np.ndarray:
@@ -214,17 +222,17 @@ class WordTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-        """The words with a space between, `<eos>` as a line break."""
+        """Returns the words with spaces between them, and line breaks in place of `<eos>`."""
         words = (self.vocabulary[index] for index in self._checked(ids))
         return " ".join(
             "\n" if self.end_of_line and word == END_OF_LINE else word for word in words
         )
 
     def encodes(self, data: bytes, ids: np.ndarray) -> bool:
-        """Whether the words are all known and the white space between them is regular.
+        """Returns whether all words are known and the white space between them is regular.
 
-        Regular means one space between two words and, with `end_of_line`, any spaces beside a line
-        break. The beginning and the end of the text do not count.
+        Regular means one space between two words. With `end_of_line`, there may be any number of
+        spaces around a line break. Spaces at the beginning and at the end of the text do not count.
         """
         text, decoded = (
             re.sub(r" *\n *", "\n", part).strip(" ")
@@ -233,11 +241,11 @@ class WordTokenizer(Tokenizer):
         return text == decoded
 
     def num_unknown(self, ids: np.ndarray) -> int:
-        """How many of `ids` are `<unk>`, written so in the text or not."""
+        """Returns how many of `ids` are `<unk>`, including those that the text itself contains."""
         return int(np.count_nonzero(np.asarray(ids) == self._unknown))
 
     def to_dict(self) -> dict[str, Any]:
-        """Name, words and line-end rule."""
+        """Returns a record with the name, the words, and `end_of_line`."""
         return {
             "name": self.name,
             "vocabulary": list(self.vocabulary),
@@ -256,7 +264,7 @@ def _words(piece: str, end_of_line: bool) -> list[str]:
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:
     """Cuts `text` between words into pieces of `size` characters or a little more.
 
-    A piece is cut anyhow before it is twice as long.
+    If no space follows in time, the piece is cut within a word, at twice that length.
     """
     between_words = re.compile(r"(?<=\S)\s(?=\S)")
     start = 0

@@ -1,7 +1,7 @@
-"""Token ids to batches: windows of one stream, or packed documents, by Grain pipelines.
+"""Turns token ids into batches, which are windows of one stream or packed documents.
 
-In: token ids and the borders of their documents. Out: Grain datasets of batches, rows of T tokens
-with targets[t] = the token after inputs[t]. Equation: none.
+The inputs are token ids and the borders of their documents. The outputs are Grain datasets of
+batches. A row has T tokens, and targets[t] is the token after inputs[t].
 """
 
 import dataclasses
@@ -13,31 +13,33 @@ from race_jax.data.workers import WorkerDataset
 
 Batch = dict[str, np.ndarray]
 
-# Read in the caller's thread: cutting a window out of an array costs less than handing it over.
+# Windows are read in the caller's thread. To cut a window out of an array costs less than to hand
+# it from one thread to another.
 _SYNCHRONOUS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-# Indices of this many windows: more than any run reads, few enough to be counted in 64 bits.
+# An endless dataset has this number of windows. No run reads so many, and 64 bits can count them.
 _ENDLESS = 1 << 62
-# First-fit fills this many rows side by side at least; with fewer, more of each row stays empty.
+# The least number of rows that packing fills at the same time. With fewer, rows stay emptier.
 _MIN_PACKING_BINS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenStream:
-    """Documents one after the other: document d is ids[borders[d] : borders[d + 1]]."""
+    """The ids of documents in one array. Document d is ids[borders[d] : borders[d + 1]]."""
 
     ids: np.ndarray
     borders: np.ndarray
 
     @classmethod
     def of(cls, documents: list[np.ndarray]) -> "TokenStream":
-        """The stream of the given documents, at least one."""
+        """Returns the stream of the given documents, of which there is at least one."""
         return cls(np.concatenate(documents), np.cumsum([0, *map(len, documents)]))
 
 
 class Pieces:
-    """Documents cut into pieces of at most T + 1 tokens; a piece starts with the last one's end.
+    """Documents that are cut into pieces of at most T + 1 tokens.
 
-    So every token of a document but its first is the target of exactly one piece.
+    A piece begins with the last token of the piece before it. Every token of a document except its
+    first is therefore a target in exactly one piece.
 
     Example:
         >>> pieces = Pieces(TokenStream.of([np.arange(6), np.arange(2)]), length=3)
@@ -63,21 +65,22 @@ class Pieces:
 
 
 class ShiftedWindows(grain.MapDataset):
-    """Neighbouring windows of T + 1 tokens over a stream, the first one elsewhere in each epoch.
+    """Windows of T + 1 tokens that follow each other over a stream, with a new offset per epoch.
 
-    An epoch starts at an offset in [0, T) drawn from the seed and its number, so the borders of
-    windows fall differently each time. Grain counts the epochs by indices beyond the length.
+    An epoch starts at an offset in [0, T), which is drawn from the seed and the number of the
+    epoch. The borders of windows are therefore different in each epoch. Grain counts epochs by
+    indices beyond the length.
 
     Args:
-        ids: (tokens,), at least T + 1.
-        length: T.
-        seed: of the offsets.
+        ids: token ids of shape (tokens,), at least T + 1 of them.
+        length: T, the tokens of a row.
+        seed: the seed of the offsets.
     """
 
     def __init__(self, ids: np.ndarray, length: int, seed: int):
         super().__init__()
         self._ids, self._length, self._seed = ids, length, seed
-        # Whatever the offset, this many windows fit.
+        # This number of windows fits at every offset.
         self._count = max(1, (len(ids) - length) // length)
         self._offsets = min(length, len(ids) - self._count * length)
 
@@ -96,9 +99,9 @@ class ShiftedWindows(grain.MapDataset):
 def train_windows(
     ids: np.ndarray, length: int, *, batch_size: int, seed: int, num_workers: int = 0
 ) -> grain.IterDataset[Batch]:
-    """Endless batches of windows over one stream, shuffled anew in each epoch."""
+    """Returns endless batches of windows over one stream, in a new order in each epoch."""
     windows = ShiftedWindows(ids, length, seed)
-    # Not `repeat()`: its length is the largest that Python allows, too long for batches of one row.
+    # `repeat()` has the greatest length that Python allows, and batches of one row would exceed it.
     endless = windows.shuffle(seed=_mixed(seed)).repeat(_ENDLESS // len(windows))
     batches = endless.map(lambda ids: _row(ids, length)).batch(batch_size)
     if num_workers:
@@ -109,7 +112,10 @@ def train_windows(
 def held_out_windows(
     stream: TokenStream, length: int, *, batch_size: int
 ) -> grain.IterDataset[Batch]:
-    """One pass over a stream in windows that do not overlap; the last is padded, weight 0."""
+    """Returns one pass over a stream, in windows whose targets do not overlap.
+
+    The last window is padded, with weight 0.
+    """
     windows = grain.MapDataset.source(Pieces(stream, length))
     batches = windows.map(lambda ids: _row(ids, length)).batch(batch_size)
     return batches.map(lambda rows: filled(rows, batch_size)).to_iter_dataset(_SYNCHRONOUS)
@@ -118,7 +124,7 @@ def held_out_windows(
 def train_packed(
     stream: TokenStream, length: int, *, batch_size: int, seed: int
 ) -> grain.IterDataset[Batch]:
-    """Endless batches of packed documents, shuffled anew in each epoch."""
+    """Returns endless batches of packed documents, in a new order in each epoch."""
     pieces = grain.MapDataset.source(Pieces(stream, length)).shuffle(seed=_mixed(seed)).repeat()
     return _pack(pieces, length, batch_size, shuffle_seed=_mixed(seed))
 
@@ -126,14 +132,17 @@ def train_packed(
 def held_out_packed(
     stream: TokenStream, length: int, *, batch_size: int
 ) -> grain.IterDataset[Batch]:
-    """One pass over all documents, packed in order of first fit; what stays empty has weight 0."""
+    """Returns one pass over all documents. Each is packed into the first row that has room for it.
+
+    The empty part of a row has weight 0.
+    """
     return _pack(grain.MapDataset.source(Pieces(stream, length)), length, batch_size)
 
 
 def _pack(
     pieces: grain.MapDataset, length: int, batch_size: int, shuffle_seed: int | None = None
 ) -> grain.IterDataset[Batch]:
-    """Batches of pieces packed by first fit: whole pieces, as many in a row as it holds."""
+    """Returns batches of pieces. Each piece goes whole into the first row that has room for it."""
     packed = grain.experimental.FirstFitPackIterDataset(
         pieces.map(lambda ids: {"pairs": _pairs(ids)}).to_iter_dataset(_SYNCHRONOUS),
         length_struct={"pairs": length},
@@ -146,11 +155,11 @@ def _pack(
 
 
 def filled(batch: Batch, batch_size: int) -> Batch:
-    """The batch, filled up with rows of zeros.
+    """Returns the batch, filled up with rows of zeros.
 
     Args:
-        batch: arrays (B, ...), with B at most `batch_size`.
-        batch_size: rows of the batch that is returned.
+        batch: arrays of shape (B, ...), with B at most `batch_size`.
+        batch_size: the rows of the batch that is returned.
 
     Example:
         >>> filled({"weights": np.ones((1, 2))}, 2)["weights"].tolist()
@@ -165,19 +174,23 @@ def filled(batch: Batch, batch_size: int) -> Batch:
 
 
 def _mixed(seed: int) -> int:
-    """A 32-bit seed far from a neighbour's: Grain adds the epoch's number to it."""
+    """Returns a 32-bit seed that is far from those of neighboring seeds.
+
+    Grain adds the number of the epoch to a seed.
+    """
     return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
 def _pairs(ids: np.ndarray) -> np.ndarray:
-    """Each token with the one after it, (n, 2)."""
+    """Returns pairs of each token and the next one, (n, 2)."""
     return np.stack([ids[:-1], ids[1:]], axis=-1).astype(np.int32)
 
 
 def _packed_row(packed: dict[str, np.ndarray]) -> Batch:
-    """A row of a batch from Grain's: ids 1, 2, … for the documents and 0 for the empty tail.
+    """Returns a row of a batch from one of Grain's.
 
-    0 occurs nowhere else in the row, so each id is one run, the tail's too.
+    The segment ids are 1, 2, … for the documents, and 0 for the empty tail only, so that each id is
+    one run.
     """
     segment_ids = packed["pairs_segment_ids"]
     return {
@@ -189,7 +202,7 @@ def _packed_row(packed: dict[str, np.ndarray]) -> Batch:
 
 
 def _row(ids: np.ndarray, length: int) -> Batch:
-    """A row of one segment from n + 1 <= T + 1 tokens, filled up with zeros of weight 0."""
+    """Returns a row of one segment from at most T + 1 tokens, filled up with zeros of weight 0."""
     pairs = np.zeros((length, 2), np.int32)
     pairs[: len(ids) - 1] = _pairs(ids)
     return {

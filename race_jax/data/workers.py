@@ -1,7 +1,7 @@
-"""Batches read in other processes or ahead of their use, with a state that does not show it.
+"""Iterators that read batches in other processes, or ahead of their use.
 
 The state of every iterator here counts the batches that were handed out, not those that were read
-ahead, and it is the same for any number of worker processes.
+ahead. It is the same for any number of worker processes.
 """
 
 import contextlib
@@ -18,23 +18,23 @@ from absl import flags
 
 Batch = dict[str, Any]
 
-# Arrays go through a pipe: a process that is killed would leave its shared memory behind.
+# Arrays go through a pipe. A process that is killed would leave its shared memory behind.
 _NO_SHARED_MEMORY = grain.experimental.DatasetOptions(min_shm_size=1 << 62)
 
 
 def read_ahead(
     batches: grain.IterDataset[Batch], place: Callable[[Batch], Any] | None = None
 ) -> grain.DatasetIterator[Any]:
-    """An iterator whose next batch is read while the caller works on the present one.
+    """Returns an iterator that reads the next batch while the caller works on the present one.
 
     Args:
         batches: a dataset of batches.
-        place: called with each batch in the reading thread, before the batch is asked for; for
-            example, it puts the batch on a device.
+        place: a function that the reading thread calls with each batch before the batch is asked
+            for. For example, it puts the batch on a device.
 
     Returns:
-        An iterator over `place(batch)`. Its `get_state` is that of the batches handed out. Close it
-        when it is no longer used.
+        An iterator over `place(batch)`. Its `get_state` counts the batches that were handed out.
+        Close it when it is no longer used.
 
     Example:
         >>> import numpy as np
@@ -50,8 +50,8 @@ class WorkerDataset(grain.IterDataset[Batch]):
     """The elements of a map dataset in their order, read by worker processes.
 
     Args:
-        batches: the dataset; it is copied to each worker.
-        num_workers: number of processes, at least one.
+        batches: the dataset, which is copied to each worker.
+        num_workers: the number of processes, at least one.
     """
 
     def __init__(self, batches: grain.MapDataset[Batch], num_workers: int):
@@ -63,10 +63,10 @@ class WorkerDataset(grain.IterDataset[Batch]):
 
 
 class WorkerIterator(grain.DatasetIterator[Batch]):
-    """Iterates over a `WorkerDataset`; the state is that of an iterator without workers.
+    """Iterates over a `WorkerDataset`. Its state is that of an iterator without workers.
 
-    Grain's own state names the position of each worker. Here the workers start anew at the batch
-    that a state names, so a run may continue with another number of them.
+    Grain's own state has the position of each worker. Here the workers start again at the batch
+    that a state names, so that a run may continue with another number of them.
     """
 
     def __init__(self, batches: grain.MapDataset[Batch], num_workers: int):
@@ -86,7 +86,7 @@ class WorkerIterator(grain.DatasetIterator[Batch]):
         return batch
 
     def get_state(self) -> dict[str, int]:
-        """The index of the next batch."""
+        """Returns the index of the next batch."""
         return {"next_index": self._next_index}
 
     def set_state(self, state: dict[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""The counts that the literature publishes, on the real data sets (marker `data`)."""
+"""The real data sets have the counts that the literature publishes (marker `data`)."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The extremes of every size: each trains, or is refused in a sentence that names the field."""
+"""Extreme sizes either train, or are refused by an error that names the field."""
 
 import itertools
 
@@ -14,14 +14,14 @@ HUGE = 2**62
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with a text of 10 words in 700."""
+    """A folder with a text of 700 words, 10 of which are different."""
     words = np.random.default_rng(0).choice([f"w{i}" for i in range(10)], 700)
     (tmp_path / "t.txt").write_text(" ".join(words))
     return tmp_path
 
 
 def build(folder, *, batch_size=2, seed=0, **fields):
-    """The data of a run, after the checks that a run makes."""
+    """Builds the data of a run, after the checks that a run makes."""
     config = Config()
     config.data = DataConfig(
         source="files",

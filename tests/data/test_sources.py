@@ -1,4 +1,4 @@
-"""Reading text: every source, what is held out, and a clear error for every bad file."""
+"""Text is read from every source, a part is held out, and every bad file is a clear error."""
 
 import gzip
 import lzma
@@ -20,7 +20,7 @@ def files(tmp_path, **fields):
 
 @pytest.fixture
 def text_files(tmp_path):
-    """The same text plain and packed twice."""
+    """Files with the same text, plain and in two packed forms."""
     (tmp_path / "a.txt").write_bytes(TEXT)
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(TEXT))
     (tmp_path / "c.txt.XZ").write_bytes(lzma.compress(TEXT))
@@ -67,7 +67,7 @@ class TestFiles:
 
 class TestBadFiles:
     def corpus_error(self, config):
-        with pytest.raises(ValueError) as error:  # noqa: PT011 the callers look at the words
+        with pytest.raises(ValueError) as error:  # noqa: PT011 the callers check the words
             load_corpus(config)
         return str(error.value)
 
@@ -223,7 +223,7 @@ class TestStdlib:
 
 
 class Rows(dict):
-    """As much of a Hugging Face split as we touch."""
+    """The parts of a Hugging Face split that the library uses."""
 
     @property
     def column_names(self):
@@ -233,7 +233,7 @@ class Rows(dict):
 class TestHuggingFace:
     @pytest.fixture
     def hub(self, monkeypatch):
-        """A stand-in for the package; returns the splits it will give out."""
+        """A stand-in for the package `datasets`, and the splits that it returns."""
         splits = {}
 
         def load_dataset(name, config):

@@ -1,4 +1,4 @@
-"""Batches: what they hold, that a run resumes to the very next one, and what is refused."""
+"""Batches hold the text, a run resumes with the very next one, and bad input is refused."""
 
 import collections
 import json
@@ -20,7 +20,7 @@ DTYPES = {
 
 @pytest.fixture
 def make_data(tmp_path):
-    """`make_data(train, valid, ...)` writes each text to a file and builds the data of them."""
+    """`make_data(train, valid, ...)` writes each text to a file and builds data from the files."""
 
     def make(train, valid=b"held out text", *, batch_size=4, seed=0, **fields):
         names = {}
@@ -46,7 +46,7 @@ def take(iterator, count):
 
 
 def reading(data, state: str | None = None):
-    """An iterator that reads ahead, as the trainer's, from the batch that `state` names."""
+    """Returns an iterator that reads ahead, as the trainer's, from the batch that `state` names."""
     iterator = read_ahead(data.train)
     if state is not None:
         iterator.set_state(json.loads(state))
@@ -62,7 +62,7 @@ def assert_same(got, want):
 
 
 def some_text(rng, length):
-    """Random letters, each place told apart from most others."""
+    """Returns random letters, so that most places of the text differ from each other."""
     return bytes(rng.integers(97, 123, size=length, dtype=np.uint8))
 
 
@@ -71,7 +71,7 @@ def some_documents(rng, count, longest):
 
 
 def segments(batch, name="inputs"):
-    """The tokens of every segment of a packed batch, from weight-1 places only."""
+    """Returns the tokens of every segment of a packed batch, without places of weight 0."""
     found = []
     for row, ids, weights in zip(batch[name], batch["segment_ids"], batch["weights"], strict=True):
         found += [bytes(row[ids == i].astype(np.uint8)) for i in np.unique(ids[weights > 0])]
@@ -99,7 +99,7 @@ class TestEveryPacking:
         assert any((a["inputs"] != b["inputs"]).any() for a, b in zip(first, other, strict=True))
 
     def test_killed_anywhere_a_run_resumes_to_the_next_batch(self, make_data, rng, packing):
-        """Every state through JSON, into a fresh build, over three epochs and every phase."""
+        """States go through JSON into newly built data, at every batch of three epochs."""
         text = self.text(rng, packing)
         data, fresh = (make_data(text, packing=packing) for _ in range(2))
         iterator, states, batches = reading(data), [], []
@@ -299,7 +299,7 @@ class TestRefused:
             (b"text", {"valid": b"v", "sequence_length": 1}, r"valid0\.txt: .*nothing to score"),
             (b"text", {"document_separator": " "}, "is used with config.data.packing=packed only"),
             (b"--", {"packing": "packed", "document_separator": "-"}, r"0\.txt: holds nothing but"),
-            (b"", {}, r"train0\.txt: is empty"),
+            (b"", {}, r"train0\.txt: the file is empty"),
         ],
     )  # fmt: skip
     def test_bad_input_is_named_before_any_training(self, make_data, train, fields, words):

@@ -83,7 +83,7 @@ def test_ids_take_the_smallest_dtype():
 
 
 def test_long_text_is_encoded_as_its_parts_are(byte_pairs):
-    """A text cut into pieces on the way, one of them between any two of its words."""
+    """A long text is cut into pieces, and the cut may be between any two words."""
     part = f" {TEXT}"
     count = int(1.1 * vocabulary.PIECE / len(part))
     for tokenizer in every_tokenizer(byte_pairs):

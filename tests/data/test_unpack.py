@@ -1,4 +1,4 @@
-"""Files are read by what they hold: packed text is unpacked, other forms are refused by name."""
+"""The content of a file says how it is read. Packed text is unpacked, other forms are refused."""
 
 import bz2
 import codecs

@@ -1,4 +1,4 @@
-"""The parts of the pipelines: windows, pieces of documents, short batches."""
+"""The parts of the data pipelines are windows, pieces of documents, and short batches."""
 
 import numpy as np
 from hypothesis import given

@@ -1,7 +1,7 @@
-"""`scripts/train_lm.py` as a user runs it: to its end, interrupted, killed, gone on with.
+"""`scripts/train_lm.py` as a user runs it: to its end, interrupted, killed and continued.
 
-One run goes through undisturbed. Another, with the same command, is asked to stop, goes on, is
-killed without warning and goes on again; it must end with the same numbers to the last bit.
+One run is not disturbed. Another with the same command is asked to stop, continues, is killed
+without warning, and continues again. It must end with the same numbers to the last bit.
 """
 
 import os
@@ -44,7 +44,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A working directory with a config and a text of sentences drawn from a small grammar."""
+    """A working directory with a configuration, and a text of sentences from a small grammar."""
     folder = tmp_path_factory.mktemp("run")
     rng = np.random.default_rng(0)
     words = [rng.choice(part, 2000) for part in (
@@ -100,7 +100,7 @@ def records(directory: pathlib.Path) -> list[dict]:
 
 
 def results(directory: pathlib.Path) -> list[dict]:
-    """Everything measured but the time that it took."""
+    """Returns everything that was measured, except times."""
     return [record for record in records(directory) if record["kind"] != "speed"]
 
 
@@ -110,7 +110,7 @@ def losses(directory: pathlib.Path) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder):
-    """What the run prints and leaves when nothing happens to it."""
+    """The output and the files of a run that is not disturbed."""
     out = finish(start(folder, "undisturbed"))
     return out, folder / "undisturbed"
 
@@ -165,7 +165,7 @@ def test_a_checkpoint_of_two_devices_goes_on_on_one(
 
 
 def test_the_reader_leaves_and_the_terminal_closes(folder):
-    """Nothing that is printed can be written from the first line on; SIGHUP still saves."""
+    """No line can be printed, from the first one on. SIGHUP still saves a checkpoint."""
     process = start(folder, "unread")
     process.stdout.close()
     wait_for_step(process, folder / "unread", EVERY // 2)
@@ -198,7 +198,7 @@ def test_what_cannot_start_says_so_in_one_sentence(folder, words, status, said):
 
 
 def test_a_missing_extra_is_a_sentence(folder):
-    """Without grain, as after `pip install race-jax` alone."""
+    """The package grain is missing, as after `pip install race-jax` without an extra."""
     program = (
         "import runpy, sys, importlib.util as util\n"
         "find = util.find_spec\n"

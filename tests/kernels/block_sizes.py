@@ -1,4 +1,4 @@
-"""Block sizes that the kernels must get right, beside those that `choose_blocks` picks."""
+"""Block sizes that the kernels are tested with, besides those that `choose_blocks` picks."""
 
 import itertools
 
@@ -10,7 +10,7 @@ BLOCKS = tuple(
 )
 _FORWARD_REGISTERS = (24, 136, 176), (24, 144, 168), (24, 160, 160)
 _KEY_REGISTERS = (24, 168, 160, 152), (24, 160, 160, 160), (24, 168, 168, 144)
-# By the field of Blocks, which names the kernel.
+# The keys are the fields of Blocks.
 PIPELINES = {
     kernel: tuple(Pipeline(*depth, shares) for depth in slots for shares in registers)
     for kernel, slots, registers in (

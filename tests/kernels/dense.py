@@ -1,6 +1,7 @@
-"""The kernels' functions in dense form, float64 on any platform, and random arguments for both.
+"""The functions of the kernels in dense form, and random arguments for both.
 
-Written from the equations alone: all pairs of tokens, the corner softmax as a softmax.
+The dense form is written from the equations alone, over all pairs of tokens. It runs in float64 on
+any platform.
 """
 
 from __future__ import annotations
@@ -49,15 +50,15 @@ class Case(NamedTuple):
     packed: bool = False
     dtype: str = "float32"
     sharpness: float = 2.0
-    queries: int | None = None  # bidirectional: T, where it differs from S
-    # Tokens a bucket before the call and after it. Then values and cotangents have a mean, and
-    # buckets hardly differ, in the state as in its adjoint.
+    queries: int | None = None  # T, if it differs from S in a bidirectional call
+    # The number of tokens in each bucket before the call and after it. If it is not 0, values and
+    # cotangents have a mean, and the buckets of the state and of its adjoint hardly differ.
     around: int = 0
     means: tuple[float, float] = (0.0, 0.0)  # added to every value, and to every cotangent of o
 
 
 def draw(case: Case) -> tuple[dict[str, Any], list[Any]]:
-    """Arguments by name as the caller prepares them, and cotangents of the three results."""
+    """Returns arguments by name as a caller prepares them, and cotangents of the three results."""
     rng = np.random.default_rng(7)
     b, t, n, k = case.batch, case.length, case.heads, case.kv_heads
     features = case.tables * 2**case.planes
@@ -104,13 +105,13 @@ def draw(case: Case) -> tuple[dict[str, Any], list[Any]]:
 
 
 def programs(case: Case) -> Blocks:
-    """Blocks with which every kernel is one program at a time, none of several warpgroups."""
+    """Returns blocks for which no kernel is one of several warpgroups."""
     features, itemsize = padded_features(case.tables, case.planes), jnp.dtype(case.dtype).itemsize
     return choose_blocks(features, padded(case.value_dim), itemsize, gate=case.gate)
 
 
 def features(z, sharpness):
-    """φ (B, T, heads, L·R) by the corner softmax."""
+    """Returns φ (B, T, heads, L·R), by the softmax over corners."""
     planes = z.shape[-1]
     corners = jnp.asarray(list(itertools.product((-1.0, 1.0), repeat=planes)), z.dtype)
     logits = jnp.einsum("bthlp,rp->bthlr", jnp.tanh(z), corners) * sharpness[:, None, None]
@@ -123,7 +124,7 @@ def _read(numerator, denominator, allowed=True):
 
 
 def causal(given: dict[str, Any]) -> tuple:
-    """Outputs, final numerator and final mass, all pairs."""
+    """Returns outputs, the final numerator and the final mass, from all pairs of tokens."""
     mask, segments = given["key_value_mask"], given["segment_ids"]
     batch, length, kv_heads = given["zk"].shape[:3]
     group = given["zq"].shape[2] // kv_heads
@@ -159,7 +160,7 @@ def causal(given: dict[str, Any]) -> tuple:
 
 
 def bidirectional(given: dict[str, Any]) -> tuple:
-    """Outputs, total numerator and total mass."""
+    """Returns outputs, the total numerator and the total mass."""
     group = given["zq"].shape[2] // given["zk"].shape[2]
     phi_q = features(given["zq"], jnp.repeat(given["sharpness"], group))
     phi_k = features(given["zk"], given["sharpness"])
@@ -173,7 +174,7 @@ def bidirectional(given: dict[str, Any]) -> tuple:
 
 
 def oracle(function, given: dict[str, Any], cotangents: list) -> tuple[dict, dict]:
-    """Outputs and gradients by name, in float64; on the CPU, which compiles it fastest."""
+    """Returns outputs and gradients by name, in float64. The CPU runs it: it compiles fastest."""
 
     @jax.jit
     def run(moving, fixed, cotangents):
@@ -205,7 +206,7 @@ def causal_kernels(
     config: Blocks | None = None,
     exact: bool = True,
 ) -> tuple:
-    """Results and gradients of the causal kernels; to be traced."""
+    """Returns results and gradients of the causal kernels. It is meant to be traced."""
     operands = causal_operands(given)
     hash_shape = given["zq"].shape[3:]
     steps = CausalSteps.of(operands, hash_shape, interpret=interpret, config=config, exact=exact)
@@ -216,7 +217,7 @@ def causal_kernels(
 
 
 def causal_operands(given: dict[str, Any]) -> CausalOperands:
-    """The arguments by name, as the steps take them."""
+    """Returns the arguments in the form that the steps take."""
     sums = Sums(given["initial_numerator"], given["initial_mass"])
     names = "zq", "zk", "value", "sharpness", "log_decay", "key_value_mask", "segment_ids"
     return CausalOperands(*(given[name] for name in names), sums, given["initial_segment"])
@@ -230,7 +231,7 @@ def bidirectional_kernels(
     config: Blocks | None = None,
     exact: bool = True,
 ) -> tuple:
-    """Results and gradients of the bidirectional kernels; to be traced."""
+    """Returns results and gradients of the bidirectional kernels. It is meant to be traced."""
     names = "zq", "zk", "value", "sharpness", "key_value_mask"
     sums = Sums(given["initial_numerator"], given["initial_mass"])
     operands = BidirectionalOperands(*(given[name] for name in names), sums)
@@ -242,14 +243,14 @@ def bidirectional_kernels(
     return (out, *totals), BidirectionalGradients(*found[:4], *found.sums)
 
 
-# Compiling the interpreted kernels takes far longer than running them: no optimiser for them.
+# To compile interpreted kernels takes far longer than to run them, so they are not optimized.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def runner(kernels, *, interpret: bool, config: Blocks | None = None, exact: bool = True):
-    """A function of arguments and cotangents to outputs and gradients of `kernels`, by name.
+    """Returns a function from arguments and cotangents to outputs and gradients of `kernels`.
 
-    It compiles once, however often it is called.
+    Both results are by name. The function compiles only once.
     """
     function = functools.partial(kernels, interpret=interpret, config=config, exact=exact)
     compiled = jax.jit(function, compiler_options=QUICK_COMPILE if interpret else None)
@@ -257,11 +258,11 @@ def runner(kernels, *, interpret: bool, config: Blocks | None = None, exact: boo
 
 
 def run(kernels, given: dict[str, Any], cotangents: list, **options) -> tuple[dict, dict]:
-    """What `runner` gives, where it is wanted once."""
+    """Calls the function of `runner` once."""
     return runner(kernels, **options)(given, cotangents)
 
 
 def named(given: dict[str, Any], results, gradients) -> tuple[dict, dict]:
-    """What the kernels return, as `oracle` gives it."""
+    """Returns results and gradients of the kernels in the form in which `oracle` returns them."""
     found = gradients._asdict().items()
     return _outputs(results), {n: np.asarray(x) for n, x in found if given[n] is not None}

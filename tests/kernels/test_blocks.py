@@ -1,4 +1,4 @@
-"""The blocks that are chosen by shape are blocks that the card can run."""
+"""A card can run the blocks that are chosen by shape."""
 
 import itertools
 
@@ -22,22 +22,22 @@ def test_every_shape_gets_blocks_that_fit_it(features, value_dim, itemsize, gate
                 continue
             assert isinstance(block, Block), field
             assert value_dim % block.value == 0, field
-            # A gate's gradient needs every kernel to round the features of the keys alike.
+            # With a gate, every kernel must round the features of the keys in the same way.
             assert not block.packed or (field == "key" and itemsize == 2 and not gate), field
 
 
-def test_the_blocks_of_the_usual_shape_are_among_those_tried_on_a_card():
+def test_the_blocks_of_the_usual_shape_are_tested_on_a_card():
     blocks = choose_blocks(64, 128, 2)
     for field in ("sums", "outputs", "query", "reverse", "key", "value"):
         assert getattr(blocks, field) in BLOCKS, field
 
 
-def test_pipelines_share_out_no_more_registers_than_there_are():
+def test_pipelines_use_no_more_registers_than_there_are():
     for kernel, pipelines in PIPELINES.items():
         shares = 4 if kernel == "key" else 3
         for pipeline in pipelines:
             registers = pipeline.registers
             assert len(registers) == shares
             assert all(x % 8 == 0 and 24 <= x <= 240 for x in registers)
-            # The last of three is the share of two warpgroups.
+            # If there are three numbers, two warpgroups have the last one each.
             assert sum(registers) + registers[-1] * (shares == 3) <= 512

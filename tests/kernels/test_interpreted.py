@@ -1,4 +1,4 @@
-"""The kernels in Pallas' interpreter on the CPU, against the dense form in float64."""
+"""The kernels in Pallas's interpreter on the CPU, against the dense form in float64."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,8 @@ from pallas_kernels import Block, Blocks
 from tests.kernels import dense
 from tests.kernels.dense import Case
 
-# Two value blocks, keys and values apart: the paths that the small default does not take.
+# The blocks of small sizes have one value block, and one kernel for keys and values. BLOCKED has
+# several value blocks, and a kernel for each.
 BLOCKED = Blocks(64, *[Block(16)] * 6)
 FUSED = Blocks(64, *[Block(32)] * 5)
 
@@ -18,7 +19,7 @@ CAUSAL = {
         ),
         BLOCKED,
     ),
-    "among many, bfloat16": (
+    "many other tokens, bfloat16": (
         Case(length=128, tables=4, planes=4, around=10_000, dtype="bfloat16"),
         None,
     ),
@@ -29,7 +30,7 @@ BIDIRECTIONAL = {
         Case(batch=2, length=300, queries=70, heads=4, tables=3, value_dim=24, mask=True),
         BLOCKED,
     ),
-    "among many, bfloat16": (Case(length=64, around=10_000, dtype="bfloat16"), None),
+    "many other tokens, bfloat16": (Case(length=64, around=10_000, dtype="bfloat16"), None),
 }
 
 
@@ -55,8 +56,8 @@ def test_bidirectional_outputs_and_gradients(case, config, assert_close):
     assert_close("gradients", gradients, want_gradients, kind="gradients", dtype=case.dtype)
 
 
-def test_products_in_tf32_have_its_digits():
-    """Operands rounded to ten bits, on the CPU too where that is asked for."""
+def test_products_in_tf32_have_the_error_of_tf32():
+    """With `exact=False` operands are rounded to ten bits, on the CPU as well."""
     case = Case(length=130, heads=4, tables=3, planes=3, gate=True, mask=True, packed=True)
     given, cotangents = dense.draw(case)
     want = dense.oracle(dense.causal, given, cotangents)

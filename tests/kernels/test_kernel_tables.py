@@ -1,4 +1,4 @@
-"""The tables of barriers and of shared memory in docs/kernels.md are those of the code."""
+"""The tables of barriers and of shared memory in docs/kernels.md agree with the code."""
 
 import functools
 import math
@@ -17,13 +17,14 @@ from tests.kernels.dense import Case
 pytestmark = pytest.mark.skipif(not backend.has_warpgroups(), reason="the kernels need jax >= 0.11")
 KERNELS = "causal_outputs", "causal_query_gradients", "causal_key_value_gradients"
 TIMES = " \N{MULTIPLICATION SIGN} "
-# Where a kernel's figures stand in a row of its table, behind array, holds, when and type.
+# The first column of a kernel's figures: after the columns "array", "holds", "when" and "type",
+# and after the columns "barrier", "producer" and "consumers".
 MEMORY_COLUMNS = dict(zip(KERNELS, (4, 6, 4), strict=True))
-BARRIER_COLUMNS = dict(zip(KERNELS, (3, 5, 3), strict=True))  # behind barrier, producer, consumers
+BARRIER_COLUMNS = dict(zip(KERNELS, (3, 5, 3), strict=True))
 
 
 def tables(first: str) -> list[list[list[str]]]:
-    """The tables of the page whose first column has this name: rows of cells."""
+    """Returns the tables of the page whose first column has this name, as rows of cells."""
     found = re.findall(
         rf"^\| {first} \|.*\n\|[- |]+\n((?:\|.*\n)+)",
         (ROOT / "docs" / "kernels.md").read_text("utf-8"),
@@ -36,14 +37,14 @@ def tables(first: str) -> list[list[list[str]]]:
 
 
 def of_kernel(kernel: str, first: str) -> list[list[str]]:
-    """The table that has this kernel: one for those forward in time, one for keys and values."""
+    """Returns the table that contains this kernel."""
     forward, keys = tables(first)
     return keys if kernel == "causal_key_value_gradients" else forward
 
 
 @pytest.fixture(scope="module", params=[False], ids=["no gate"])
 def memory(request):
-    """What every kernel of warpgroups asks for at L = P = 4 and V = 128; no kernel is made."""
+    """The shared memory of every warpgroup kernel at L = P = 4 and V = 128. Nothing is compiled."""
     from pallas_kernels import warpgroup
 
     found = {}
@@ -63,7 +64,7 @@ def memory(request):
 
 
 def arrays_of(memory, kernel: str) -> dict[str, tuple[str, str]]:
-    """Shape and bytes of every array in shared memory, as the page writes them."""
+    """Returns the shape and bytes of every array in shared memory, in the page's notation."""
     arrays = {
         name: item
         for name, item in memory.found[kernel].items()
@@ -110,7 +111,7 @@ def test_table_of_barriers(kernel, memory):
     column = BARRIER_COLUMNS[kernel]
     numbers = lambda cell: [int(word) for word in re.findall(r"\d+", cell)]  # noqa: E731
     page = {
-        # Slots, then arrivals: the first figure is without a gate, the last with one.
+        # A pair of slots and arrivals. Of two figures the last is with a gate.
         row[0].strip("`"): (numbers(row[column])[0], numbers(row[column + 1])[-memory.gate])
         for row in of_kernel(kernel, "barrier")
     }

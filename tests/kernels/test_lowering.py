@@ -20,7 +20,7 @@ PROGRAMS = {
 WARPGROUPS = {
     "plain": PROGRAMS["plain"],
     "everything": PROGRAMS["everything"],
-    # The most shared memory: fewer slots than asked for.
+    # This case needs the most shared memory, so that it gets fewer slots than it asks for.
     "widest": PROGRAMS["everything"]._replace(tables=8, value_dim=128),
     "segments": Case(
         length=304, heads=4, tables=2, planes=2, value_dim=64, packed=True, dtype="bfloat16"
@@ -45,7 +45,7 @@ KERNELS = {
 
 @pytest.fixture
 def lower(on_h200):
-    """The program for an H200, as text."""
+    """A function that lowers another one for an H200 and returns the program as text."""
 
     def text(function, *arguments) -> str:
         with on_h200():
@@ -90,19 +90,20 @@ def test_kernels_lower_where_jax_has_64_bits(length, lower):
 
 @pytest.mark.parametrize("exact", [False, True], ids=["TF32", "exact"])
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda f: f.__name__)
-def test_float32_products_are_made_as_asked(kernels, exact, lower):
-    """Whatever JAX's own setting is by then: a gradient may be traced after it has changed."""
+def test_float32_products_follow_the_argument_exact(kernels, exact, lower):
+    """JAX's own setting does not count, because it may have changed when a gradient is traced."""
     given, cotangents = dense.draw(PROGRAMS["float32"]._replace(length=130, value_dim=16))
     with jax.default_matmul_precision("highest"):
         program = lower(functools.partial(kernels, interpret=False, exact=exact), given, cotangents)
-    # A kernel is bytecode there: its tiles are rounded to TF32 by an instruction of that name.
+    # The text contains the kernels as bytecode, with the names of instructions. This instruction
+    # rounds tiles to TF32.
     assert ("cvt.rna.tf32" in program) == (not exact)
 
 
 @pytest.mark.skipif(not backend.has_warpgroups(), reason="the kernels need jax >= 0.11")
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda f: f.__name__)
 def test_kernels_lower_inside_shard_map_with_its_defaults(kernels):
-    """As programs; each output varies over the axes over which any input does."""
+    """They lower in the form of programs. Outputs vary over the mesh axes that any input has."""
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     axes = (jax.sharding.AxisType.Auto,)
     mesh = jax.sharding.AbstractMesh((2,), ("rows",), abstract_device=device, axis_types=axes)

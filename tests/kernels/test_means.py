@@ -1,7 +1,7 @@
-"""The digits of dg and dzk where values and cotangents have a mean, in bfloat16.
+"""The error of dg and dzk in bfloat16, if values and cotangents have a mean.
 
-A mean cancels in both gradients. It must not take their digits with it, and along a sequence the
-rounding of row sums must cancel that of column sums, however long a split is.
+A mean cancels in both gradients. It must not make them less exact. The rounding errors of row sums
+must also cancel those of column sums along a sequence, for splits of any length.
 """
 
 import functools
@@ -24,8 +24,11 @@ def relative(got, want) -> float:
     return float(jnp.sqrt(jnp.sum((got - want) ** 2) / jnp.sum(want**2)))
 
 
-def test_programs_keep_the_digits(assert_close):
-    """Two value blocks, four chunks to a split; dg was at 8.3e-3 before, now at 2.1e-3."""
+def test_programs_stay_exact_with_means(assert_close):
+    """The case has two value blocks, and splits of several chunks. dg has an error of 2.1e-3.
+
+    An earlier form of the kernels had an error of 8.3e-3.
+    """
     case = Case(
         length=320, heads=1, kv_heads=1, value_dim=32, gate=True, dtype="bfloat16", means=(1.0, 0.1)
     )
@@ -40,8 +43,8 @@ def test_programs_keep_the_digits(assert_close):
     assert_close("zk", got["zk"], want["zk"], kind="gradients", dtype="bfloat16")
 
 
-def test_references_are_rounded_where_xla_cannot_drop_it():
-    """A cast and back is dropped on a GPU; then more is taken off a state than is given back."""
+def test_references_are_rounded_by_reduce_precision():
+    """XLA removes a cast and its inverse on a GPU. The reference would then not be rounded."""
     numerator = jax.random.normal(jax.random.key(0), (4, 16, 32))
     mass = jnp.ones((4, 16))
     common = functools.partial(centre.common_adjoint, buckets=16)
@@ -52,7 +55,7 @@ def test_references_are_rounded_where_xla_cannot_drop_it():
         assert (found == found.astype(jnp.bfloat16)).all()
 
 
-# By name: causal, N, K, L, P, V, mean decay.
+# The values are: causal, N, K, L, P, V, mean decay.
 FORMS = {
     "warpgroups": (True, 2, 1, 4, 4, 128, 0.05),
     "warpgroups, slow decay": (True, 2, 1, 4, 4, 128, 0.002),
@@ -62,7 +65,7 @@ FORMS = {
     "bidirectional": (False, 2, 1, 4, 4, 128, None),
 }
 LONG = "warpgroups", "programs, F = 128"
-# What operands of bfloat16 leave of digits by themselves; XLA's products are TF32.
+# The error that operands in bfloat16 cause by themselves. XLA's products are in TF32.
 OWN_ROUNDING = {"g": 4.5e-3, "zk": 4.5e-3}
 
 
@@ -103,7 +106,7 @@ def _gradients(form: str, implementation: str, given: dict, d_out):
 
 
 def _errors(form: str, length: int, means: tuple[float, float]) -> dict[str, dict[str, float]]:
-    """Errors of dg and dzk by implementation."""
+    """Returns the errors of dg and dzk by implementation."""
     given, d_out = _draw(form, length, means)
     found = {name: _gradients(form, name, given, d_out) for name in ("pallas", "xla")}
     with jax.enable_x64(True):
@@ -119,9 +122,9 @@ def _errors(form: str, length: int, means: tuple[float, float]) -> dict[str, dic
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("length", [256, 1536, 1 << 16, 1 << 22])
 def test_means_on_a_card(form, length):
-    """At most twice XLA's error, or what operands of bfloat16 leave by themselves."""
+    """The error is at most twice that of XLA, or that of rounded operands by themselves."""
     if length == 1 << 22 and form not in LONG:
-        pytest.skip("float64 would not fit beside it, or it takes the same kernels as another")
+        pytest.skip("float64 would not fit into memory, or another form takes the same kernels")
     for means in itertools.product((0.0, 1.0), (0.0, 0.1)):
         errors = _errors(form, length, means)
         for name, error in errors["pallas"].items():

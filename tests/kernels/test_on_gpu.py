@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 
 FULL = {"heads": 4, "gate": True, "mask": True, "packed": True}
 CAUSAL = [
-    # dβ is one number a head, whose terms may cancel: where tokens are few, heads are many.
+    # dβ is one number per head, and its terms may cancel. With few tokens there are many heads.
     Case(length=1, heads=8, kv_heads=8, tables=4, planes=4, value_dim=128, gate=True),
     Case(length=63, tables=2, planes=2, value_dim=64, **FULL),
     Case(length=64, tables=3, planes=3, value_dim=16, heads=8, sharpness=8.0),
@@ -32,11 +32,11 @@ CAUSAL = [
     Case(length=1000, tables=8, planes=3, value_dim=80, gate=True, sharpness=8.0),
     Case(length=4160, tables=3, planes=3, value_dim=64, packed=True),
     Case(length=136, tables=8, planes=3, value_dim=64, heads=8, gate=True),
-    # What leaves a sequence of one head must not run on into the next.
+    # A sequence with one head must not read or write into the next sequence.
     Case(batch=2, length=136, heads=1, kv_heads=1, tables=4, planes=4, value_dim=64, gate=True),
-    # One head: a draw in which the terms of dβ do not cancel.
+    # One head. In this draw the terms of dβ do not cancel.
     Case(batch=4, length=40, heads=2, kv_heads=1, tables=3, planes=3, value_dim=64),
-    # What buckets differ by is a hundredth of what they have in common.
+    # The differences between buckets are a hundredth of their mean.
     Case(length=264, tables=4, planes=4, value_dim=128, around=10_000),
     Case(length=136, heads=4, tables=3, planes=3, value_dim=64, gate=True, around=10_000),
     # The most shared memory that the kernels of warpgroups ask for.
@@ -53,7 +53,7 @@ DTYPES = ["float32", "bfloat16"]
 
 
 def check(kernels, case, assert_close, config=None):
-    """The kernels against float64, and a second run against the first, bit for bit."""
+    """Compares the kernels with float64, and a second run with the first, bit for bit."""
     given, cotangents = dense.draw(case)
     exact = dense.causal if kernels is dense.causal_kernels else dense.bidirectional
     want = dense.oracle(exact, given, cotangents)
@@ -65,7 +65,7 @@ def check(kernels, case, assert_close, config=None):
 
 
 def chosen(case: Case) -> Blocks:
-    """The blocks that the heuristic picks."""
+    """Returns the blocks that the heuristic picks."""
     given, _ = dense.draw(case)
     return plan(given["zq"], given["zk"], given["value"], False, None, is_causal=True)[2]
 
@@ -89,7 +89,7 @@ def test_bidirectional(case, dtype, assert_close):
 
 @pytest.mark.parametrize("case", CAUSAL[3:], ids=str)
 def test_causal_by_programs(case, assert_close):
-    """In bfloat16 without the kernels of warpgroups, which `test_causal` takes where they fit."""
+    """`test_causal` takes the kernels of warpgroups where they fit. This test never does."""
     case = case._replace(dtype="bfloat16")
     check(dense.causal_kernels, case, assert_close, dense.programs(case))
 
@@ -110,21 +110,23 @@ def test_every_block_size(block, apart, assert_close):
     ids=str,
 )
 def test_every_pipeline(kernel, pipeline, assert_close):
-    case = TRIED._replace(value_dim=64)  # at 128 some have fewer slots than they ask for
+    case = TRIED._replace(value_dim=64)  # at 128 some pipelines get fewer slots than they ask for
     config = dataclasses.replace(chosen(case), **{kernel: pipeline})
     check(dense.causal_kernels, case, assert_close, config)
 
 
 def run_on_nan(function, *arguments):
-    """Runs it where every array it makes, temporary or not, starts as NaN.
+    """Runs a function in memory that is filled with NaN, for temporary arrays and for outputs.
 
-    JAX's allocator gives freed memory back without clearing it, the least piece that is enough.
+    JAX's allocator does not clear memory that was freed, and takes the smallest piece that is large
+    enough.
     """
     run = jax.jit(function).lower(*arguments).compile()
     sizes = {run.memory_analysis().temp_size_in_bytes}
     sizes |= {x.size * x.dtype.itemsize for x in jax.tree.leaves(run.out_info)}
     words = [-(-size // 4) for size in sizes if size]
-    # All bits set: NaN in float32 and in bfloat16. So many, that no other piece is left to take.
+    # All bits are set, which is NaN in float32 and in bfloat16. There are so many arrays that the
+    # allocator has no other piece to take.
     filled = [jnp.full((n,), 2**32 - 1, jnp.uint32) for n in words for _ in range(16)]
     jax.block_until_ready(filled)
     for array in filled:
@@ -132,7 +134,7 @@ def run_on_nan(function, *arguments):
     return run(*arguments)
 
 
-def test_an_output_left_unwritten_shows_as_nan():
+def test_run_on_nan_shows_an_output_that_is_not_written():
     def write_half(refs):
         refs.out[:64] = jnp.zeros((64, 128), jnp.bfloat16)
 
@@ -175,7 +177,7 @@ def _random(seed: int, *shape: int) -> jax.Array:
 
 @pytest.mark.parametrize("length", [(1 << 22) + 4096, 1 << 24], ids=["past 2**31", "16M tokens"])
 def test_a_long_sequence_equals_its_halves(length, assert_close):
-    """Outputs of 4 heads of 128: more than 2**31 elements; the state carried at an odd token."""
+    """The outputs have more than 2**31 elements. The state is carried at an odd token."""
     zq, zk = (_random(i, 1, length, 4, 3, 3) for i in range(2))
     value, sharpness = _random(2, 1, length, 4, 128), jnp.full((4,), 2.0)
     fresh = jnp.zeros((1, 4, 24, 128)), jnp.zeros((1, 4, 24)), jnp.zeros((1,), jnp.int32)

@@ -1,4 +1,4 @@
-"""`supports` names the limit that a call meets, and splits cover a sequence."""
+"""`supports` names the limit that a call exceeds, and splits cover a sequence."""
 
 import re
 
@@ -33,7 +33,7 @@ def test_a_limit_is_named_with_what_was_given(changed, sentence):
     assert re.search(sentence, reason), reason
 
 
-def test_products_in_tf32_leave_room_for_more_features():
+def test_products_in_tf32_allow_more_features():
     said = pallas_kernels.supports(
         *shapes(tables=8, planes=5, dtype="float32"), is_causal=True, exact=False
     )
@@ -43,7 +43,7 @@ def test_products_in_tf32_leave_room_for_more_features():
 
 
 class Card:
-    """A CUDA device as far as the kernels ask."""
+    """A device with the two attributes of a CUDA device that the kernels read."""
 
     def __init__(self, device_kind, compute_capability):
         self.device_kind, self.compute_capability = device_kind, compute_capability
@@ -81,7 +81,7 @@ def test_another_card_runs_xla_and_says_why(capability, runs, newest_jax, monkey
 
 
 @pytest.mark.parametrize(("kind", "fits"), [("NVIDIA H200", True), ("NVIDIA B200", False)])
-def test_a_described_device_counts_by_its_name(kind, fits, newest_jax):
+def test_a_described_device_is_known_by_its_name(kind, fits, newest_jax):
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
     axes = (jax.sharding.AxisType.Auto,)
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device, axis_types=axes)
@@ -117,7 +117,7 @@ def test_float32_takes_the_kernels_where_they_were_faster(newest_jax, monkeypatc
         assert "exact products" in chosen(length=1024, planes=5).reason
 
 
-def test_what_the_installation_lacks_is_the_last_word():
+def test_a_call_within_the_limits_depends_on_the_installation():
     reason = pallas_kernels.supports(*shapes(), is_causal=False)
     assert reason == backend.missing()
     if jax.__version_info__ < (0, 11):

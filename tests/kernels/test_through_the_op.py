@@ -1,6 +1,7 @@
-"""`race_attention` by the kernels, interpreted: its hash projections come as the kernels take them.
+"""`race_attention` passes hash projections to the kernels in the flat form that they take.
 
-Beside it what a host with a GPU does on its CPU: XLA's code, from the same flat projections.
+The kernels are interpreted. The other case is XLA's code on the CPU of a host that has a GPU, which
+gets the same flat projections.
 """
 
 from types import SimpleNamespace
@@ -20,10 +21,10 @@ CHOICES = {"pallas": dispatch.PALLAS_ASKED, "by platform": dispatch.BY_PLATFORM}
 
 @pytest.fixture(params=CHOICES)
 def choose_kernels(request, monkeypatch):
-    """Makes every call choose the kernels, interpreted; gives the shapes of z that they got."""
+    """Makes every call choose the interpreted kernels, and records the shapes of z in them."""
     shapes = []
 
-    options = {"interpret": True, "exact": True}  # as XLA's products on the CPU are
+    options = {"interpret": True, "exact": True}  # XLA's products on the CPU are exact too
 
     def steps(operands, hash_shape, **given):
         shapes.append(operands.z_q.shape[3:])
@@ -49,7 +50,7 @@ def choose_kernels(request, monkeypatch):
 
 
 def results(function, arguments):
-    """The output and every gradient, by name."""
+    """Returns the output and every gradient, by name."""
 
     def run(arguments):
         out, pull_back = jax.vjp(function, arguments)
@@ -77,7 +78,7 @@ def test_flat_projections_change_nothing(is_causal, per_head, choose_kernels, as
     want = results(attend, arguments)
     seen = choose_kernels()
     got = results(attend, arguments)
-    assert set(seen) == {(1, 16)}  # nine columns, and zeros that the hash made
+    assert set(seen) == {(1, 16)}  # nine columns, and seven of zeros
     assert_close("out", got["out"], want["out"], kind="outputs")
     assert_close("gradients", got["gradients"], want["gradients"], kind="gradients")
 

@@ -1,4 +1,4 @@
-"""`jax.vmap` of the kernels gives what a loop of calls gives, outputs and every gradient."""
+"""`jax.vmap` of the kernels gives the outputs and gradients that a loop of calls gives."""
 
 import functools
 
@@ -12,8 +12,8 @@ from pallas_kernels import backend
 from tests.kernels import dense
 from tests.kernels.dense import Case
 
-# By lengths the kernels of warpgroups take 136 and 200, and not 65. One head alone is what Mosaic
-# copies in one piece.
+# The kernels of warpgroups take lengths of 136 and 200, but not of 65. Mosaic copies a chunk as one
+# piece if there is one head.
 ALONE = Case(length=136, heads=1, kv_heads=1, tables=4, planes=4, value_dim=128, dtype="bfloat16")
 CAUSAL = {
     "warpgroups": ALONE,
@@ -32,7 +32,7 @@ DIFFERENTIATED = ("zq", "zk", "value", "sharpness", "log_decay")
 
 
 def call(is_causal: bool, given: dict, cotangent: jax.Array) -> dict:
-    """The output of one call of the kernels, and its gradients by name."""
+    """Returns the output of one call of the kernels, and its gradients by name."""
 
     def attend(moving):
         return race_jax.race_attention_from_projections(
@@ -53,7 +53,7 @@ def call(is_causal: bool, given: dict, cotangent: jax.Array) -> dict:
 
 
 def several(case: Case, count: int) -> tuple[dict, jax.Array]:
-    """Arguments of so many calls, and cotangents, stacked; all differ."""
+    """Returns arguments and cotangents of `count` calls, stacked. All of them differ."""
     given, (cotangent, *_) = dense.draw(case._replace(batch=case.batch * count))
     given = {name: given[name] for name in (*DIFFERENTIATED, "key_value_mask", "segment_ids")}
     per_call = {name: x for name, x in given.items() if x is not None and name != "sharpness"}
@@ -66,7 +66,7 @@ def several(case: Case, count: int) -> tuple[dict, jax.Array]:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("is_causal", "case"), FORMS, ids=FORM_NAMES)
 def test_vmap_equals_a_loop_of_calls(is_causal, case, assert_close):
-    # Sums in another order would round TF32 operands to others, in float32.
+    # In float32, sums in another order could round TF32 operands differently.
     with jax.default_matmul_precision("highest"):
         check(is_causal, case, assert_close)
 
@@ -84,7 +84,7 @@ def check(is_causal, case, assert_close):
     flat = jax.jit(jax.vmap(run, in_axes=(axes, 0)))(given, cotangents)
     assert_close("vmap", flat, want, kind="resumed", dtype=case.dtype)
 
-    # Two by two; the values have the axis of the inner map last, and gradients where outputs do.
+    # The calls are mapped two by two. The axis of the inner map is the last one of the values.
     pairs, pair_cotangents = jax.tree.map(
         lambda x: x.reshape(2, 2, *x.shape[1:]),
         ({n: x for n, x in given.items() if axes[n] is not None}, cotangents),
@@ -121,7 +121,7 @@ def test_vmap_over_heads_and_over_planes(assert_close):
     want = jax.tree.map(lambda *x: np.stack(x), *want)
     assert_close("over heads and planes", got, want, kind="resumed", dtype="bfloat16")
 
-    # The same tokens under several planes: only z is batched.
+    # The same tokens are hashed by several planes, so only z is batched.
     one = [x[:, :, :, 0] for x in heads]
     got = jax.jit(jax.vmap(gradients, in_axes=(None, None, None, 0)))(*one, planes)
     want = jax.tree.map(lambda *x: np.stack(x), *(single(*one, planes[i]) for i in range(3)))
@@ -130,7 +130,7 @@ def test_vmap_over_heads_and_over_planes(assert_close):
 
 @pytest.mark.skipif(not backend.has_warpgroups(), reason="the kernels need jax >= 0.11")
 def test_warpgroups_take_hash_projections_in_whole_chunks(on_h200):
-    """Mosaic may copy a chunk of z in one piece; so each sequence has room for all its chunks."""
+    """Mosaic may copy a chunk of z in one piece, so every sequence is padded to whole chunks."""
     given, cotangents = dense.draw(ALONE)
     three = jax.tree.map(lambda x: np.stack([x] * 3), (given, cotangents))
     run = jax.vmap(functools.partial(dense.causal_kernels, interpret=False))

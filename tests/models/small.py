@@ -1,4 +1,4 @@
-"""Tiny language models by name, each made and compiled once for all tests of this folder."""
+"""Tiny language models by name. Each is made and compiled once for all tests of this folder."""
 
 import dataclasses
 import functools
@@ -44,18 +44,18 @@ class Compiled(NamedTuple):
 
 
 def describe(**changes) -> ModelConfig:
-    """The record of `SIZES` and the changes; options of RACE are given without their section."""
+    """Returns the record of `SIZES` and the changes. Options of RACE need no section name."""
     fields = SIZES | changes
     own = {name: fields.pop(name) for name in OWN if name in fields}
     return ModelConfig(**fields, race=own)
 
 
 def draw(make: Callable[[], nnx.Module]) -> nnx.Module:
-    """The module that `make` describes, with a random number in every place.
+    """Returns the module that `make` describes, with random numbers for all parameters.
 
-    So no part is idle, as biases of zero and identity convolutions are at the start of training;
-    and nothing is compiled to draw them. Matrices outweigh biases, else one token would mostly be
-    the likeliest whatever was read.
+    Every part then has an effect, unlike biases of zero and identity convolutions at the start of
+    training. Nothing is compiled to draw the numbers. Matrices are larger than biases, because one
+    token would otherwise be the likeliest in most cases, whatever the model has read.
     """
     graph, variables = nnx.split(nnx.eval_shape(make))
     rng = np.random.default_rng(7)  # one with which greedy texts vary
@@ -69,14 +69,14 @@ def draw(make: Callable[[], nnx.Module]) -> nnx.Module:
 
 
 def build(vocab_size: int = VOCAB, **changes) -> TransformerLM:
-    """A language model of `SIZES` and the changes."""
+    """Returns a language model of `SIZES` and the changes."""
     config = describe(**changes)
     return draw(lambda: TransformerLM(config, vocab_size, keep_rngs=False, rngs=nnx.Rngs(0)))
 
 
 @functools.cache
 def compiled(name: str) -> Compiled:
-    """One of `CONFIGS`."""
+    """Returns one of `CONFIGS`."""
     model = build(**CONFIGS[name])
     graph, variables = nnx.split(model)
     run = jax.jit(lambda variables, tokens, kw: nnx.merge(graph, variables)(tokens, **kw))

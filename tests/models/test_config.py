@@ -1,4 +1,4 @@
-"""ModelConfig: what it refuses, and that it names the field."""
+"""`ModelConfig` refuses bad values by an error that names the field."""
 
 import dataclasses
 

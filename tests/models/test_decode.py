@@ -1,4 +1,4 @@
-"""Decoding: what is drawn, and that carrying a state draws what reading everything again draws."""
+"""Decoding with a carried state draws the tokens that are drawn when everything is read again."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ LENGTHS = np.array([2, 4, 5])
 
 @pytest.fixture
 def prompts(rng):
-    """Prompts of 2, 4 and 5 tokens, padded right and left: name to tokens and mask, (3, 5)."""
+    """Prompts of 2, 4 and 5 tokens. By the side of their padding: tokens and mask, each (3, 5)."""
     slot, tokens = np.arange(5), rng.integers(0, VOCAB, (3, 5))
     right = slot < LENGTHS[:, None]
     left = slot >= 5 - LENGTHS[:, None]
@@ -114,7 +114,7 @@ def test_a_model_that_is_not_a_number_draws_nothing(name, sampling):
 
 
 def test_a_row_that_fails_is_named_and_what_came_before_is_given():
-    """A row that has stopped is not looked at again."""
+    """A row that has stopped is not checked again."""
     draws = [[3, 4], [5, -1], [-1, -1]]
     given = decode._until_stopped(map(np.array, draws), np.array([4]))
     assert next(given).tolist() == [3, 4]
@@ -159,7 +159,7 @@ def test_tokens_are_drawn_with_their_probabilities(sampling, want):
     found = frequencies(sampling, np.log(PROBABILITIES))
     want = want / want.sum()
     assert not found[want == 0].any()
-    # Five standard deviations of a frequency out of 4000 draws, at most.
+    # The error is at most five standard deviations of a frequency in 4000 draws.
     np.testing.assert_allclose(found, want, atol=5 * 0.5 / np.sqrt(4000))
 
 

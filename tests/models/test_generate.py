@@ -1,4 +1,4 @@
-"""scripts/generate.py: text as it comes, and a clear word where something is wrong."""
+"""`scripts/generate.py` writes text while it is drawn, and says clearly what is wrong."""
 
 import importlib.util
 import pathlib

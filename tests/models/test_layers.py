@@ -1,4 +1,4 @@
-"""Positions, and what the parts of a block do with them."""
+"""Positions are counted per segment, and the parts of a block use them as published."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +9,7 @@ from race_jax.models.layers import token_positions
 
 
 def places(mask, segments, start, start_segment):
-    """The definition: each token's count within its segment; padding repeats the place before."""
+    """Returns each token's number within its segment. Padding has the number before it."""
     found, count, current = [], start, start_segment
     for present, segment in zip(mask, segments, strict=True):
         if present:

@@ -1,4 +1,4 @@
-"""The language model as a whole: causality, packing, padding, positions, gradients, sizes."""
+"""Tests of the language model as a whole: causality, packing, padding, positions and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -284,7 +284,7 @@ def test_an_empty_vocabulary_is_refused():
 
 
 def test_equal_blocks_are_lowered_once():
-    """The program of a deep model is hardly longer than that of a shallow one."""
+    """The program of a deep model is not much longer than that of a shallow one."""
 
     def length(num_layers: int) -> int:
         model = build(num_layers=num_layers)

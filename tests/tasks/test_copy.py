@@ -1,4 +1,4 @@
-"""The smallest task goes through the whole trainer: it learns, stops, resumes, is scored."""
+"""The smallest task goes through the whole trainer. It learns, stops, resumes and is scored."""
 
 import pytest
 

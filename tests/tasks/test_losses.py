@@ -1,4 +1,4 @@
-"""The chunked loss against the plain one, and what it keeps in memory."""
+"""The chunked loss equals the plain one, and needs less memory."""
 
 import jax
 import jax.numpy as jnp

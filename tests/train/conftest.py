@@ -1,4 +1,4 @@
-"""Compiled programs are kept while the tests run: several of them train the same small model."""
+"""Keeps compiled programs while the tests run, because several tests train the same small model."""
 
 import jax
 import pytest
@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(tmp_path_factory):
-    """A folder for JAX's compilation cache, for this session only."""
+    """A folder for JAX's compilation cache, which is used in this run of the tests only."""
     folder = tmp_path_factory.mktemp("compiled")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     yield folder

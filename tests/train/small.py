@@ -1,4 +1,4 @@
-"""A run small enough to compile in seconds: its configuration, a batch, a state and its step."""
+"""A run that compiles in seconds, with its configuration, a batch, a state and the step."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ VOCAB = 32
 
 
 def small_config() -> Config:
-    """One layer, two heads, windows of 24 tokens, on one device."""
+    """Returns a configuration of one layer, two heads and windows of 24 tokens, on one device."""
     config = Config()
     config.model.num_layers = 1
     config.model.width = 16
@@ -37,7 +37,7 @@ def small_batch(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def small_parts(config: Config):
-    """Mesh, optimizer, graph, state and a batch on the mesh."""
+    """Returns the mesh, the optimizer, the graph, the state, and a batch on the mesh."""
     config = config.validate()
     mesh = make_mesh(config)
     optimizer = make_optimizer(config.optimizer, config.run.steps)

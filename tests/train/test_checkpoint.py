@@ -1,4 +1,4 @@
-"""Checkpoints: whole, damaged, pruned, and used without the training code."""
+"""Checkpoints are restored, pruned, found damaged, and used without the training code."""
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,13 @@ ALPHABET = "".join(chr(ord("A") + i) for i in range(VOCAB))
 
 @pytest.fixture(scope="module")
 def parts():
-    """Graph and state of the small run."""
+    """The graph and the state of the small run."""
     _, _, graph, state, _ = small_parts(small_config())
     return graph, state
 
 
 def at_step(state, step: int):
-    """The state with its step and parameters changed, so that steps can be told apart."""
+    """Returns the state at another step, with parameters that depend on the step."""
     params = jax.tree.map(lambda leaf: leaf + step, state.params)
     return type(state)(params, state.fixed, state.opt_state, jnp.int32(step))
 
@@ -160,7 +160,8 @@ def test_a_failed_write_leaves_the_one_before(tmp_path, parts, monkeypatch, asse
 def test_inference_gets_model_tokenizer_and_config(tmp_path, parts, assert_close):
     graph, state = parts
     saved(checkpoint_folder(tmp_path), state, (1, 2)).close()
-    # Half of the newest is missing, as while a run is writing it: reading changes nothing.
+    # Half of the newest checkpoint is missing, as it is while a run writes it. Reading changes
+    # nothing.
     remove(checkpoint_folder(tmp_path) / "2" / "digests.json")
     model, tokenizer, config = load_for_inference(tmp_path)
     assert (checkpoint_folder(tmp_path) / "2").is_dir()

@@ -1,4 +1,4 @@
-"""The configuration: what it refuses and in which words, and that nothing is lost on the way."""
+"""The configuration keeps every value, and refuses bad ones in clear words."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def set_field(config: Config, name: str, value: object) -> Config:
 
 
 def plain_fields(section: type) -> list[dataclasses.Field]:
-    """The fields that are no sections themselves."""
+    """Returns the fields that are not sections."""
     return [f for f in dataclasses.fields(section) if not dataclasses.is_dataclass(f.type)]
 
 

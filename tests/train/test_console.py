@@ -1,4 +1,4 @@
-"""Lines that cannot be shown, and signals that ask a run to stop."""
+"""The console skips lines that cannot be shown, and signals ask a run to stop."""
 
 import io
 import os
@@ -14,7 +14,7 @@ from race_jax.train.interrupt import StopRequest
 
 
 class Broken(io.StringIO):
-    """An output whose every write fails."""
+    """An output on which every write fails."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -100,9 +100,9 @@ def test_an_ignored_signal_stays_ignored(monkeypatch):
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_second_signal_ends_a_step_that_does_not_return(name):
-    """The step is a call into C that starts again after each signal, as a wait in XLA does."""
+    """The step is a call into C that goes on after each signal, as a wait in XLA does."""
     number = getattr(signal, name)
-    # A lock that is never free: pthread waits go on after a signal.
+    # The lock is never free, and a wait for it goes on after a signal.
     program = (
         "import threading, ctypes\nfrom race_jax.train.interrupt import StopRequest\n"
         "lock = (ctypes.c_char * 256)()\nlibc = ctypes.CDLL(None)\n"

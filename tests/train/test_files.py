@@ -1,4 +1,4 @@
-"""A run's folder: one process, one configuration, enough space; files whole or absent."""
+"""A run's folder has one process, one configuration and enough space, and no half-written file."""
 
 import errno
 import os

@@ -1,7 +1,7 @@
-"""Every field that may change between two starts of a run is changed, and the run goes on.
+"""Every field that may change between two starts of a run is changed, and the run continues.
 
 One short run is stopped after four steps. Each test continues a copy of it with other values, and
-compares the losses of the last steps with those of a run that nothing happened to.
+compares the losses of the last steps with those of a run that was not stopped.
 """
 
 import pathlib
@@ -20,8 +20,8 @@ from tests.train.small import small_config
 SENTENCES = "the cat sees the dog and the dog sees a tree\n" * 60
 STOP, STEPS = 4, 6
 
-# What changes together, and whether the rounding of a step may change with it. The folders are the
-# tests' own: "ROOT" holds another copy of the text, "RUN" a copy of the run, "CACHE" is empty.
+# Fields that change together, and whether the rounding of a step may change with them. "ROOT" is a
+# folder with another copy of the text, "RUN" one with a copy of the run, and "CACHE" is empty.
 CHANGES = {
     "where": (
         {"data.root": "ROOT", "run.directory": "RUN", "run.compilation_cache": "CACHE"},
@@ -52,7 +52,7 @@ CHANGES = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with a run that was stopped, and the losses of one that was not."""
+    """The folder of a run that was stopped, and the losses of one that was not."""
     folder = tmp_path_factory.mktemp("free")
     for root in ("text", "ROOT"):
         (folder / root).mkdir()
@@ -69,7 +69,7 @@ def runs(tmp_path_factory):
 
 
 def changed(config: Config, values: dict) -> Config:
-    """A copy with other values; those that are paths become text."""
+    """Returns a copy with other values. Paths become text."""
     config = config.validate()
     for name, value in values.items():
         section, field = name.split(".")

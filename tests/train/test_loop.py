@@ -1,4 +1,4 @@
-"""The loop in one process: what it prints and leaves, how it stops, what it refuses."""
+"""The loop in one process: what it prints and writes, how it stops, and what it refuses."""
 
 import json
 import math
@@ -24,7 +24,7 @@ SENTENCES = "the cat sat on the mat\nthe dog ate the cat food\na bird saw the do
 
 @pytest.fixture
 def config(tmp_path) -> Config:
-    """A softmax run of a few steps on a little text: it compiles fastest."""
+    """The configuration of a few steps on a little text. Softmax is used: it compiles fastest."""
     rng = np.random.default_rng(0)
     lines = SENTENCES.splitlines(keepends=True)
     text = "".join(lines[i] for i in rng.integers(0, len(lines), 400))
@@ -154,8 +154,8 @@ def fail(*arguments, **options):
     raise OSError(28, "No space left on device")
 
 
-def test_what_decorates_a_run_decides_nothing(config, capsys, monkeypatch):
-    """No TensorBoard, no picture, no sample, and metrics that cannot be written for a while."""
+def test_a_run_does_not_need_its_decorations(config, capsys, monkeypatch):
+    """TensorBoard, the picture and the sample fail, and metrics cannot be written for a while."""
     config.run.tensorboard = True
     config.run.sample_tokens = 5
     config.run.checkpoint_every = 100
@@ -174,7 +174,7 @@ def test_what_decorates_a_run_decides_nothing(config, capsys, monkeypatch):
     assert "metrics.jsonl cannot be written (No space left on device)" in out
     assert "held out   " in out
     assert steps_of("train", result.directory) == list(range(1, 13))
-    # A checkpoint is tried as soon as the disk seems full, and taken at the end.
+    # A checkpoint is tried as soon as the disk seems full, and is written at the end.
     assert saved_steps(result.directory) == [2, 12]
 
 

@@ -1,4 +1,4 @@
-"""Which devices a run takes, and what it says when it cannot have them."""
+"""A run takes the devices that it needs, and says when it cannot have them."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""Records that survive a kill, evaluation figures, the picture, the progress line."""
+"""Records survive a kill. Evaluation figures, the picture and the progress line are right."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The schedule by its ends, the decay mask by name, the update by hand."""
+"""The schedule has the right ends, kernels alone decay, and an update has the right value."""
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def test_update_equals_adamw_by_hand_after_clipping(assert_close):
     updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     clipped = {name: grad / 5.0 for name, grad in grads.items()}  # their norm is 5
     want = {
-        # The first step of Adam divides a gradient by its own size.
+        # The first step of Adam divides a gradient by its absolute value.
         name: -0.1 * (grad / (np.abs(grad) + config.eps) + decay * params[name])
         for (name, grad), decay in zip(clipped.items(), (0.5, 0.0), strict=True)
     }

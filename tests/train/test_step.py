@@ -1,4 +1,4 @@
-"""The step as a pure function: what it computes, that parts and devices do not change it."""
+"""The step is a pure function. Accumulation and the number of devices do not change its result."""
 
 import math
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ SCHEDULE = optax.constant_schedule(RATE)  # reported only
 
 @pytest.fixture(scope="module")
 def run():
-    """The small run with its step, which tests share because compiling it takes seconds."""
+    """The small run with its step. Tests share it, because it takes seconds to compile."""
     config = small_config()
     config.optimizer.learning_rate = RATE
     mesh, optimizer, graph, state, batch = small_parts(config)
@@ -32,12 +32,12 @@ def run():
 
 
 def fresh(state, **changes):
-    """A copy of a state that a step may donate."""
+    """Returns a copy of a state, which a step may donate."""
     return type(state)(**jax.tree.map(jnp.copy, vars(state)) | changes)
 
 
 def plain_loss(graph, params, fixed, batch):
-    """Mean nats by the model's own logits, all at once."""
+    """Returns the mean nats from the model's own logits, without chunks."""
     nats = -jax.nn.log_softmax(nnx.merge(graph, params, fixed)(batch["inputs"]))
     picked = jnp.take_along_axis(nats, batch["targets"][..., None], axis=-1)[..., 0]
     return jnp.sum(picked * batch["weights"]) / jnp.sum(batch["weights"])
@@ -45,7 +45,7 @@ def plain_loss(graph, params, fixed, batch):
 
 @pytest.fixture(scope="module")
 def plain(run):
-    """Loss and gradient norm of the plain loss on the small batch."""
+    """The plain loss and its gradient norm on the small batch."""
     loss, grads = jax.jit(jax.value_and_grad(plain_loss, argnums=1), static_argnums=0)(
         run.graph, run.state.params, run.state.fixed, run.batch
     )

@@ -1,4 +1,4 @@
-"""Reading ahead: it overlaps the work, states stay exact, and workers end with their parent."""
+"""Reading ahead overlaps with work and keeps states exact. Workers end with their parent."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from race_jax.train import trainer
 from race_jax.train.loop import train
 from tests.train.small import small_config
 
-LONG = 60  # seconds that are waited at most, and never where the code is right
+LONG = 60  # the longest wait in seconds, which correct code never needs
 
 
 def test_the_next_batch_is_placed_while_the_caller_holds_the_present_one():
@@ -52,7 +52,7 @@ def test_an_error_of_the_reader_reaches_the_caller():
 
 
 def test_the_trainer_reads_while_a_step_runs(tmp_path, monkeypatch):
-    """Each step waits until the batch after its own is on the device."""
+    """Each step waits until the next batch is on the device."""
     (tmp_path / "t.txt").write_text("the cat sees the dog\n" * 99)
     config = small_config()
     config.model.attention = "softmax"
@@ -166,7 +166,7 @@ def test_workers_leave_interrupts_to_the_parent_and_end_with_it(tmp_path):
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended but was not collected does not."""
+    """Returns whether a process runs. It is False for one that has ended but was not collected."""
     done = subprocess.run(
         ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False
     )
