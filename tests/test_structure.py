@@ -51,7 +51,7 @@ SOURCES = {
     "layers.linear": "core.linear layers.gates",
     "layers.registry": "",
     "linen": "layers.race_linen",
-    "models": "layers.registry core.masking core.state",
+    "models": "layers.registry core.masking core.state core.shards",
     "extras": "",
     "records": "",
     "data": "records extras",

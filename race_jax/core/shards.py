@@ -95,6 +95,26 @@ def vary_alike(arrays: Any, kinds: Any, axis_name: Any = None) -> Any:
     return jax.tree.map(vary, arrays, kinds)
 
 
+def on_whole_rows(run: Callable[..., jax.Array], *slots: jax.Array | None) -> jax.Array:
+    """Returns ``run(*slots)``, where the arrays are not sharded along the sequence.
+
+    Sums along the sequence, such as counts of tokens, need whole rows. On an Explicit mesh that
+    splits the sequence the rows are gathered, and the result is sharded as the first array was.
+
+    Args:
+      run: a function of arrays ``(B, T)``.
+      *slots: ``(B, T)`` each, or None.
+    """
+    mesh = _explicit_mesh([x for x in slots if x is not None])
+    if mesh is None:
+        return run(*slots)
+    specs = [None if x is None else jax.typeof(x).sharding.spec for x in slots]
+    place = lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec))  # noqa: E731
+    pairs = zip(slots, specs, strict=True)
+    rows = [x if x is None else place(x, PartitionSpec(spec[0])) for x, spec in pairs]
+    return place(run(*rows), next(spec for spec in specs if spec is not None))
+
+
 def _varying(x: jax.Array) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 

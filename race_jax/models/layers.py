@@ -4,12 +4,14 @@ In: token ids and vectors of positions and masks, or hidden states (B, T, D). Ou
 Equation: MLP(x) = W_down gelu(W_up x).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from race_jax.core import masking
+from race_jax.core import masking, shards
 
 INIT_STD = 0.02  # of every table and kernel, as in GPT-2's code
 
@@ -49,13 +51,26 @@ def token_positions(
         ... ).tolist()
         [[7, 8, 9, 0, 1]]
     """
-    shape = (start.shape[0], length)
-    present = jnp.ones(shape, bool) if key_value_mask is None else key_value_mask
+    if key_value_mask is None and segment_ids is None:
+        return start[:, None] + jnp.arange(length, dtype=jnp.int32)
+    rows = functools.partial(_counted, start, start_segment)
+    return shards.on_whole_rows(rows, key_value_mask, segment_ids)
+
+
+def _counted(
+    start: jax.Array,
+    start_segment: jax.Array | None,
+    key_value_mask: jax.Array | None,
+    segment_ids: jax.Array | None,
+) -> jax.Array:
+    """``token_positions`` of rows with padding or several segments."""
+    present = jnp.ones(segment_ids.shape, bool) if key_value_mask is None else key_value_mask
     count = jnp.cumsum(present, axis=1, dtype=jnp.int32)
     if segment_ids is None:
         return jnp.maximum(start[:, None] + count - 1, 0)
     ids = masking.fill_segments(segment_ids, key_value_mask, start_segment)
-    previous = jnp.concatenate([start_segment[:, None], ids[:, :-1]], axis=1)
+    first = jnp.arange(ids.shape[1]) == 0
+    previous = jnp.where(first, start_segment[:, None], jnp.roll(ids, 1, axis=1))
     # Tokens before the run that a slot stands in; -1 while the run is the one `start` counts.
     before = jax.lax.cummax(jnp.where(present & (ids != previous), count - 1, -1), axis=1)
     return jnp.maximum(count - 1 + jnp.where(before >= 0, -before, start[:, None]), 0)
