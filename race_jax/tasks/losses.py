@@ -7,6 +7,8 @@ Equation: sum_t w_t (log sum_v exp(h_t · e_v) - h_t · e_target(t)), a chunk of
 import jax
 import jax.numpy as jnp
 
+from race_jax.core.shards import TOKENS, vary_alike
+
 # Logits of one chunk, in numbers: 16 MB in float32, whatever the vocabulary.
 LOGITS_PER_CHUNK = 2**22
 
@@ -53,6 +55,8 @@ def chunked_cross_entropy(
     Source: beyond the paper.
     """
     _check(hidden, embedding, targets, weights, chunk)
+    arrays = (hidden, embedding, targets, weights)
+    hidden, embedding, targets, weights = vary_alike(arrays, (TOKENS,) * 4)
     tokens, (vocab, width) = targets.size, embedding.shape
     chunk = min(chunk or max(1, LOGITS_PER_CHUNK // vocab), max(1, tokens))
     padding = (0, -tokens % chunk)  # of weight 0
@@ -105,7 +109,7 @@ def _weighted_nats_fwd(hidden, embedding, targets, weights):
         d_embedding += jnp.einsum("cv,cd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
         return d_embedding, (d_hidden, nats)
 
-    zeros = jnp.zeros(embedding.shape, jnp.float32)
+    zeros = jnp.zeros_like(embedding, jnp.float32)  # it varies over the mesh axes of embedding
     d_embedding, (d_hidden, nats) = jax.lax.scan(one_chunk, zeros, (hidden, targets, weights))
     d_embedding = d_embedding.astype(embedding.dtype)
     return jnp.sum(_weigh(nats, weights)), (d_hidden, d_embedding, nats)

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from race_jax.tasks.task import Task
-from race_jax.train.mesh import DATA_AXIS
+from race_jax.train.mesh import DATA_AXIS, per_device, sum_over_devices
 from race_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -52,22 +51,15 @@ def make_train_step(
         weight), and finite (bool), which is False where loss or gradient is not.
     """
 
-    def device_sums(params, fixed, batch, key):
+    def device_sums(batch, params, fixed, key):
         key = jax.random.fold_in(key, jax.lax.axis_index(DATA_AXIS))
-        sums = _accumulate(task, graph, params, fixed, batch, key, accumulation_steps)
-        return jax.lax.psum(sums, DATA_AXIS)
+        return _accumulate(task, graph, params, fixed, batch, key, accumulation_steps)
 
-    batch_sums = jax.shard_map(
-        device_sums,
-        mesh=mesh,
-        in_specs=(P(), P(), P(DATA_AXIS), P()),
-        out_specs=P(),
-        check_vma=False,  # the core chooses its implementation by platform_dependent
-    )
+    batch_sums = sum_over_devices(device_sums, mesh)
 
     def step(state: TrainState, batch: Batch, key: jax.Array):
         key = jax.random.fold_in(key, state.step)
-        nats, weight, grads = batch_sums(state.params, state.fixed, batch, key)
+        nats, weight, grads = batch_sums(batch, state.params, state.fixed, key)
         grads = jax.tree.map(lambda grad: grad / jnp.maximum(weight, 1e-30), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -96,19 +88,11 @@ def make_eval_step(task: type[Task], graph: nnx.GraphDef, mesh: Mesh) -> EvalSte
         The step; it changes nothing and applies no dropout.
     """
 
-    def device_sums(params, fixed, batch):
-        sums = task.score_sums(nnx.merge(graph, params, fixed), batch)
-        return jax.lax.psum(sums, DATA_AXIS)
+    def device_sums(batch, params, fixed):
+        return task.score_sums(nnx.merge(graph, params, fixed), batch)
 
-    return jax.jit(
-        jax.shard_map(
-            device_sums,
-            mesh=mesh,
-            in_specs=(P(), P(), P(DATA_AXIS)),
-            out_specs=P(),
-            check_vma=False,
-        )
-    )
+    batch_sums = sum_over_devices(device_sums, mesh)
+    return jax.jit(lambda params, fixed, batch: batch_sums(batch, params, fixed))
 
 
 def _accumulate(task, graph, params, fixed, batch, key, parts: int) -> tuple[Any, Any, Any]:
@@ -119,12 +103,12 @@ def _accumulate(task, graph, params, fixed, batch, key, parts: int) -> tuple[Any
             return _loss_sums(task, graph, params, fixed, part, jax.random.fold_in(key, index))
 
         (nats, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return nats, weight, grads
+        return per_device((nats, weight, grads))
 
     if parts == 1:
         return part_sums(batch, 0)
     shares = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-    zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    zeros = per_device((jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)))
 
     def add(sums, share):
         return jax.tree.map(jnp.add, sums, part_sums(*share)), None
