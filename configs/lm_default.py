@@ -31,7 +31,7 @@ def get_config() -> Config:
     config.run.batch_size = 16
     config.run.steps = 500
     config.run.checkpoint_every = 100
-    config.run.compare_xz = True
-    config.run.sample_tokens = 400
-    config.run.sample_prompt = "def "
+    config.language_model.compare_xz = True
+    config.language_model.sample_length = 400
+    config.language_model.sample_prompt = "def "
     return config

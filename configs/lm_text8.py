@@ -29,5 +29,5 @@ def get_config() -> Config:
     config.run.steps = 2000
     config.run.eval_every = 500
     config.run.checkpoint_every = 500
-    config.run.compare_xz = True
+    config.language_model.compare_xz = True
     return config

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from race_jax.tasks.registry import TASKS
 from race_jax.train.config import Config
 from race_jax.train.console import say
 
@@ -22,8 +23,7 @@ FREE_FIELDS = frozenset(
     f"config.{name}"
     for name in "model.implementation model.remat data.root data.num_workers mesh.data "
     "run.directory run.max_seconds run.log_every run.eval_every run.eval_batches "
-    "run.checkpoint_every run.keep_checkpoints run.tensorboard run.compare_xz run.sample_tokens "
-    "run.sample_prompt run.compilation_cache".split()
+    "run.checkpoint_every run.keep_checkpoints run.tensorboard run.compilation_cache".split()
 )
 
 
@@ -154,6 +154,9 @@ def _change(name: str, then: dict[str, Any], now: dict[str, Any]) -> str:
 
 def is_free(name: str, config: Config) -> bool:
     """Whether a field may change between two starts of the run that `config` describes."""
+    section, _, field = name.removeprefix("config.").partition(".")
+    if section in TASKS:  # only the section of the chosen task counts
+        return section != config.task or field in TASKS[section].free_fields
     # A constant rate does not depend on the length of the run, so such a run may be extended.
     extends = name == "config.run.steps" and config.optimizer.schedule == "constant"
     return name in FREE_FIELDS or extends

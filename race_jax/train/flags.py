@@ -23,6 +23,7 @@ from ml_collections import config_flags
 
 from race_jax.data.sources import expand
 from race_jax.records import as_names, check_fields, unknown_field
+from race_jax.tasks.registry import TASKS
 from race_jax.train.config import Config
 from race_jax.train.files import is_free
 
@@ -76,19 +77,20 @@ def help_lines(argv: Sequence[str]) -> list[str]:
             lines += _section_lines(record, section.name)
             continue
         lines += ["", f"  --config.{section.name}={record!r} ({section.type.__name__})"]
-        lines += ["      what is trained, a name in race_jax/tasks/registry.py."]
+        lines += [f"      what is trained: {', '.join(TASKS)}."]
     return lines
 
 
 def _section_lines(record: Any, path: str) -> list[str]:
     """The lines of one section; the sections within it follow its own fields."""
+    if not dataclasses.fields(record):
+        return []  # some attentions have no options
     meanings, kinds = _meanings(type(record)), typing.get_type_hints(type(record))
     lines, inner = ["", inspect.getdoc(record).splitlines()[0]], []
     for field in dataclasses.fields(record):
         kind, value = kinds[field.name], getattr(record, field.name)
         if dataclasses.is_dataclass(kind):
-            if dataclasses.fields(kind):  # some attentions have no options
-                inner += _section_lines(value, f"{path}.{field.name}")
+            inner += _section_lines(value, f"{path}.{field.name}")
             continue
         shown = "none" if value is None else repr(value)
         lines.append(f"  --config.{path}.{field.name}={shown} ({_kind_name(kind)})")

@@ -55,7 +55,7 @@ def train(config: Config, *, exit_at_once: bool = False) -> Result:
     run = config.run
     prepare_cpu_devices(config)
     keep_compiled_programs(config)
-    with run_directory(Path(run.directory or "runs/lm").expanduser()) as directory:
+    with run_directory(Path(run.directory or f"runs/{config.task}").expanduser()) as directory:
         task = task_named(config.task)(config)
         with (
             StopRequest(run.max_seconds, exit_at_once=exit_at_once) as stop,

@@ -8,13 +8,14 @@ from race_jax.train.files import write_whole
 from race_jax.train.metrics import Record
 
 
-def plot_losses(records: Sequence[Record], path: Path, title: str) -> None:
+def plot_losses(records: Sequence[Record], path: Path, *, title: str, unit: str) -> None:
     """Draws training and held-out losses by step.
 
     Args:
         records: what the run measured.
         path: the PNG file.
-        title: the text above the axes, shown letter by letter.
+        title: the text above the axes. It is shown as it is, without formulas.
+        unit: the unit of the loss.
 
     Raises:
         ValueError: there is no training record.
@@ -40,7 +41,7 @@ def plot_losses(records: Sequence[Record], path: Path, title: str) -> None:
             color="tab:orange",
             label=f"held out, last {held_out[-1]['loss']:.3f}",
         )
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.set(xlabel="optimizer step", ylabel=f"loss ({unit})")
     axes.set_title(title, parse_math=False)  # else $...$ in a folder's name would be a formula
     axes.grid(alpha=0.3)
     axes.legend()

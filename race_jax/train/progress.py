@@ -3,7 +3,6 @@
 The time left is the number of steps left times the mean time of a step.
 """
 
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -19,14 +18,21 @@ class Progress:
     Args:
         start: steps already taken.
         steps: steps of the whole run.
-        tokens_per_step: tokens of one optimizer step.
+        loss_text: says a loss in words.
+        unit: what the speed counts, such as "tokens".
         terminal: whether to draw a bar; None asks whether standard error is a terminal.
     """
 
     def __init__(
-        self, start: int, steps: int, tokens_per_step: int, *, terminal: bool | None = None
+        self,
+        start: int,
+        steps: int,
+        loss_text: Callable[[float], str],
+        unit: str,
+        *,
+        terminal: bool | None = None,
     ):
-        self._step, self._steps, self._tokens_per_step = start, steps, tokens_per_step
+        self._step, self._steps, self._loss_text, self._unit = start, steps, loss_text, unit
         self._trained_steps, self._trained_seconds = 0, 0.0
         terminal = sys.stderr.isatty() if terminal is None else terminal
         form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
@@ -41,19 +47,26 @@ class Progress:
         """Starts the clock again, so that time spent on anything but training does not count."""
         self._mark = time.monotonic()
 
-    def update(self, step: int, loss: float) -> float:
-        """Shows the mean loss of the steps since the last call; returns their tokens per second."""
+    def update(self, step: int, loss: float, count: float) -> float:
+        """Shows the loss and the speed of the steps since the last call.
+
+        Args:
+            step: steps taken.
+            loss: the mean loss of these steps.
+            count: what these steps trained on, in the unit of the speed.
+
+        Returns:
+            The speed, in units per second.
+        """
         now = time.monotonic()
         steps, seconds = step - self._step, max(now - self._mark, 1e-9)
         self._step, self._mark = step, now
         self._trained_steps += steps
         self._trained_seconds += seconds
-        rate = steps * self._tokens_per_step / seconds
+        rate = count / seconds
         left = (self._steps - step) * self._trained_seconds / self._trained_steps
-        text = (
-            f"loss {loss:.4f} nats = {loss / math.log(2):.3f} bits a token  "
-            f"{rate:,.0f} tokens/s  {_duration(left)} left"
-        )
+        speed = f"{rate:,.0f} {self._unit}/s"
+        text = f"{self._loss_text(loss)}  {speed}  {_duration(left)} left"
         if self._bar is None:
             width = len(str(self._steps))
             say(f"step {step:{width}}/{self._steps}  {text}")

@@ -41,8 +41,7 @@ def start_lines(
         f"{model.num_heads} heads, positions {model.positions}, compute dtype {model.dtype}",
         "devices": f"{mesh.size} x {device.device_kind} ({device.platform}), mesh "
         + ", ".join(f"{name}={size}" for name, size in mesh.shape.items()),
-        "step": f"{run.batch_size} x {config.data.sequence_length} = "
-        f"{run.batch_size * config.data.sequence_length:,} tokens, {parts} part(s)",
+        "step": f"{run.batch_size} sequences of {config.data.sequence_length}, {parts} part(s)",
         "data": task.description,
         "steps": f"{run.steps:,}, a checkpoint every {run.checkpoint_every:,}",
         "directory": str(directory),

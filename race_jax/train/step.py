@@ -1,7 +1,7 @@
 """One optimizer step and one evaluation step, as pure functions of arrays.
 
 In: a `TrainState` and a batch (B, T) spread over the mesh. Out: the next state and scalars.
-Equation: g = sum over devices and parts of d(nats) / sum of weights; the mean of the whole batch.
+Equation: g = sum over devices and parts of d(losses) / sum of weights; the mean of the whole batch.
 """
 
 from collections.abc import Callable
@@ -33,9 +33,9 @@ def make_train_step(
 ) -> TrainStep:
     """A jitted step `(state, batch, key) -> (state, metrics)` that donates its state.
 
-    Each device sums nats and gradients over its own sequences, part after part; the sums and the
+    Each device sums losses and gradients over its own sequences, part after part; the sums and the
     weights are added over devices and divided once. So one device or many, one part or many, give
-    the mean over the tokens of the whole batch.
+    the mean over the whole batch.
 
     Args:
         task: what is trained.
@@ -47,8 +47,7 @@ def make_train_step(
 
     Returns:
         The step. `key` is the run's; dropout draws from it folded with step, device and part.
-        Metrics are float32 scalars: loss (nats per token), grad_norm, learning_rate, tokens (their
-        weight), and finite (bool), which is False where loss or gradient is not.
+        Metrics are float32 scalars: loss, grad_norm, learning_rate, weight, and finite (bool), which is False where loss or gradient is not.
     """
 
     def device_sums(batch, params, fixed, key):
@@ -59,16 +58,16 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, key: jax.Array):
         key = jax.random.fold_in(key, state.step)
-        nats, weight, grads = batch_sums(batch, state.params, state.fixed, key)
+        total, weight, grads = batch_sums(batch, state.params, state.fixed, key)
         grads = jax.tree.map(lambda grad: grad / jnp.maximum(weight, 1e-30), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        loss, grad_norm = nats / weight, optax.tree.norm(grads)
+        loss, grad_norm = total / weight, optax.tree.norm(grads)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step),
-            "tokens": weight,
+            "weight": weight,
             "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
         }
         return TrainState(params, state.fixed, opt_state, state.step + 1), metrics
@@ -96,14 +95,14 @@ def make_eval_step(task: type[Task], graph: nnx.GraphDef, mesh: Mesh) -> EvalSte
 
 
 def _accumulate(task, graph, params, fixed, batch, key, parts: int) -> tuple[Any, Any, Any]:
-    """Sums of nats, weights and gradients over the parts of one device's share."""
+    """Returns the sums of losses, weights and gradients over the parts of one device's share."""
 
     def part_sums(part, index):
         def loss(params):
             return _loss_sums(task, graph, params, fixed, part, jax.random.fold_in(key, index))
 
-        (nats, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return per_device((nats, weight, grads))
+        (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return per_device((total, weight, grads))
 
     if parts == 1:
         return part_sums(batch, 0)
@@ -117,6 +116,6 @@ def _accumulate(task, graph, params, fixed, batch, key, parts: int) -> tuple[Any
 
 
 def _loss_sums(task, graph, params, fixed, batch: Batch, key) -> tuple[jax.Array, jax.Array]:
-    """Weighted nats and weights of one share of a batch."""
+    """Returns the weighted sum of losses and the weights of one share of a batch."""
     rngs = nnx.Rngs(dropout=key)
     return task.loss_sums(nnx.merge(graph, params, fixed), batch, rngs)

@@ -81,7 +81,8 @@ class Trainer:
                     Progress(
                         self.step,
                         config.run.steps,
-                        config.run.batch_size * config.data.sequence_length,
+                        task.loss_text,
+                        task.weight_name,
                     )
                 )
             )
@@ -122,12 +123,13 @@ class Trainer:
             return
         measured, self._pending = jax.device_get(self._pending), []
         finite = list(itertools.takewhile(lambda pair: pair[1]["finite"], measured))
-        records = [_train_record(step, values) for step, values in finite]
+        unit = self._task.weight_name
+        records = [_train_record(step, values, unit) for step, values in finite]
         if records:
             loss = float(np.mean([record["loss"] for record in records]))
-            speed = self._progress.update(records[-1]["step"], loss)
-            step = records[-1]["step"]
-            records.append({"kind": "speed", "step": step, "tokens_per_second": speed})
+            count, step = sum(record[unit] for record in records), records[-1]["step"]
+            speed = self._progress.update(step, loss, count)
+            records.append({"kind": "speed", "step": step, f"{unit}_per_second": speed})
         written = self._log.write(records)
         if len(finite) < len(measured):
             raise FloatingPointError(self._not_finite(*measured[len(finite)]))
@@ -135,7 +137,7 @@ class Trainer:
             self._save()  # the disk may be full: while there is space for it, or an error
 
     def evaluate(self) -> Record:
-        """Scores the held-out text, or the part of it that `run.eval_batches` allows."""
+        """Scores the held-out data, or the part of it that `run.eval_batches` allows."""
         self.log()
         record = self._score("eval", "valid", self._config.run.eval_batches)
         words = self._task.score_text("valid", record)
@@ -165,7 +167,7 @@ class Trainer:
         )
 
     def finish(self, stop: Callable[[], object] = lambda: None) -> Record | None:
-        """Scores all held-out text, prints the outcome and draws the losses.
+        """Scores all held-out data, prints the outcome and draws the losses.
 
         Args:
             stop: asked between two batches; a true value ends the work.
@@ -187,7 +189,9 @@ class Trainer:
 
     def _draw(self) -> None:
         picture = self._directory / "loss.png"
-        plot_losses(self._log.records, picture, title=self._directory.name)
+        plot_losses(
+            self._log.records, picture, title=self._directory.name, unit=self._task.loss_unit
+        )
         say(f"{'picture':10} {picture}")
 
     def _show_sample(self) -> None:
@@ -281,7 +285,8 @@ class Trainer:
         )
 
 
-def _train_record(step: int, values: dict[str, np.ndarray]) -> Record:
-    """The record of one step; its fields are those of the step's metrics but the flag."""
+def _train_record(step: int, values: dict[str, np.ndarray], weight_name: str) -> Record:
+    """Returns the record of one step. In it the weight has the name that the task gives it."""
     numbers = {name: float(value) for name, value in values.items() if name != "finite"}
+    numbers[weight_name] = numbers.pop("weight")
     return {"kind": "train", "step": step, **numbers}

@@ -59,6 +59,9 @@ def plain_fields(section: type) -> list[dataclasses.Field]:
         ("data.valid_fraction", 1.0, r"config\.data\.valid_fraction must lie in \(0, 1\)"),
         ("data.vocab_limit", 1, r"config\.data\.vocab_limit must be >= 2, got 1"),
         ("model.num_layers", 0, r"config\.model\.num_layers=0 must be"),
+        ("language_model.sample_length", -1, r"config\.language_model\.sample_length must be >= 0"),
+        ("copy.symbols", 2.5, r"config\.copy\.symbols must be int, got 2\.5"),
+        ("task", "copying", r"config\.task must be one of language_model, copy; got 'copying'"),
         ("model", 3, r"config\.model must be a ModelConfig, got 3"),
         ("optimiser", 3, r"config\.optimiser does not exist; did you mean optimizer\?"),
     ],
@@ -160,8 +163,8 @@ def test_help_lists_every_field_with_its_meaning():
                 text,
                 re.MULTILINE,
             ), field.name
-    assert "  --config.run.steps=500 (int)\n      optimizer steps." in text
-    assert "  --config.run.max_seconds=none (float or none)\n      stop cleanly" in text
+    assert "  --config.run.steps=500 (int)\n      number of optimizer steps." in text
+    assert "  --config.run.max_seconds=none (float or none)\n      seconds after" in text
     assert "  --config.model.race.num_tables=8 (int)\n      hash tables L." in text
     assert "  --config.model.linear.half_life=none (float or none)\n      longest" in text
     assert "epsilon" not in help_lines(["--config=nowhere.py"])
@@ -249,8 +252,13 @@ def test_other_text_may_hold_spaces_and_the_config_file_a_tilde(tmp_path, monkey
     (tmp_path / "my config.py").write_text(
         "from race_jax.train.config import Config as get_config\n"
     )
-    fields = {"data.root": "my corpus", "run.directory": "my runs/one", "run.sample_prompt": "a b"}
+    fields = {
+        "data.root": "my corpus",
+        "run.directory": "my runs/one",
+        "language_model.sample_prompt": "a b",
+    }
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     config = parse_config(["--config=~/my config.py", *overrides])
     assert config.data.root == "my corpus"
-    assert (config.run.directory, config.run.sample_prompt) == ("my runs/one", "a b")
+    assert config.run.directory == "my runs/one"
+    assert config.language_model.sample_prompt == "a b"

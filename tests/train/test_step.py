@@ -62,7 +62,7 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(parts, run, plain, asser
     state, metrics = step(fresh(run.state), run.batch, KEY)
     assert_close("loss", metrics["loss"], plain[0], kind="outputs")
     assert_close("grad_norm", metrics["grad_norm"], plain[1], kind="gradients")
-    assert float(metrics["tokens"]) == small_batch()["weights"].sum()
+    assert float(metrics["weight"]) == small_batch()["weights"].sum()
     assert float(metrics["learning_rate"]) == pytest.approx(RATE)
     assert bool(metrics["finite"])
     assert int(state.step) == 1
@@ -80,7 +80,7 @@ def test_training_lowers_the_loss_and_leaves_the_planes_alone(run):
     for before, after in zip(planes, jax.tree.leaves(state.fixed), strict=True):
         np.testing.assert_array_equal(before, after)
     sums = make_eval_step(LanguageModel, run.graph, run.mesh)(state.params, state.fixed, run.batch)
-    assert float(sums["nats"] / sums["weight"]) < losses[0] - 0.5
+    assert float(sums["loss"] / sums["weight"]) < losses[0] - 0.5
 
 
 def test_a_step_repeats_to_the_bit(run, assert_close):
@@ -100,7 +100,7 @@ def test_dropout_draws_by_step_and_evaluation_does_not_drop():
     config.model.dropout_rate = 0.5
     mesh, optimizer, graph, state, batch = small_parts(config)
     evaluate = make_eval_step(LanguageModel, graph, mesh)
-    first, again = (evaluate(state.params, state.fixed, batch)["nats"] for _ in range(2))
+    first, again = (evaluate(state.params, state.fixed, batch)["loss"] for _ in range(2))
     assert first == again
     step = make_train_step(LanguageModel, graph, optimizer, SCHEDULE, mesh)
     losses = [
