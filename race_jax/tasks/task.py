@@ -81,7 +81,7 @@ class Task(abc.ABC):
 
     @staticmethod
     def companion(record: dict[str, Any]) -> Any:
-        """Returns what a user of the trained model needs beside it, such as a tokenizer, or None."""
+        """Returns what the trained model needs beside it to be used, such as a tokenizer."""
         return None
 
     @staticmethod
