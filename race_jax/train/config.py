@@ -25,7 +25,7 @@ class OptimizerConfig:
     Attributes:
         learning_rate: the highest learning rate, which is reached after `warmup_steps`.
         end_learning_rate: the learning rate at the last step.
-        schedule: how the learning rate falls after a linear warm-up from zero: "cosine", "linear"
+        schedule: how the learning rate falls after a linear warm-up: "cosine", "linear"
             or "constant".
         warmup_steps: number of steps of the warm-up.
         b1, b2, eps: the constants of Adam.
@@ -105,8 +105,8 @@ class RunConfig:
         batch_size: sequences per optimizer step, over all devices and accumulation parts.
         seed: seed of parameters, planes, data order and dropout.
         max_seconds: seconds after which the run saves a checkpoint and stops; the same command
-            continues it. They are counted from the end of the first step, when everything is
-            compiled. None sets no limit.
+            continues it. They are counted from the first step, when everything is compiled.
+            None sets no limit.
         log_every: steps between two lines of metrics.
         eval_every: steps between two evaluations; 0 evaluates at the end only.
         eval_batches: number of batches of an evaluation during training; None takes the whole

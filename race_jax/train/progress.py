@@ -1,4 +1,4 @@
-"""How a run shows where it is: a progress bar on a terminal, else one line now and then.
+"""The progress of a run: a progress bar on a terminal, and lines of text elsewhere.
 
 The time left is the number of steps left times the mean time of a step.
 """
@@ -13,12 +13,12 @@ from race_jax.train.console import say
 
 
 class Progress:
-    """Reports of a running loop.
+    """Shows the progress of a running loop.
 
     Args:
-        start: steps already taken.
-        steps: steps of the whole run.
-        loss_text: says a loss in words.
+        start: number of steps that were already taken.
+        steps: number of steps of the whole run.
+        loss_text: a function that says a loss in words.
         unit: what the speed counts, such as "tokens".
         terminal: whether to draw a bar; None asks whether standard error is a terminal.
     """
@@ -44,19 +44,19 @@ class Progress:
         self._mark = time.monotonic()
 
     def resume(self) -> None:
-        """Starts the clock again, so that time spent on anything but training does not count."""
+        """Starts the clock again, so that only the time of training counts."""
         self._mark = time.monotonic()
 
     def update(self, step: int, loss: float, count: float) -> float:
         """Shows the loss and the speed of the steps since the last call.
 
         Args:
-            step: steps taken.
-            loss: the mean loss of these steps.
-            count: what these steps trained on, in the unit of the speed.
+            step: number of steps taken.
+            loss: the mean loss of the steps since the last call.
+            count: number of units that these steps trained on.
 
         Returns:
-            The speed, in units per second.
+            The speed in units per second.
         """
         now = time.monotonic()
         steps, seconds = step - self._step, max(now - self._mark, 1e-9)
@@ -76,7 +76,7 @@ class Progress:
         return rate
 
     def say(self, text: str) -> None:
-        """Prints a line without breaking the bar."""
+        """Prints a line above the bar."""
         if self._bar is not None:
             self._draw(self._bar.clear)
         say(text)
@@ -84,12 +84,12 @@ class Progress:
             self._draw(self._bar.refresh)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Closes the bar, which stays visible as it is."""
         if self._bar is not None:
             self._draw(self._bar.close)
 
     def _draw(self, act: Callable[[], object]) -> None:
-        """Changes the bar; a terminal that has closed ends the bar, not the run."""
+        """Changes the bar. If the terminal has closed, the bar ends and the run goes on."""
         try:
             act()
         except (OSError, ValueError):

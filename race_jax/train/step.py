@@ -1,7 +1,8 @@
 """One optimizer step and one evaluation step, as pure functions of arrays.
 
-In: a `TrainState` and a batch (B, T) spread over the mesh. Out: the next state and scalars.
-Equation: g = sum over devices and parts of d(losses) / sum of weights; the mean of the whole batch.
+Both take a batch of arrays (B, T, ...) that is spread over the devices of a mesh. The gradient of a
+step is that of the mean loss over the whole batch:
+g = (sum over devices and parts of the gradients of the loss sums) / (sum of all weights).
 """
 
 from collections.abc import Callable
@@ -31,23 +32,26 @@ def make_train_step(
     *,
     accumulation_steps: int = 1,
 ) -> TrainStep:
-    """A jitted step `(state, batch, key) -> (state, metrics)` that donates its state.
+    """Makes a jitted step `(state, batch, key) -> (state, metrics)` that donates its state.
 
-    Each device sums losses and gradients over its own sequences, part after part; the sums and the
-    weights are added over devices and divided once. So one device or many, one part or many, give
-    the mean over the whole batch.
+    Each device adds up losses, weights and gradients over its own sequences, part after part. These
+    sums are added over all devices, and then divided once by the weight. The result is the mean
+    over the whole batch, whatever the number of devices and parts.
 
     Args:
-        task: what is trained.
+        task: the task that is trained.
         graph: the model's graph definition.
         optimizer: an optax transformation.
-        schedule: the learning rate by step that `optimizer` follows, to report it.
+        schedule: the learning rate by step that `optimizer` uses. It is only reported.
         mesh: the mesh whose "data" axis shares the batch.
-        accumulation_steps: parts of a device's share, one after the other.
+        accumulation_steps: number of parts that a device's share is split into.
 
     Returns:
-        The step. `key` is the run's; dropout draws from it folded with step, device and part.
-        Metrics are float32 scalars: loss, grad_norm, learning_rate, weight, and finite (bool), which is False where loss or gradient is not.
+        The step. It takes the run's own key. Dropout uses that key folded with step, device and
+        part. The metrics are the float32 scalars loss, grad_norm, learning_rate and weight, and the
+        bool finite, which is False if the loss or the gradient is not finite.
+
+    Source: beyond the paper.
     """
 
     def device_sums(batch, params, fixed, key):
@@ -76,15 +80,17 @@ def make_train_step(
 
 
 def make_eval_step(task: type[Task], graph: nnx.GraphDef, mesh: Mesh) -> EvalStep:
-    """A jitted step `(params, fixed, batch) -> sums` of the task over a whole batch.
+    """Makes a jitted step `(params, fixed, batch) -> sums` that scores a whole batch.
 
     Args:
-        task: what is trained.
+        task: the task that is trained.
         graph: the model's graph definition.
         mesh: the mesh whose "data" axis shares the batch.
 
     Returns:
-        The step; it changes nothing and applies no dropout.
+        The step. It changes nothing and applies no dropout.
+
+    Source: beyond the paper.
     """
 
     def device_sums(batch, params, fixed):

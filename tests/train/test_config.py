@@ -1,9 +1,11 @@
 """The configuration: what it refuses and in which words, and that nothing is lost on the way."""
 
+import ast
 import dataclasses
 import json
 import pathlib
 import re
+import shlex
 
 import pytest
 
@@ -207,6 +209,17 @@ def test_a_bad_command_line_is_refused_in_one_sentence(words, message):
     with pytest.raises(ValueError, match=message) as error:
         parse_config(words)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
+def test_the_command_of_every_config_is_right(file, monkeypatch):
+    text = ast.get_docstring(ast.parse(file.read_text("utf-8"))).replace("\\\n", "")
+    command = re.search(r"^Command: +(.*)$", text, re.MULTILINE)[1]
+    start = r"(RACE_JAX_DATA=FOLDER )?\.venv/bin/python scripts/train_lm\.py "
+    monkeypatch.chdir(CONFIGS.parent)
+    config = parse_config(shlex.split(re.sub(start, "", command)))
+    assert re.match(start, command)
+    assert config.run.directory.startswith(f"runs/{file.stem}")
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)

@@ -229,7 +229,7 @@ def test_a_loss_that_is_not_finite_stops_and_saves_nothing_more(config):
     config.optimizer.warmup_steps = 0
     config.run.log_every = 3
     config.run.checkpoint_every = 1
-    with pytest.raises(FloatingPointError, match=r"at step 2; the checkpoint of step 1 stands"):
+    with pytest.raises(FloatingPointError, match=r"at step 2; the checkpoint of step 1 is kept"):
         train(config)
     directory = pathlib.Path(config.run.directory)
     assert steps_of("train", directory) == [1]
