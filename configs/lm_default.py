@@ -1,19 +1,20 @@
-"""What `make train` runs: a byte-level language model on Python source, in minutes on a CPU.
+"""A language model of bytes on Python source, which `make train` runs in minutes on a CPU.
 
-Trains RACE attention with a data gate, short convolution and output gate on the standard library's
-own source files, which every machine has; whole files are held out. The text differs between Python
-versions, so losses compare only where the digest printed at the start is the same.
+It uses RACE attention with a data gate, the short convolution and the output gate. The text is the
+source of Python's standard library, which every machine has. Whole files are held out. The text
+differs between Python versions, so losses can only be compared if the digests that are printed at
+the start are the same.
 
-Command:   python scripts/train_lm.py --config configs/lm_default.py
-Hardware:  2 CPU cores, 195 s
-Expect:    2.04 bits per byte on held-out files (CPython 3.11.7's library; xz -9e makes 1.86)
+Command:  .venv/bin/python scripts/train_lm.py --config configs/lm_default.py
+Hardware: 2 CPU cores, 195 s
+Result:   2.04 bits per byte on held-out files (library of CPython 3.11.7; xz -9e needs 1.86)
 """
 
 from race_jax.train.config import Config
 
 
 def get_config() -> Config:
-    """The run's settings."""
+    """Returns the configuration of the run."""
     config = Config()
     config.model.num_layers = 3
     config.model.width = 128
@@ -31,7 +32,7 @@ def get_config() -> Config:
     config.run.batch_size = 16
     config.run.steps = 500
     config.run.checkpoint_every = 100
-    config.run.compare_xz = True
-    config.run.sample_tokens = 400
-    config.run.sample_prompt = "def "
+    config.language_model.compare_xz = True
+    config.language_model.sample_length = 400
+    config.language_model.sample_prompt = "def "
     return config

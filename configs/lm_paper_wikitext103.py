@@ -1,21 +1,22 @@
-r"""The paper's language model on WikiText-103, at the paper's training settings.
+r"""The paper's language model on WikiText-103, with the paper's training settings.
 
-8 layers of width 512 with 8 heads, 4 tables of 4 planes, 1,024 byte pairs of context, 192
-sequences a step in 12 parts, AdamW at 6e-4, 1 % warm-up, then linear to zero. The attention has
-the data gate, which goes beyond the paper; `--config.model.race.forget_gate=none` takes it away.
+It has 8 layers of width 512 with 8 heads, 4 tables of 4 planes, and 1,024 byte pairs of context. A
+step takes 192 sequences in 12 parts. The optimizer is AdamW with a learning rate of 6e-4, which
+falls linearly to zero after a warm-up of 1 % of the steps. The attention has the data gate, which
+goes beyond the paper. `--config.model.race.forget_gate=none` removes it.
 
-Command:   python scripts/train_lm.py --config configs/lm_paper_wikitext103.py \
-               --config.data.tokenizer_file=gpt2-tokenizer.json
-Hardware:  a GPU
-Data:      Salesforce/wikitext, wikitext-103-raw-v1, by the package `datasets`, which downloads it;
-           the GPT-2 byte pairs as a `tokenizers` JSON file, of which you give the path
+Command:  .venv/bin/python scripts/train_lm.py --config configs/lm_paper_wikitext103.py \
+              --config.data.tokenizer_file=gpt2-tokenizer.json
+Hardware: a GPU
+Data:     Salesforce/wikitext, wikitext-103-raw-v1, which the package `datasets` downloads, and
+          the byte pairs of GPT-2 as a JSON file of the package `tokenizers`
 """
 
 from race_jax.train.config import Config
 
 
 def get_config() -> Config:
-    """The run's settings."""
+    """Returns the configuration of the run."""
     config = Config()
     config.model.num_layers = 8
     config.model.width = 512

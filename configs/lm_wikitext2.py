@@ -1,20 +1,20 @@
-"""Word-level language model on WikiText-2.
+"""A language model of words on WikiText-2.
 
-Trains RACE attention with a data gate at the settings of a small transformer: 4 layers of width
-256, 256 words of context, dropout 0.2, the whole validation and test splits scored in
-non-overlapping windows. `--config.model.attention=softmax` trains its softmax twin.
+It is a small transformer of RACE attention with a data gate: 4 layers of width 256, 256 words of
+context, dropout 0.2. The whole validation and test splits are scored, in windows that do not
+overlap. `--config.model.attention=softmax` trains the same model with softmax attention.
 
-Command:   RACE_JAX_DATA=FOLDER python scripts/train_lm.py --config configs/lm_wikitext2.py
-Data:      wikitext/wikitext-2.{train,valid,test}.txt.xz under FOLDER
-Hardware:  one NVIDIA H200, under three minutes with two others beside it
-Expect:    perplexity 101.8 on the validation split, 97.5 on the test split
+Command:  RACE_JAX_DATA=FOLDER .venv/bin/python scripts/train_lm.py --config configs/lm_wikitext2.py
+Data:     wikitext/wikitext-2.{train,valid,test}.txt.xz under FOLDER
+Hardware: one NVIDIA H200, under three minutes with two others beside it
+Result:   perplexity 101.8 on the validation split, 97.5 on the test split
 """
 
 from race_jax.train.config import Config
 
 
 def get_config() -> Config:
-    """The run's settings."""
+    """Returns the configuration of the run."""
     config = Config()
     config.model.positions = "learned"
     config.model.max_length = 256

@@ -1,8 +1,9 @@
-"""Continues a prompt with a trained model: the text to stdout as it comes, the rest to stderr.
+"""Continues a prompt with a trained language model.
 
-    python scripts/generate.py --checkpoint runs/lm_default --prompt "def main("
+    .venv/bin/python scripts/generate.py --checkpoint runs/lm_default --prompt "def main("
 
-In: a run's directory and a prompt. Out: text. Equation: that of `race_jax.models.decode`.
+The text is written to standard output token by token, and everything else to standard error. The
+model is that of the newest whole checkpoint of a training run (`scripts/train_lm.py`).
 """
 
 import contextlib
@@ -19,29 +20,47 @@ from race_jax.models.decode import Sampling, remaining_positions, stream
 from race_jax.models.heads import TransformerLM
 
 try:
+    from race_jax.data.tokenizer import Tokenizer
     from race_jax.train.checkpoint import load_for_inference
-except ImportError as error:  # the extra "train" is not installed; the message says how
+except (
+    ImportError
+) as error:  # the extra "train" is not installed; the message says how to install it
     sys.exit(f"generate.py: {error}")
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a training run.", required=True)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Directory of the training run.", required=True
+)
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.", required=True)
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Tokens to draw.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; positive.")
-_TOP_K = flags.DEFINE_integer("top_k", None, "Draw among this many likeliest tokens.")
-_TOP_P = flags.DEFINE_float("top_p", None, "Draw among the likeliest of this probability.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws, 0 to 2**32 - 1.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Number of tokens to draw.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 1.0, "Positive number that the logits are divided by."
+)
+_TOP_K = flags.DEFINE_integer("top_k", None, "Draw from this many likeliest tokens.")
+_TOP_P = flags.DEFINE_float(
+    "top_p", None, "Draw from the likeliest tokens that together have this probability."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws, from 0 to 2**32 - 1.")
 _STOP = flags.DEFINE_multi_string(
-    "stop", [], "Text of one token that ends the continuation, and is not written; may be repeated."
+    "stop", [], "Text of one token at which to stop. It is not written. May be repeated."
 )
 _GREEDY = flags.DEFINE_bool("greedy", False, "Take the likeliest token each time.")
 
-_UNFINISHED = "\ufffd"  # what a tokenizer shows for bytes that are no whole character
+_UNFINISHED = "\ufffd"  # a tokenizer decodes an incomplete character as this
 
 
 def text_pieces(tokenizer, prompt: np.ndarray, tokens: Iterator[int]) -> Iterator[str]:
-    """The text that each token adds, a character of several tokens held back until it is whole.
+    """Yields the text that each token adds.
 
-    Each token is decoded after the one before it, since some tokenizers put a space between two.
+    A character of several tokens is yielded when it is complete. Each token is decoded together
+    with the one before it, because some tokenizers put a space between two tokens.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        prompt: shape (T,), integers: the tokens before the text.
+        tokens: the tokens of the text.
+
+    Yields:
+        A text for each token, which may be empty, and at the end what is left.
     """
     window = prompt[-1:].tolist()
     shown = len(tokenizer.decode(window))
@@ -60,18 +79,23 @@ def text_pieces(tokenizer, prompt: np.ndarray, tokens: Iterator[int]) -> Iterato
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Checks the flags, loads the model, writes the continuation and its speed."""
+    """Checks the flags, loads the model, and writes the continuation and its speed."""
     if len(arguments) > 1:
-        _fail(f"unknown arguments {arguments[1:]}; quote a prompt of several words")
+        _fail(f"unknown arguments {arguments[1:]}; put quotes around a prompt of several words")
     for output in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # a stream that is no file, as in a test
-            output.reconfigure(errors="backslashreplace")  # shows what its encoding lacks
-    logging.set_verbosity(logging.ERROR)  # absl's app shows all that Orbax logs of a restore
+        with contextlib.suppress(AttributeError):  # a stream that is not a file, as in a test
+            output.reconfigure(errors="backslashreplace")  # for characters its encoding lacks
+    logging.set_verbosity(logging.ERROR)  # else Orbax's messages about the restore are shown
     if not _PROMPT.value:
-        _fail("--prompt is empty: the model continues a text and needs at least one token of it")
+        _fail("--prompt is empty; give a text of at least one token, which the model continues")
     try:
         sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _GREEDY.value)
-        model, tokenizer, _ = load_for_inference(_CHECKPOINT.value)
+        model, tokenizer, config = load_for_inference(_CHECKPOINT.value)
+        if not isinstance(tokenizer, Tokenizer):
+            raise ValueError(
+                f"{_CHECKPOINT.value} is a run of the task {config.task!r}, which has no "
+                "tokenizer; give the directory of a run that was trained on text"
+            )
         prompt = np.asarray(tokenizer.encode(_PROMPT.value), np.int32)
         count = _count(model, len(prompt))
         stops = [_stop_token(tokenizer, text) for text in _STOP.value]
@@ -86,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     except (ValueError, RuntimeError) as error:
         _fail(str(error))
     if not model.trunk.carries_state:
-        _say("this model carries no state: every token reads the whole sequence again")
+        _say("this model carries no state, so every token reads the whole sequence again")
     clock: list[float] = []
     try:
         _write(_PROMPT.value)
@@ -98,20 +122,20 @@ def main(arguments: Sequence[str]) -> None:
         _fail(str(error))
     except KeyboardInterrupt:
         _say("\nstopped")
-    except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     _say(_speed(clock))
 
 
 def _count(model: TransformerLM, length: int) -> int:
-    """Tokens to draw: those asked for, or as many as learned positions leave room for."""
+    """Returns how many tokens to draw: at most as many as learned positions leave room for."""
     if length == 0:
-        raise ValueError("the prompt holds no token: give it a character other than white space")
+        raise ValueError("the prompt has no token; give a character other than white space")
     room = remaining_positions(model, length)
     if room is None or room >= _MAX_TOKENS.value:
         return _MAX_TOKENS.value
     _say(
-        f"the learned positions end at {model.trunk.max_length} tokens: "
+        f"the learned positions end at {model.trunk.max_length} tokens, so "
         f"{room} are drawn instead of {_MAX_TOKENS.value}"
     )
     return room
@@ -121,7 +145,7 @@ def _stop_token(tokenizer, text: str) -> int:
     ids = tokenizer.encode(text).tolist()
     if len(ids) != 1:
         raise ValueError(
-            f"--stop={text!r} is {len(ids)} tokens of this model; give a text of exactly one"
+            f"--stop={text!r} is {len(ids)} tokens of this model; give a text of exactly one token"
         )
     return ids[0]
 
@@ -136,10 +160,10 @@ def _timed(tokens: Iterator[np.ndarray], clock: list[float], stops: Sequence[int
 
 def _speed(clock: list[float]) -> str:
     if len(clock) < 3:
-        return f"{len(clock)} tokens; too few to tell the speed"
-    # The first two tokens compile the two programs, of the prompt and of one step.
+        return f"{len(clock)} tokens; too few to measure the speed"
+    # The first two tokens include the compilation of the prompt's program and of the step.
     rate = (len(clock) - 2) / (clock[-1] - clock[1])
-    return f"{len(clock)} tokens, {rate:.1f} tokens/s (compilation left out)"
+    return f"{len(clock)} tokens, {rate:.1f} tokens/s (without compilation)"
 
 
 def _write(text: str) -> None:

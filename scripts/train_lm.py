@@ -1,29 +1,31 @@
-"""Trains a language model: --config configs/NAME.py [--config.SECTION.FIELD=VALUE ...].
+"""Trains a model, such as a language model.
 
-The same command again continues the run where it ended. SIGTERM, SIGHUP, Ctrl-C and
-config.run.max_seconds end it after the step at hand, with a checkpoint; a second Ctrl-C or SIGTERM
-ends it at once.
+    .venv/bin/python scripts/train_lm.py --config configs/lm_default.py --config.run.steps=300
+
+The same command again continues the run from its last checkpoint. SIGTERM, SIGHUP, Ctrl-C and
+config.run.max_seconds end the run after the current step, with a checkpoint. A second Ctrl-C or
+SIGTERM ends it at once.
 
 Exit status:
     0    the run is finished
-    1    it failed; the message says why, and the last checkpoint stands
-    2    nothing was started: the command line, the configuration, the data or the run directory
-         cannot be used
-    75   it was stopped before its end, and its state is saved: the same command continues it
-    128 + the number of a signal   it was stopped at once, by a second signal
+    1    the run failed; the message says why, and the last checkpoint is kept
+    2    nothing was started, because the command line, the configuration, the data or the run
+         directory cannot be used
+    75   the run was stopped early, and its state is saved; the same command continues it
+    128 + the number of a signal   the run was stopped at once by a second signal
 
 Options:
     --help          shows this text and every field of the configuration
-    --traceback     shows where an error arose
+    --traceback     shows where an error occurred
 """
 
 import sys
 
-FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL: try again
+FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL, "try again"
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit status."""
+    """Runs the command line and returns the exit status."""
     try:
         from race_jax.train import console
     except ImportError as error:
@@ -38,7 +40,7 @@ def main(argv: list[str]) -> int:
         console.warn(f"train_lm: {error}")
     except KeyboardInterrupt:
         status = 130
-        console.warn("train_lm: interrupted outside the loop; the last checkpoint stands")
+        console.warn("train_lm: interrupted outside the loop; the last checkpoint is kept")
     console.settle()
     return status
 

@@ -36,7 +36,8 @@ def get_config():
     config.optimizer.warmup_steps = 1
     config.mesh.data = 1
     config.run.steps, config.run.batch_size, config.run.checkpoint_every = 4, 2, 2
-    config.run.sample_tokens, config.run.sample_prompt = 3, "def "
+    options = config.language_model
+    options.sample_length, options.sample_prompt = 3, "def "
     return config
 '''
 

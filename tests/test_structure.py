@@ -55,7 +55,7 @@ SOURCES = {
     "extras": "",
     "records": "",
     "data": "records extras",
-    "tasks": "data models",
+    "tasks": "data models core.shards",
     "train": "tasks streaming",
 }
 CORE_LIBRARIES = {"jax", "numpy", "jaxtyping"}

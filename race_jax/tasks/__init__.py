@@ -1,1 +1,4 @@
-"""Tasks: what is trained and how it is scored. Each is one file, and one line of `registry`."""
+"""Tasks: what is trained, and how it is scored.
+
+A task is one file of this folder and one line of `registry`.
+"""

@@ -1,9 +1,10 @@
-"""Language modelling: predict the next token of a text.
+"""Language modeling: to predict the next token of a text.
 
-Equations: bits per byte = nats / (ln 2 · bytes); perplexity = exp(nats per token). The bits per
+Equations: bits per byte = nats / (ln 2 · bytes), and perplexity = exp(nats per token). The bits per
 byte of a compressor are 8 · compressed bytes / bytes.
 """
 
+import dataclasses
 import lzma
 import math
 import shlex
@@ -16,20 +17,52 @@ import numpy as np
 from race_jax.data.text import Data, HeldOut, build_data
 from race_jax.data.tokenizer import from_dict
 from race_jax.models import TransformerLM, decode
+from race_jax.records import at_least
 from race_jax.tasks.losses import chunked_cross_entropy
-from race_jax.tasks.task import Task, shapes_of
+from race_jax.tasks.task import Task, TaskConfig, shapes_of
 
 TEMPERATURE = 0.7  # of the sample: short samples of a small model read better a little below 1
+
+
+@dataclasses.dataclass
+class LanguageModelConfig(TaskConfig):
+    """Language modeling: what is printed at the end of a run.
+
+    Attributes:
+        compare_xz: also print the bits per byte that xz -9e needs for the held-out text.
+        sample_length: tokens of the sample that the trained model draws; 0 draws none.
+        sample_prompt: text that the sample continues.
+    """
+
+    compare_xz: bool = False
+    sample_length: int = 0
+    sample_prompt: str = "\n"
+
+    def validate(self) -> None:
+        """Checks the fields.
+
+        Raises:
+            ValueError: a field cannot be used. The message starts with its name.
+        """
+        at_least("sample_length", self.sample_length, 0)
+        if self.sample_length and not self.sample_prompt:
+            raise ValueError(
+                f'sample_prompt must not be empty with sample_length={self.sample_length}, got ""'
+            )
 
 
 class LanguageModel(Task):
     """Next-token prediction on the text that `config.data` describes."""
 
+    config_class = LanguageModelConfig
+    free_fields = ("compare_xz", "sample_length", "sample_prompt")
+    loss_unit = "nats per token"
+    weight_name = "tokens"
+
     def __init__(self, config):
-        self._config = config
-        run = config.run
-        self._data = build_data(config.data, batch_size=run.batch_size, seed=run.seed)
-        self._prompt = sample_prompt(config, self._data)
+        self._options, self._seed = config.task_config(), config.run.seed
+        self._data = build_data(config.data, batch_size=config.run.batch_size, seed=self._seed)
+        self._prompt = prompt_ids(self._options, self._data)
         self._splits = {"valid": self._data.valid}
         if self._data.test is not None:
             self._splits["test"] = self._data.test
@@ -42,18 +75,18 @@ class LanguageModel(Task):
 
     @staticmethod
     def make_model(config, record, rngs):
-        """A causal transformer over the tokenizer's vocabulary."""
+        """Makes a causal transformer over the tokenizer's vocabulary."""
         vocab_size = from_dict(record["tokenizer"]).vocab_size
         return TransformerLM(config.model, vocab_size, keep_rngs=False, rngs=rngs)
 
     @staticmethod
     def companion(record):
-        """The tokenizer."""
+        """Returns the tokenizer."""
         return from_dict(record["tokenizer"])
 
     @staticmethod
     def loss_sums(model, batch, rngs):
-        """The nats of the next tokens."""
+        """Computes the nats of the next tokens, and their number."""
         hidden = model.hidden(
             batch["inputs"],
             segment_ids=batch.get("segment_ids"),
@@ -63,39 +96,47 @@ class LanguageModel(Task):
         table = model.embedding[...]
         return chunked_cross_entropy(hidden, table, batch["targets"], batch["weights"])
 
+    @classmethod
+    def loss_text(cls, loss):
+        """Says a training loss in nats and in bits."""
+        return f"loss {loss:.4f} nats = {loss / math.log(2):.3f} bits a token"
+
     def metrics(self, split, sums):
-        """Loss, perplexity and, where the tokens encode the text, bits per byte."""
+        """Computes the loss, the perplexity and, if the tokens encode the text, bits per byte."""
         held_out, num_bytes = self._splits[split], None
         if held_out.encodes_text:
             num_bytes = held_out.num_bytes * sums["weight"] / held_out.num_tokens
-        return evaluation_figures(sums["nats"], sums["weight"], num_bytes)
+        return evaluation_figures(sums["loss"], sums["weight"], num_bytes)
 
     def score_text(self, split, metrics):
-        """See the function `score_text`."""
+        """Says an evaluation in words; see the function `score_text`."""
         return score_text(metrics, self._splits[split])
 
     def end_facts(self):
-        """What xz makes of the held-out text, if that is asked for."""
-        if not self._config.run.compare_xz:
+        """Returns the bits per byte of xz on the held-out text, if the options ask for them."""
+        if not self._options.compare_xz:
             return {}
         held_out = self._data.valid
         same = "same text" if held_out.encodes_text else "of the whole text"
         return {"xz -9e": f"{xz_bits_per_byte(held_out.text):.3f} bits per byte, {same}"}
 
     def sample_lines(self, model, directory):
-        """A continuation of the prompt, if one is asked for."""
-        if not self._config.run.sample_tokens:
+        """Returns a continuation of the prompt, if the options ask for one."""
+        if not self._options.sample_length:
             return []
-        return sample_lines(self._config, self._data, model, self._prompt, directory)
+        return sample_lines(
+            self._options, self._data, model, self._prompt, directory, seed=self._seed
+        )
 
 
 def evaluation_figures(nats: float, weight: float, num_bytes: float | None) -> dict[str, float]:
-    """The numbers of an evaluation.
+    """Computes the numbers of an evaluation.
 
     Args:
         nats: weighted sum over the scored tokens.
         weight: how many tokens were scored.
-        num_bytes: bytes that those tokens stand for; None where the tokens do not encode the text.
+        num_bytes: number of bytes that those tokens stand for; None if the tokens do not encode
+            the text.
 
     Returns:
         The loss (nats per token), the perplexity and, given `num_bytes`, the bits per byte.
@@ -112,35 +153,42 @@ def evaluation_figures(nats: float, weight: float, num_bytes: float | None) -> d
     return figures
 
 
-def sample_prompt(config: Any, data: Data) -> np.ndarray:
-    """The ids of `run.sample_prompt`; asked for before training, so that no run ends on it.
+def prompt_ids(options: LanguageModelConfig, data: Data) -> np.ndarray:
+    """Encodes `sample_prompt`. It is done before training, so that no run fails at its end.
 
     Raises:
-        ValueError: a sample is wanted and its prompt has no ids in this vocabulary.
+        ValueError: a sample is wanted, but this vocabulary has no ids for its prompt.
     """
-    prompt = config.run.sample_prompt
-    if not config.run.sample_tokens:
+    prompt = options.sample_prompt
+    if not options.sample_length:
         return np.zeros(0, np.int32)
     try:
         ids = data.tokenizer.encode(prompt)
     except ValueError as error:
-        raise ValueError(f"config.run.sample_prompt {prompt!r}: {error}") from error
+        raise ValueError(f"config.language_model.sample_prompt {prompt!r}: {error}") from error
     if not len(ids):
-        raise ValueError(f"config.run.sample_prompt must hold a token, got {prompt!r}")
+        raise ValueError(f"config.language_model.sample_prompt must hold a token, got {prompt!r}")
     return ids
 
 
 def sample_lines(
-    config: Any, data: Data, model: TransformerLM, prompt: np.ndarray, directory: Path
+    options: LanguageModelConfig,
+    data: Data,
+    model: TransformerLM,
+    prompt: np.ndarray,
+    directory: Path,
+    *,
+    seed: int,
 ) -> list[str]:
-    """A continuation of `run.sample_prompt` by the model, and the command for more.
+    """Draws a continuation of `sample_prompt`, and gives the command for more.
 
     Args:
-        config: the checked configuration.
+        options: the task's own record.
         data: the text and its tokenizer.
         model: the trained model, on one device.
-        prompt: the ids that `sample_prompt` gave.
+        prompt: the ids that `prompt_ids` returned.
         directory: the run's folder.
+        seed: the seed of the draws.
 
     Returns:
         The lines to print.
@@ -148,11 +196,11 @@ def sample_lines(
     drawn = decode.generate(
         model,
         prompt[None],
-        max_tokens=config.run.sample_tokens,
+        max_tokens=options.sample_length,
         sampling=decode.Sampling(temperature=TEMPERATURE),
-        seed=config.run.seed,
+        seed=seed,
     )
-    text = config.run.sample_prompt
+    text = options.sample_prompt
     return [
         f"{'sample':10} {drawn.shape[1]} tokens after {text!r}, temperature {TEMPERATURE}:",
         text + data.tokenizer.decode(drawn[0]),
@@ -161,9 +209,9 @@ def sample_lines(
 
 
 def _generate_command(directory: Path, prompt: str) -> str:
-    """The command for more samples, with the interpreter that runs this one."""
+    """Returns the command for more samples, with the Python that runs this program."""
     python, script = Path(sys.executable), Path(sys.argv[0]).with_name("generate.py")
-    if not script.is_file():  # `train` was called by a program of the user's own
+    if not script.is_file():  # a program of the user's own called `train`
         script = Path("scripts", "generate.py")
     here = Path.cwd()
     words = [
@@ -174,7 +222,7 @@ def _generate_command(directory: Path, prompt: str) -> str:
 
 
 def xz_bits_per_byte(text: bytes) -> float:
-    """Bits per byte that the best preset of xz needs for `text`.
+    """Computes the bits per byte that the best preset of xz needs for `text`.
 
     Example:
         >>> xz_bits_per_byte(b"again and again " * 1000) < 0.1
@@ -184,15 +232,15 @@ def xz_bits_per_byte(text: bytes) -> float:
 
 
 def score_text(record: dict[str, Any], held_out: HeldOut) -> str:
-    """An evaluation in words.
+    """Says an evaluation in words.
 
     Args:
-        record: the numbers that `evaluation_figures` gave.
+        record: the numbers that `evaluation_figures` returned.
         held_out: the split that was scored.
 
     Returns:
-        Loss and perplexity. Before them the bits per byte, or after them, where the tokens do not
-        encode the whole text, the share of `<unk>`.
+        The loss and the perplexity. If the tokens encode the whole text, the bits per byte come
+        first. Otherwise the share of `<unk>` comes last.
     """
     text = f"{record['loss']:.4f} nats a token, perplexity {record['perplexity']:.2f}"
     if held_out.encodes_text:

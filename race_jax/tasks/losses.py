@@ -1,13 +1,14 @@
-"""Cross-entropy over a large vocabulary without the logits of a whole batch.
+"""Cross-entropy over a large vocabulary, without the logits of a whole batch in memory.
 
-In: hidden states, the tied embedding, targets and weights. Out: weighted nats and their weight.
-Equation: sum_t w_t (log sum_v exp(h_t · e_v) - h_t · e_target(t)), a chunk of tokens at a time.
+Equation: sum_t w_t (log sum_v exp(h_t · e_v) - h_t · e_target(t)), computed chunk by chunk.
 """
 
 import jax
 import jax.numpy as jnp
 
-# Logits of one chunk, in numbers: 16 MB in float32, whatever the vocabulary.
+from race_jax.core.shards import TOKENS, vary_alike
+
+# The number of logits of one chunk: 16 MB in float32, whatever the vocabulary.
 LOGITS_PER_CHUNK = 2**22
 
 
@@ -19,28 +20,29 @@ def chunked_cross_entropy(
     *,
     chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted cross-entropy of tied logits, chunk by chunk.
+    """Computes the weighted cross-entropy of tied logits, chunk by chunk.
 
     Equation: `nats = sum_t w_t (logsumexp_v(h_t · e_v) - h_t · e_target(t))`.
 
-    Logits exist for one chunk of tokens only, forward and backward: the gradients are formed in
-    the forward pass, while the chunk's logits are there, and scaled in the backward pass. Products
-    take `hidden`'s dtype and accumulate in float32; so does everything after them.
+    Only the logits of one chunk of tokens are in memory at a time, also for the gradients. These
+    are computed in the forward pass, together with the logits of the chunk, and are only scaled in
+    the backward pass. The inputs of the products have the dtype of `hidden`. The products, and
+    everything after them, are accumulated in float32.
 
     Args:
-        hidden: shape (B, T, D), the states after the last norm.
-        embedding: shape (vocab, D); its rows are the output vectors.
+        hidden: shape (B, T, D), floating: the states after the last norm.
+        embedding: shape (vocab, D), floating. Its rows are the output vectors.
         targets: shape (B, T), integers in [0, vocab).
-        weights: shape (B, T); a token of weight 0 adds nothing to the loss or its gradients.
+        weights: shape (B, T). A token of weight 0 adds nothing to the loss or to its gradients.
         chunk: tokens per chunk; None takes about 2**22 / vocab.
 
     Returns:
-        The weighted sum of nats and the sum of weights, float32 scalars. Divide them after summing
-        over devices and accumulation parts, so that the mean is that of the whole batch.
+        The weighted sum of nats and the sum of weights, float32 scalars. The mean over a whole
+        batch is their quotient, after both were added over devices and accumulation parts.
 
     Raises:
-        ValueError: shapes that do not fit or a chunk below 1.
-        TypeError: targets that are not integers.
+        ValueError: the shapes do not fit, or the chunk is below 1.
+        TypeError: the targets are not integers.
 
     Example:
         >>> import jax.numpy as jnp
@@ -53,6 +55,8 @@ def chunked_cross_entropy(
     Source: beyond the paper.
     """
     _check(hidden, embedding, targets, weights, chunk)
+    arrays = (hidden, embedding, targets, weights)
+    hidden, embedding, targets, weights = vary_alike(arrays, (TOKENS,) * 4)
     tokens, (vocab, width) = targets.size, embedding.shape
     chunk = min(chunk or max(1, LOGITS_PER_CHUNK // vocab), max(1, tokens))
     padding = (0, -tokens % chunk)  # of weight 0
@@ -66,14 +70,14 @@ def chunked_cross_entropy(
 
 
 def _logits(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
-    """(C, D), (vocab, D) -> (C, vocab) in float32."""
+    """Computes the logits (C, vocab) in float32 from (C, D) and (vocab, D)."""
     return jnp.einsum(
         "cd,vd->cv", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
 
 
 def _token_nats(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Nats of each token's target and the log of its partition sum, (C,) each."""
+    """Computes the nats of each token's target and the log of its partition sum, (C,) each."""
     log_total = jax.nn.logsumexp(logits, axis=-1)
     return log_total - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0], log_total
 
@@ -84,7 +88,7 @@ def _weigh(nats: jax.Array, weights: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _weighted_nats(hidden, embedding, targets, weights):
-    """hidden (chunks, C, D), targets and weights (chunks, C) -> the weighted sum of nats."""
+    """Adds up weighted nats. hidden is (chunks, C, D), targets and weights are (chunks, C)."""
 
     def one_chunk(chunk):
         hidden, targets = chunk
@@ -105,7 +109,7 @@ def _weighted_nats_fwd(hidden, embedding, targets, weights):
         d_embedding += jnp.einsum("cv,cd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
         return d_embedding, (d_hidden, nats)
 
-    zeros = jnp.zeros(embedding.shape, jnp.float32)
+    zeros = jnp.zeros_like(embedding, jnp.float32)  # it varies over the mesh axes of embedding
     d_embedding, (d_hidden, nats) = jax.lax.scan(one_chunk, zeros, (hidden, targets, weights))
     d_embedding = d_embedding.astype(embedding.dtype)
     return jnp.sum(_weigh(nats, weights)), (d_hidden, d_embedding, nats)
@@ -133,4 +137,4 @@ def _check(hidden, embedding, targets, weights, chunk) -> None:
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise TypeError(f"targets must be integers, got {targets.dtype}; pass token ids")
     if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be >= 1, got {chunk}; None chooses it")
+        raise ValueError(f"chunk must be >= 1, got {chunk}; pass None to let it be chosen")

@@ -1,4 +1,6 @@
-"""The tasks by name: a new one is a file of this folder and a line here."""
+"""The tasks by name. A new task is a file of this folder and a line here."""
+
+import dataclasses
 
 from race_jax.records import one_of
 from race_jax.tasks.copy import Copy
@@ -9,9 +11,22 @@ TASKS: dict[str, type[Task]] = {
     "language_model": LanguageModel,
     "copy": Copy,
 }
+DEFAULT = "language_model"
 
 
 def task_named(name: str) -> type[Task]:
-    """The task of that name. Raises ValueError listing those that there are."""
+    """Returns the task of this name.
+
+    Raises:
+        ValueError: there is no such task. The message lists those that there are.
+    """
     one_of("config.task", name, tuple(TASKS))
     return TASKS[name]
+
+
+def add_sections(config: type) -> type:
+    """Gives a class, before it is made a dataclass, a field with the record of every task."""
+    for name, task in TASKS.items():
+        config.__annotations__[name] = task.config_class
+        setattr(config, name, dataclasses.field(default_factory=task.config_class))
+    return config

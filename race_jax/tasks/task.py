@@ -1,8 +1,14 @@
-"""What the trainer asks of a task."""
+"""The interface between the trainer and a task.
+
+A task is one file of this folder and one line of `registry.TASKS`. The file holds a subclass of
+`Task` and, if the task has settings, a subclass of `TaskConfig`. The trainer, the command line, the
+checkpoints and the reports take all that they need from these two classes.
+"""
 
 import abc
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import jax
@@ -12,23 +18,55 @@ from flax import nnx
 Batch = dict[str, Any]
 
 
+@dataclasses.dataclass
+class TaskConfig:
+    """The settings of a task, `config.NAME.*` on the command line; NAME is the task's name.
+
+    A subclass is a mutable dataclass with a default for every field. Its docstring describes each
+    field in a section "Attributes:", from which `--help` is made.
+    """
+
+    def validate(self) -> None:
+        """Checks the fields.
+
+        Raises:
+            ValueError: a field cannot be used. The message starts with the name of the field.
+        """
+
+
 class Task(abc.ABC):
-    """The data, the model, the loss and the scores of a run; the trainer knows nothing of them.
+    """The data, the model, the loss and the scores of a run.
 
     Args:
-        config: the checked `race_jax.train.config.Config`. Data and fields that cannot be used
-            raise ValueError here, before any training.
+        config: the checked `race_jax.train.config.Config`. `config.task_config()` is the task's own
+            record.
+
+    Raises:
+        ValueError: the data or a field cannot be used. This is found here, before any training.
 
     Attributes:
-        train: endless batches, dicts of arrays (B, T, ...). The iterator's state is JSON.
-        held_out: by the name of a split, one pass over its batches. "valid" is always there.
-        digests: by its name, the digest of all content that decides what is learned. A run with
-            another one is not continued.
-        record: JSON values to keep in checkpoints, all that `make_model` needs beside the config.
+        config_class: the class of the task's own record.
+        free_fields: names of the fields of that record that may change between two starts of a
+            run, because they do not affect what is learned.
+        loss_unit: the unit of the loss, such as "nats per token".
+        weight_name: what the weights of a batch count, such as "tokens". The speed of a run is
+            given in these per second, and the metrics hold their number by this name.
+        train: endless batches, which are dicts of arrays (B, T, ...). The state of the iterator is
+            a JSON value.
+        held_out: for each split, by its name, one pass over its batches. The split "valid" is
+            always there.
+        digests: for all content that affects what is learned, by its name, its digest. A run is
+            not continued with other digests.
+        record: JSON values that are kept in checkpoints. Together with the configuration they are
+            all that `make_model` needs.
         batch: the shape and dtype of every array of a batch.
         description: one line about the data.
     """
 
+    config_class: ClassVar[type[TaskConfig]] = TaskConfig
+    free_fields: ClassVar[tuple[str, ...]] = ()
+    loss_unit: ClassVar[str]
+    weight_name: ClassVar[str]
     train: grain.IterDataset[Batch]
     held_out: dict[str, grain.IterDataset[Batch]]
     digests: dict[str, str]
@@ -39,11 +77,11 @@ class Task(abc.ABC):
     @staticmethod
     @abc.abstractmethod
     def make_model(config: Any, record: dict[str, Any], rngs: nnx.Rngs) -> nnx.Module:
-        """A fresh model with its head, also for a checkpoint with that `record`."""
+        """Makes a fresh model with its head. `record` may come from a checkpoint."""
 
     @staticmethod
     def companion(record: dict[str, Any]) -> Any:
-        """What a user of the trained model needs beside it, such as a tokenizer, or None."""
+        """Returns what the trained model needs beside it to be used, such as a tokenizer."""
         return None
 
     @staticmethod
@@ -51,39 +89,50 @@ class Task(abc.ABC):
     def loss_sums(
         model: nnx.Module, batch: Batch, rngs: nnx.Rngs | None
     ) -> tuple[jax.Array, jax.Array]:
-        """What a batch adds to the loss: weighted nats and their weight, float32 scalars.
+        """Computes what a batch adds to the loss.
 
-        Without `rngs` there is no dropout.
+        Args:
+            model: the model of `make_model`.
+            batch: a batch, or the share of one device.
+            rngs: the random streams of dropout. Without them there is no dropout.
+
+        Returns:
+            The weighted sum of the losses and the sum of the weights, float32 scalars.
         """
 
     @classmethod
     def score_sums(cls, model: nnx.Module, batch: Batch) -> dict[str, jax.Array]:
-        """The sums that a batch adds to an evaluation, by name."""
-        nats, weight = cls.loss_sums(model, batch, None)
-        return {"nats": nats, "weight": weight}
+        """Computes the sums that a batch adds to an evaluation, by name."""
+        loss, weight = cls.loss_sums(model, batch, None)
+        return {"loss": loss, "weight": weight}
+
+    @classmethod
+    def loss_text(cls, loss: float) -> str:
+        """Says a training loss in words."""
+        return f"loss {loss:.4f} {cls.loss_unit}"
 
     def metrics(self, split: str, sums: dict[str, float]) -> dict[str, float]:
-        """The numbers of an evaluation from its sums; "loss" is one of them."""
-        return {"loss": sums["nats"] / sums["weight"]}
+        """Computes the numbers of an evaluation from its sums. One of them is "loss"."""
+        return {"loss": sums["loss"] / sums["weight"]}
 
     def score_text(self, split: str, metrics: dict[str, float]) -> str:
-        """An evaluation in words."""
+        """Says an evaluation in words."""
         return ", ".join(f"{name} {metrics[name]:.4f}" for name in self.metric_names(metrics))
 
     @staticmethod
     def metric_names(metrics: dict[str, Any]) -> list[str]:
-        """The names of the numbers in a record."""
+        """Returns the names of the numbers in a record of the metrics."""
         return [name for name in metrics if name not in ("kind", "step")]
 
     def end_facts(self) -> dict[str, str]:
-        """Further facts to print beside the last scores, by name."""
+        """Returns further facts to print beside the last scores, by name."""
         return {}
 
     def sample_lines(self, model: nnx.Module, directory: Path) -> list[str]:
-        """Lines that show what the trained model does; none by default."""
+        """Returns lines that show what the trained model does; by default there are none."""
         return []
 
 
 def shapes_of(batch: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shape and dtype of every array of a batch."""
+    """Returns the shape and dtype of every array of a batch."""
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}

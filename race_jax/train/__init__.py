@@ -1,4 +1,4 @@
-"""Training: mesh, optimizer, step, checkpoints and the loop that joins them, for every task."""
+"""Training: mesh, optimizer, step, checkpoints, and the loop that connects them, for any task."""
 
 from race_jax.extras import require
 

@@ -1,7 +1,7 @@
-"""Checkpoints: the state of a run, whole or not at all, and what is needed to use it.
+"""Checkpoints: the state of a run, and what is needed to use its model.
 
-Orbax writes the files, and restores them on any number of devices. A digest of every file tells a
-damaged checkpoint.
+A checkpoint is either whole, or known not to be. Orbax writes the files, and restores them on any
+number of devices. A digest of every file shows whether a checkpoint is damaged.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ _DIGESTS = "digests.json"
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a run goes on from.
+    """What a run continues from.
 
     Attributes:
-        state: the training state, on the devices asked for.
-        about: the JSON values saved beside it.
+        state: the training state, on the devices that were asked for.
+        about: the JSON values that were saved with it.
     """
 
     state: TrainState
@@ -40,16 +40,17 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run directory, newest first.
+    """The checkpoints of one run.
 
-    A step counts as saved once its digests are written, after all its files: a process killed at
-    any moment leaves either a whole checkpoint or one that is known not to be.
+    The digests of a checkpoint are written after all its files, and only then does its step count
+    as saved. A process that is killed at any moment therefore leaves either a whole checkpoint or
+    one that is known not to be whole.
 
     Args:
-        directory: folder of the checkpoints; made if missing.
-        keep: newest checkpoints that stay.
-        read_only: nothing is made, moved or dropped.
-        say: takes the sentences about damaged checkpoints.
+        directory: folder of the checkpoints. It is made if it is missing.
+        keep: number of checkpoints that are kept, the newest ones.
+        read_only: whether the folder stays as it is: nothing is made, moved or removed.
+        say: a function that prints the sentences about damaged checkpoints.
 
     Source: beyond the paper.
     """
@@ -75,18 +76,20 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def steps(self) -> list[int]:
-        """The steps that have a folder here, damaged or not, oldest first."""
+        """Returns the steps that have a folder here, damaged or not, the oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, about: dict[str, Any]) -> None:
-        """Writes a checkpoint of `state.step` and drops the oldest beyond `keep`.
+        """Writes a checkpoint of `state.step`, and removes the oldest ones beyond `keep`.
 
         Args:
             state: the training state.
-            about: JSON values to keep beside it: data iterator, configuration, tokenizer.
+            about: JSON values to keep with it: the state of the data iterator, the configuration,
+                and the record of the task.
 
         Raises:
-            RuntimeError: it could not be written, as on a full disk; older ones are untouched.
+            RuntimeError: it could not be written, for example because the disk is full. The older
+                checkpoints are untouched.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -101,19 +104,22 @@ class Checkpoints:
             self._manager.save(step, args=items, force=True)
             write_text(self._folder(step) / _DIGESTS, json.dumps(self._digests(step)))
             self._marker.unlink()
-        except Exception as error:  # Orbax raises many kinds; none may pass as a saved step
+        except Exception as error:  # Orbax raises many kinds of errors
             raise RuntimeError(
                 f"the checkpoint of step {step} could not be written to {self._directory}; those "
                 f"of steps {self._whole_steps()} are untouched. The reason: {one_line(error)}"
             ) from error
 
     def restore(self, like: TrainState) -> Restored | None:
-        """The newest whole checkpoint, or None where no save was ever finished.
+        """Restores the newest whole checkpoint.
 
-        A damaged one is reported and set aside, and the one before it is taken.
+        A damaged one is reported and moved away, and the one before it is taken.
 
         Args:
             like: a state, real or abstract, with the shapes and shardings to restore to.
+
+        Returns:
+            The checkpoint, or None if no save was ever finished.
 
         Raises:
             RuntimeError: there are checkpoints, but all are damaged.
@@ -134,26 +140,26 @@ class Checkpoints:
         return Restored(state, found["about"])
 
     def about(self, step: int) -> dict[str, Any]:
-        """The JSON values of a checkpoint."""
+        """Reads the JSON values of a checkpoint."""
         items = ocp.args.Composite(about=ocp.args.JsonRestore())
         return self._manager.restore(step, args=items)["about"]
 
     def model(self, step: int, like: dict[str, nnx.State]) -> dict[str, nnx.State]:
-        """Only parameters and fixed variables of a checkpoint, on one device."""
+        """Restores only the parameters and fixed variables of a checkpoint, on one device."""
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
         items = ocp.args.Composite(model=ocp.args.StandardRestore(like))
         return self._manager.restore(step, args=items)["model"]
 
     def newest_whole(self) -> int | None:
-        """The last step whose checkpoint is whole; reports newer ones and sets them aside.
+        """Finds the last step whose checkpoint is whole. Newer ones are reported and moved away.
 
         Returns:
-            The step; None where there is none and none was lost: the folder is empty, or a kill
-            cut off the first save.
+            The step. It is None if no save was ever finished: the folder is empty, or the process
+            was killed during the first save.
 
         Raises:
-            RuntimeError: there were checkpoints, and all are damaged. Nothing is moved.
+            RuntimeError: there are checkpoints, but all are damaged. Nothing is moved.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -171,16 +177,16 @@ class Checkpoints:
         return step
 
     def close(self) -> None:
-        """Releases Orbax's threads."""
+        """Ends Orbax's threads."""
         self._manager.close()
 
     @property
     def _marker(self) -> Path:
-        """Holds the step of a save while it is written."""
+        """The file that holds the step of a checkpoint while it is written."""
         return self._directory.with_name(f"{self._directory.name}-saving")
 
     def _unfinished(self) -> int | None:
-        """The step of a save that a kill cut off, or None."""
+        """Returns the step whose save was interrupted, or None."""
         text = self._marker.read_text("utf-8", "replace") if self._marker.is_file() else ""
         return int(text) if text.isdecimal() else None
 
@@ -200,7 +206,7 @@ class Checkpoints:
         return [step for step in self.steps() if self._damage(step) is None]
 
     def _set_aside(self, step: int) -> Path:
-        """Moves a damaged checkpoint out of the way of a new one of the same step."""
+        """Moves a damaged checkpoint away, so that its step can be saved again."""
         aside = self._directory.with_name(f"{self._directory.name}-damaged")
         aside.mkdir(exist_ok=True)
         number = sum(1 for _ in aside.iterdir())
@@ -210,7 +216,7 @@ class Checkpoints:
         return target
 
     def _digests(self, step: int) -> dict[str, str]:
-        """The sha256 of each file of a checkpoint, by its relative name."""
+        """Computes the sha256 of each file of a checkpoint, by its relative name."""
         folder, digests = self._folder(step), {}
         for path in sorted(folder.rglob("*")):
             if path.is_file() and path.name != _DIGESTS:
@@ -220,10 +226,10 @@ class Checkpoints:
         return digests
 
     def _damage(self, step: int) -> str | None:
-        """What is wrong with a checkpoint's files; None if nothing is."""
+        """Says what is wrong with a checkpoint's files; None if nothing is."""
         path = self._folder(step) / _DIGESTS
         if not path.is_file():
-            return "it was not written to its end"
+            return "it was not written completely"
         try:
             expected = json.loads(path.read_text())
         except ValueError:
@@ -234,13 +240,13 @@ class Checkpoints:
 
 
 def load_for_inference(directory: str | os.PathLike) -> tuple[nnx.Module, Any, Config]:
-    """The model of a run's newest whole checkpoint, ready to be called.
+    """Loads the model of a run's newest whole checkpoint, ready to be called.
 
     Args:
-        directory: the run's directory, `~` allowed; a run may be writing to it.
+        directory: the run's directory; it may start with `~`. The run may still be writing to it.
 
     Returns:
-        The NNX model on the default device, what the task keeps beside it (for text its
+        The NNX model on the default device, the companion of the task (for a language model its
         tokenizer) and the run's configuration.
 
     Raises:
@@ -256,7 +262,7 @@ def load_for_inference(directory: str | os.PathLike) -> tuple[nnx.Module, Any, C
     try:
         step = checkpoints.newest_whole()
         if step is None:
-            raise ValueError(f"no checkpoint in {directory} yet; the run has to save one first")
+            raise ValueError(f"no checkpoint in {directory} yet; wait until the run has saved one")
         about = checkpoints.about(step)
         config = Config.from_dict(about["config"])
         task, record = task_named(config.task), about["task"]
@@ -269,5 +275,5 @@ def load_for_inference(directory: str | os.PathLike) -> tuple[nnx.Module, Any, C
 
 
 def checkpoint_folder(run_directory: Path) -> Path:
-    """Where a run keeps its checkpoints."""
+    """Returns the folder in which a run keeps its checkpoints."""
     return run_directory / "checkpoints"

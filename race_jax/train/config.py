@@ -1,7 +1,7 @@
-"""The typed record that describes one training run.
+"""The record that describes one training run.
 
-In: plain values from a config module, the command line or a stored JSON dict. Out: a checked
-`Config`, whose every error names the field. Equation: none.
+It is filled from a config module, the command line or a stored JSON dict. `Config.validate` checks
+it, and every error names the field.
 """
 
 import copy
@@ -12,6 +12,8 @@ from typing import Any
 from race_jax.data.config import DataConfig
 from race_jax.models.config import ModelConfig
 from race_jax.records import above_zero, at_least, check_fields, fill, one_of
+from race_jax.tasks import registry
+from race_jax.tasks.task import TaskConfig
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -21,14 +23,16 @@ class OptimizerConfig:
     """AdamW, its schedule, clipping and accumulation.
 
     Attributes:
-        learning_rate: the highest rate, reached after `warmup_steps`.
-        end_learning_rate: the rate at the last step.
-        schedule: "cosine", "linear" or "constant" after a linear warm-up from zero.
-        warmup_steps: steps of warm-up.
-        b1, b2, eps: Adam's moments and floor.
-        weight_decay: decoupled decay, on matrices only (see `optimizer.decay_mask`).
-        clip_norm: largest global gradient norm; None does not clip.
-        accumulation_steps: parts that a batch is cut into, one after the other, to save memory.
+        learning_rate: the highest learning rate, which is reached after `warmup_steps`.
+        end_learning_rate: the learning rate at the last step.
+        schedule: how the learning rate falls after a linear warm-up: "cosine", "linear"
+            or "constant".
+        warmup_steps: number of steps of the warm-up.
+        b1, b2, eps: the constants of Adam.
+        weight_decay: decoupled weight decay, on matrices only (see `optimizer.decay_mask`).
+        clip_norm: the largest global norm of the gradient; None does not clip.
+        accumulation_steps: number of parts that a batch is split into. They are computed one after
+            another, to save memory.
     """
 
     learning_rate: float = 1e-3
@@ -43,7 +47,11 @@ class OptimizerConfig:
     accumulation_steps: int = 1
 
     def validate(self) -> None:
-        """Raises ValueError naming the first field that cannot be used."""
+        """Checks the fields.
+
+        Raises:
+            ValueError: a field cannot be used. The message names it.
+        """
         one_of("config.optimizer.schedule", self.schedule, SCHEDULES)
         for name in ("learning_rate", "eps"):
             above_zero(f"config.optimizer.{name}", getattr(self, name))
@@ -69,42 +77,45 @@ class MeshConfig:
     """The device mesh.
 
     Attributes:
-        data: devices that share a batch; None takes as many local devices (on CPU: usable cores)
-            as divide the batch.
+        data: number of devices that share a batch. None takes as many local devices (on a CPU,
+            usable cores) as divide the batch.
     """
 
     data: int | None = None
 
     def validate(self) -> None:
-        """Raises ValueError naming the first field that cannot be used."""
+        """Checks the fields.
+
+        Raises:
+            ValueError: a field cannot be used. The message names it.
+        """
         if self.data is not None:
             at_least("config.mesh.data", self.data, 1)
 
 
 @dataclasses.dataclass
 class RunConfig:
-    """Length of the run and what it leaves behind.
+    """The length of the run, and the files that it writes.
 
     Attributes:
-        directory: folder of checkpoints, metrics and plots, `~` allowed; None is `runs/NAME`, where
-            NAME is the config file's, with the overrides that change what is learned.
-        steps: optimizer steps.
+        directory: folder of checkpoints, metrics and plots; it may start with `~`. None is
+            `runs/NAME`, where NAME is the name of the config file with the overrides that change
+            what is learned.
+        steps: number of optimizer steps.
         batch_size: sequences per optimizer step, over all devices and accumulation parts.
         seed: seed of parameters, planes, data order and dropout.
-        max_seconds: stop cleanly (checkpoint saved, resumable) so long after the first step, which
-            comes once everything is compiled; None never does.
+        max_seconds: seconds after which the run saves a checkpoint and stops; the same command
+            continues it. They are counted from the first step, when everything is compiled.
+            None sets no limit.
         log_every: steps between two lines of metrics.
         eval_every: steps between two evaluations; 0 evaluates at the end only.
-        eval_batches: batches in an evaluation before the last; None takes the whole split. The
-            last evaluation always takes the whole split.
+        eval_batches: number of batches of an evaluation during training; None takes the whole
+            split. The evaluation at the end always takes the whole split.
         checkpoint_every: steps between two checkpoints.
-        keep_checkpoints: newest checkpoints that are kept.
-        tensorboard: also write TensorBoard events where `tensorboardX` is installed.
-        compare_xz: at the end also print what xz -9e makes of the held-out text.
-        sample_tokens: length of the sample printed at the end; 0 prints none.
-        sample_prompt: text that the sample goes on from.
-        compilation_cache: folder in which JAX keeps compiled programs from one start to the next,
-            `~` allowed; None leaves JAX's own setting, JAX_COMPILATION_CACHE_DIR.
+        keep_checkpoints: number of checkpoints that are kept, the newest ones.
+        tensorboard: also write TensorBoard events, if `tensorboardX` is installed.
+        compilation_cache: folder in which JAX keeps compiled programs from one start to the next;
+            it may start with `~`. None leaves JAX's own setting, JAX_COMPILATION_CACHE_DIR.
     """
 
     directory: str | None = None
@@ -118,18 +129,19 @@ class RunConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     tensorboard: bool = True
-    compare_xz: bool = False
-    sample_tokens: int = 0
-    sample_prompt: str = "\n"
     compilation_cache: str | None = None
 
     def validate(self) -> None:
-        """Raises ValueError naming the first field that cannot be used."""
+        """Checks the fields.
+
+        Raises:
+            ValueError: a field cannot be used. The message names it.
+        """
         for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
             at_least(f"config.run.{name}", getattr(self, name), 1)
-        # One checkpoint more than the newest, so that a damaged one has a predecessor.
+        # At least two: if the newest one is damaged, the one before it is used.
         at_least("config.run.keep_checkpoints", self.keep_checkpoints, 2)
-        for name in ("seed", "eval_every", "sample_tokens"):
+        for name in ("seed", "eval_every"):
             at_least(f"config.run.{name}", getattr(self, name), 0)
         if self.seed >= 2**32:
             raise ValueError(f"config.run.seed must be < 2**32, got {self.seed}")
@@ -137,15 +149,23 @@ class RunConfig:
             at_least("config.run.eval_batches", self.eval_batches, 1)
         if self.max_seconds is not None:
             above_zero("config.run.max_seconds", self.max_seconds)
-        if self.sample_tokens and not self.sample_prompt:
-            raise ValueError(
-                'config.run.sample_prompt must not be empty with sample_tokens, got ""'
-            )
 
 
 @dataclasses.dataclass
+@registry.add_sections
 class Config:
-    """Everything that decides a run.
+    """Everything that determines a run.
+
+    Each task of `race_jax.tasks.registry` has a section of its own, by its name:
+    `language_model`, `copy` and so on. Only that of the chosen task counts.
+
+    Attributes:
+        task: the name of the task.
+        model: the transformer.
+        data: the text, and how it is cut into sequences.
+        optimizer: AdamW and its schedule.
+        mesh: the devices.
+        run: the length of the run, and the files that it writes.
 
     Example:
         >>> config = Config()
@@ -156,7 +176,7 @@ class Config:
         ValueError: config.optimizer.learning_rate must be > 0, got -1.0
     """
 
-    task: str = "language_model"
+    task: str = registry.DEFAULT
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -164,28 +184,34 @@ class Config:
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
     def validate(self) -> "Config":
-        """Returns a checked, normalised copy, which no later change of this record can reach.
+        """Returns a checked copy, in which every value has its proper type.
 
         Raises:
-            ValueError: a field is unknown, has the wrong type, is out of range, or does not fit
-                another one; the message names it.
+            ValueError: a field is unknown, has the wrong type, is out of range, or does not go
+                with another one. The message names it.
         """
         config = copy.deepcopy(self)
         check_fields(config, "config")
-        try:
-            config.model.validate()
-        except ValueError as error:
-            raise ValueError(f"config.model.{error}") from None
+        registry.task_named(config.task)
+        for path, record in (("model", config.model), (config.task, config.task_config())):
+            try:
+                record.validate()
+            except ValueError as error:
+                raise ValueError(f"config.{path}.{error}") from None
         for section in (config.data, config.optimizer, config.mesh, config.run):
             section.validate()
         config._validate_together()
         return config
 
+    def task_config(self) -> TaskConfig:
+        """Returns the record of the chosen task."""
+        return getattr(self, self.task)
+
     def _validate_together(self) -> None:
         run, parts = self.run, self.optimizer.accumulation_steps
         if run.batch_size * self.data.sequence_length >= 2**31:
             raise ValueError(
-                "config.run.batch_size times config.data.sequence_length must be < 2**31 tokens, "
+                "config.run.batch_size times config.data.sequence_length must be < 2**31, "
                 f"got {run.batch_size} x {self.data.sequence_length}"
             )
         if run.batch_size % parts:
@@ -210,12 +236,16 @@ class Config:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as nested dicts of JSON values; tuples become lists."""
+        """Returns the record as nested dicts of JSON values. Tuples become lists."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """The checked record that `to_dict` wrote. Raises ValueError naming an unknown field."""
+        """Returns the checked record that `to_dict` turned into a dict.
+
+        Raises:
+            ValueError: a field is unknown or cannot be used. The message names it.
+        """
         config = cls()
         fill(config, values, "config")
         return config.validate()

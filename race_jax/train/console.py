@@ -1,7 +1,7 @@
-"""What a run prints. A line that cannot be shown never ends the run.
+"""Printing. A line that cannot be printed never ends a run.
 
-Standard output may go away in the middle of a run: a reader such as `head` leaves, a terminal
-closes, the disk of a log file is full. It may also use an encoding that lacks a character.
+Standard output may fail in the middle of a run: a reader such as `head` ends, a terminal closes, or
+the disk of a log file is full. Its encoding may also lack a character.
 """
 
 import contextlib
@@ -15,43 +15,43 @@ from typing import TextIO
 def say(text: str) -> None:
     r"""Prints `text` to standard output at once.
 
-    A character that the output's encoding lacks is shown as an escape such as `\xe4`. An output
-    that cannot be written is left out; the first time, a sentence on standard error says so.
+    A character that the output's encoding lacks is shown as an escape such as `\xe4`. If the output
+    cannot be written, the text is lost. The first time, a sentence on standard error says so.
 
     Args:
-        text: one or more lines, without the last line end.
+        text: one or more lines, without the line end of the last one.
     """
     _print(text, sys.stdout)
 
 
 def warn(text: str) -> None:
-    """Prints `text` to standard error at once, or not at all where that fails.
+    """Prints `text` to standard error at once. If that fails, the text is lost.
 
     Args:
-        text: one or more lines, without the last line end.
+        text: one or more lines, without the line end of the last one.
     """
     _print(text, sys.stderr)
 
 
 def decorate(what: str, act: Callable[[], None]) -> None:
-    """Calls `act`, which the run can do without; an error becomes one sentence.
+    """Calls `act`, whose result the run does not need. An error becomes one sentence.
 
     Args:
-        what: the name of what is made, as in "the picture".
-        act: makes it.
+        what: the name of the result, such as "the picture".
+        act: makes the result.
     """
     try:
         act()
-    except Exception as error:  # noqa: BLE001 (what only decorates a run must not end it)
+    except Exception as error:  # noqa: BLE001 (no such error may end a run)
         say(f"{what} is left out: {one_line(error)}")
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    r"""The message of an error without its line ends, cut to `limit` characters.
+    r"""Returns the message of an error on one line, shortened to `limit` characters.
 
     Args:
         error: any error.
-        limit: the most characters that are kept.
+        limit: the largest number of characters of the message.
 
     Example:
         >>> one_line(ValueError("first,\n  second"))
@@ -62,7 +62,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 
 def settle() -> None:
-    """Empties both outputs, so that Python's own last flush cannot change the exit status."""
+    """Flushes both outputs, so that a failure of Python's own last flush changes no exit status."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -81,7 +81,7 @@ def _print(text: str, stream: TextIO | None) -> None:
             shown = text.encode(encoding, "backslashreplace").decode(encoding)
             print(shown, file=stream, flush=True)
     except OSError as error:
-        # A full disk may have space again; a reader or a terminal that has left does not come back.
+        # A full disk may get space again, but a reader or a terminal does not come back.
         if error.errno in (errno.EPIPE, errno.EIO):
             _silence(stream)
             if stream is sys.stdout:
@@ -91,8 +91,8 @@ def _print(text: str, stream: TextIO | None) -> None:
 
 
 def _silence(stream: TextIO) -> None:
-    """Leads the stream to nowhere, with what it still holds."""
-    with contextlib.suppress(OSError, ValueError):  # a stream without a file needs no silence
+    """Connects the stream to the null device, so that all further text is dropped."""
+    with contextlib.suppress(OSError, ValueError):  # a stream that has no file
         number, null = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, number)
         os.close(null)

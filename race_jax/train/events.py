@@ -1,7 +1,7 @@
 """TensorBoard event files, written by tensorboardX in this thread.
 
-tensorboardX's own `SummaryWriter` writes in another thread, where an error such as a full disk
-reaches nobody. Its `RecordWriter` raises it here.
+The `SummaryWriter` of tensorboardX writes in another thread, where an error such as a full disk is
+not noticed. Its `RecordWriter`, which is used here, raises the error in the calling thread.
 """
 
 import importlib.util
@@ -16,13 +16,13 @@ class Events:
     """The event file of one start of a run.
 
     Args:
-        directory: the run's folder; the file lies in its folder `tensorboard`.
-        step: the step that the run goes on from. TensorBoard hides what an earlier start, which was
-            killed, wrote of later ones.
+        directory: the run's folder. The file is written to its folder `tensorboard`.
+        step: the step that the run continues from. TensorBoard hides the events of later steps that
+            an earlier start has written.
 
     Raises:
         ImportError: tensorboardX is not installed.
-        OSError: the file cannot be written; so do the methods.
+        OSError: the file cannot be written. The methods raise it too.
     """
 
     def __init__(self, directory: Path, step: int):
@@ -39,7 +39,7 @@ class Events:
         self._file.flush()
 
     def write(self, records: list[dict[str, Any]]) -> None:
-        """Adds the numbers of records, named `kind/name`."""
+        """Adds the numbers of the records, by names of the form `kind/name`."""
         for record in records:
             for name in record.keys() - {"kind", "step"}:
                 summary = self._summary.scalar(f"{record['kind']}/{name}", record[name])
@@ -56,11 +56,14 @@ class Events:
 
 
 def event_file(directory: Path, step: int) -> Events | None:
-    """The event file of a run; None where tensorboardX is not installed.
+    """Opens an event file for a run.
 
     Args:
         directory: the run's folder.
-        step: the step that the run goes on from.
+        step: the step that the run continues from.
+
+    Returns:
+        The file, or None if tensorboardX is not installed.
 
     Raises:
         OSError: the file cannot be written.

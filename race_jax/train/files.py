@@ -1,4 +1,9 @@
-"""Files that are whole or absent, and the folder of a run: one process and one configuration."""
+"""Files that are whole or absent, and the folder of a run.
+
+A folder belongs to one process at a time, and to one configuration. The lock is made here and not
+by the library `filelock`, because that library raises an error on file systems that answer ENOLCK
+or EOPNOTSUPP to a lock, so that the code below would still be needed.
+"""
 
 import contextlib
 import errno
@@ -9,26 +14,35 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from race_jax.tasks.registry import TASKS
 from race_jax.train.config import Config
 from race_jax.train.console import say
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks; two runs in one folder are then not noticed
+except ImportError:  # Windows has no such locks, so two runs in one folder are not noticed there
     fcntl = None
 
-# Fields that may change between two starts of one run: they do not touch what is learned.
+# Fields that may change between two starts of a run, because they do not affect what is learned. A
+# task adds its own ones, `Task.free_fields`.
 FREE_FIELDS = frozenset(
     f"config.{name}"
     for name in "model.implementation model.remat data.root data.num_workers mesh.data "
     "run.directory run.max_seconds run.log_every run.eval_every run.eval_batches "
-    "run.checkpoint_every run.keep_checkpoints run.tensorboard run.compare_xz run.sample_tokens "
-    "run.sample_prompt run.compilation_cache".split()
+    "run.checkpoint_every run.keep_checkpoints run.tensorboard run.compilation_cache".split()
 )
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Calls `write` on a new file that takes the place of `path` once it is safe on the disk."""
+    """Calls `write` on a new file, which replaces `path` once its content is on the disk.
+
+    Args:
+        path: the file. If anything fails, it keeps its old content.
+        write: writes the content to the binary stream that it is given.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     draft = path.with_name(path.name + ".tmp")
     with open(draft, "wb") as stream:
         write(stream)
@@ -38,7 +52,15 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` as UTF-8; `path` holds the old text or all of the new one."""
+    """Writes `text` as UTF-8. At any moment `path` holds the whole old text or the whole new one.
+
+    Args:
+        path: the file.
+        text: its new content.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     write_whole(path, lambda stream: stream.write(text.encode()))
 
 
@@ -47,13 +69,13 @@ def run_directory(path: Path) -> Iterator[Path]:
     """Opens the folder of a run for this process alone.
 
     Args:
-        path: the folder; made if missing.
+        path: the folder. It is made if it is missing.
 
     Yields:
         The folder.
 
     Raises:
-        ValueError: it cannot be made or written, or another process uses it.
+        ValueError: the folder cannot be made or written, or another process uses it.
     """
     where = f"config.run.directory {path}"
     try:
@@ -67,7 +89,15 @@ def run_directory(path: Path) -> Iterator[Path]:
 
 
 def check_space(path: Path, bytes_needed: int) -> None:
-    """Raises ValueError where the disk of `path` has less than `bytes_needed` left."""
+    """Checks that the disk of a folder has enough space.
+
+    Args:
+        path: the run's folder.
+        bytes_needed: bytes that the run will write there.
+
+    Raises:
+        ValueError: there is less space than that.
+    """
     free = shutil.disk_usage(path).free
     if free < bytes_needed:
         raise ValueError(
@@ -85,27 +115,29 @@ def _take(lock: IO[str], where: str) -> None:
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
             raise ValueError(
-                f"{where} is in use by another process; wait or give another"
+                f"{where} is in use by another process; wait until it ends, or give another folder"
             ) from None
         # Some mounts of Lustre, NFS and FUSE have no locks (ENOLCK, ENOSYS, EOPNOTSUPP).
         say(
-            f"{where}: the file system has no locks ({error.strerror}); the run goes on. Take care "
-            "that no second process trains there"
+            f"{where}: the file system has no locks ({error.strerror}), so the run goes on without "
+            "one. Make sure that no second process trains there"
         )
 
 
 def claim(path: Path, config: Config, digests: dict[str, str], *, resuming: bool) -> None:
-    """Writes what a run is into its folder, or refuses to go on with another one.
+    """Writes the configuration of a run into its folder, unless another run is there.
 
     Args:
         path: the run's folder.
         config: the checked configuration of this start.
-        digests: by its name, as in "the training text", the digest of all content that decides
-            what is learned.
-        resuming: whether the folder holds a checkpoint; without one, nothing is lost by a change.
+        digests: for all content that affects what is learned, by a name such as "the training
+            text", its digest.
+        resuming: whether the folder holds a checkpoint. If it does not, nothing is compared,
+            because no training is lost by a change.
 
     Raises:
-        ValueError: a field that decides what is learned differs from the earlier start; names it.
+        ValueError: a field or a digest that affects what is learned differs from that of the
+            earlier start. The message names it.
     """
     record = path / "config.json"
     now = {"config": config.to_dict(), "digests": digests}
@@ -122,7 +154,7 @@ def claim(path: Path, config: Config, digests: dict[str, str], *, resuming: bool
 
 
 def unused_path(path: Path) -> Path:
-    """The first of `path`-2, `path`-3 and so on that does not exist."""
+    """Returns the first of `path`-2, `path`-3 and so on that does not exist."""
     number = 2
     while (free := path.with_name(f"{path.name}-{number}")).exists():
         number += 1
@@ -138,13 +170,13 @@ def _read_record(path: Path) -> dict[str, Any]:
     except ValueError as error:
         reason = str(error)
     raise ValueError(
-        f"{path}, which says what the run in this folder is, cannot be read ({reason}). Restore it "
+        f"{path}, which holds the configuration of the run, cannot be read ({reason}). Restore it "
         "from a copy; or remove it, and the same command goes on without comparing"
     )
 
 
 def _change(name: str, then: dict[str, Any], now: dict[str, Any]) -> str:
-    """What the user has changed since the run began, with both values."""
+    """Says what has changed since the run began, with both values."""
     old, new = _look_up(then, name), _look_up(now, name)
     section, _, content = name.partition(".")
     if section == "digests":
@@ -154,13 +186,16 @@ def _change(name: str, then: dict[str, Any], now: dict[str, Any]) -> str:
 
 def is_free(name: str, config: Config) -> bool:
     """Whether a field may change between two starts of the run that `config` describes."""
-    # A constant rate does not depend on the length of the run, so such a run may be extended.
+    section, _, field = name.removeprefix("config.").partition(".")
+    if section in TASKS:  # only the section of the chosen task counts
+        return section != config.task or field in TASKS[section].free_fields
+    # A constant learning rate does not depend on the length of the run, so the run may be extended.
     extends = name == "config.run.steps" and config.optimizer.schedule == "constant"
     return name in FREE_FIELDS or extends
 
 
 def _differences(then: Any, now: Any, path: str = "") -> list[str]:
-    """Dotted names of the values that differ between two nested dicts."""
+    """Returns the dotted names of the values that differ between two nested dicts."""
     if not (isinstance(then, dict) and isinstance(now, dict)):
         return [] if then == now else [path]
     names = [*now, *(name for name in then if name not in now)]

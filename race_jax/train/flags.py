@@ -1,6 +1,6 @@
 """The command line of a training script: `--config FILE [--config.section.field=value ...]`.
 
-A wrong word gives a ValueError of one sentence that names the file or the field.
+Every error is a ValueError of one sentence, which names the file or the field.
 """
 
 import ast
@@ -23,25 +23,26 @@ from ml_collections import config_flags
 
 from race_jax.data.sources import expand
 from race_jax.records import as_names, check_fields, unknown_field
+from race_jax.tasks.registry import TASKS
 from race_jax.train.config import Config
 from race_jax.train.files import is_free
 
 
 def parse_config(argv: Sequence[str]) -> Config:
-    """The checked configuration that a command line asks for.
+    """Makes the checked configuration that a command line describes.
 
     Args:
-        argv: the words after the script's name. In overrides `none` stands for None where a field
-            may be None. Names of files are separated by commas and may hold spaces; names that hold
-            commas are written as a Python tuple, `("a,b.txt",)`.
+        argv: the words after the script's name. If a field may be None, `none` stands for it. File
+            names are separated by commas, and may contain spaces. Names that contain commas are
+            written as a Python tuple, `("a,b.txt",)`.
 
     Returns:
-        A checked `Config`. Unless given, `run.directory` is `runs/` and the name of the config
-        file; overrides that change what is learned are added to it, as in
+        A checked `Config`. If `run.directory` is not given, it is `runs/` with the name of the
+        config file. Overrides that change what is learned are added to that name, as in
         `runs/lm_default-steps=300`, so that each experiment has its own folder.
 
     Raises:
-        ValueError: a missing file, an unknown field or a value that does not fit.
+        ValueError: a file is missing, a field is unknown, or a value cannot be used.
     """
     path, words = _config_file(argv)
     words, values = _split_overrides(words)
@@ -58,11 +59,14 @@ def parse_config(argv: Sequence[str]) -> Config:
 
 
 def help_lines(argv: Sequence[str]) -> list[str]:
-    """One entry for each field of the configuration: its name, kind, value and meaning.
+    """Lists every field of the configuration with its type, value and meaning.
 
     Args:
-        argv: the words of the command line. The values are those of its `--config`, if it names
-            one that can be read, and the defaults of `Config` otherwise.
+        argv: the words of the command line. The values are those of its `--config` file, if it
+            names one that can be read. Otherwise they are the defaults of `Config`.
+
+    Returns:
+        The lines to print.
     """
     try:
         words = [word for word in argv if word not in ("-h", "--help")]
@@ -76,19 +80,20 @@ def help_lines(argv: Sequence[str]) -> list[str]:
             lines += _section_lines(record, section.name)
             continue
         lines += ["", f"  --config.{section.name}={record!r} ({section.type.__name__})"]
-        lines += ["      what is trained, a name in race_jax/tasks/registry.py."]
+        lines += [f"      what is trained: {', '.join(TASKS)}."]
     return lines
 
 
 def _section_lines(record: Any, path: str) -> list[str]:
-    """The lines of one section; the sections within it follow its own fields."""
+    """Returns the lines of one section. The sections inside it follow its own fields."""
+    if not dataclasses.fields(record):
+        return []  # some attentions have no options
     meanings, kinds = _meanings(type(record)), typing.get_type_hints(type(record))
     lines, inner = ["", inspect.getdoc(record).splitlines()[0]], []
     for field in dataclasses.fields(record):
         kind, value = kinds[field.name], getattr(record, field.name)
         if dataclasses.is_dataclass(kind):
-            if dataclasses.fields(kind):  # some attentions have no options
-                inner += _section_lines(value, f"{path}.{field.name}")
+            inner += _section_lines(value, f"{path}.{field.name}")
             continue
         shown = "none" if value is None else repr(value)
         lines.append(f"  --config.{path}.{field.name}={shown} ({_kind_name(kind)})")
@@ -99,7 +104,7 @@ def _section_lines(record: Any, path: str) -> list[str]:
 
 
 def _meanings(kind: type) -> dict[str, str]:
-    """What each field of a record means, from the section "Attributes" of its docstring."""
+    """Reads the meaning of each field from the section "Attributes" of a record's docstring."""
     _, _, text = inspect.getdoc(kind).partition("Attributes:\n")
     found: dict[str, str] = {}
     names: list[str] = []
@@ -111,12 +116,12 @@ def _meanings(kind: type) -> dict[str, str]:
         elif line.startswith(" " * 8):
             found |= {name: f"{found[name]} {line.strip()}" for name in names}
         elif line.strip():
-            break  # the docstring's next section
+            break  # the next section of the docstring
     return found
 
 
 def _kind_name(kind: Any) -> str:
-    """The name of an annotation: `int`, `float or none`, `tuple`."""
+    """Returns the name of an annotation, such as `int`, `float or none` or `tuple`."""
     parts = [part for part in typing.get_args(kind) if part is not type(None)]
     if type(None) not in typing.get_args(kind):
         return getattr(kind, "__name__", str(kind))
@@ -124,7 +129,7 @@ def _kind_name(kind: Any) -> str:
 
 
 def _suffix(argv: Sequence[str], given: Config, config: Config) -> str:
-    """What the overrides that change the result add to the name of the run's folder."""
+    """Returns the part of the folder's name that is made from overrides that change the result."""
     fields = sorted(set(re.findall(r"^--?config\.([\w.]+)", "\n".join(argv), re.MULTILINE)))
     said = []
     for field in fields:
@@ -136,12 +141,12 @@ def _suffix(argv: Sequence[str], given: Config, config: Config) -> str:
     safe = re.sub(r"[^\w.,=+-]", "_", text)
     if safe == text and len(text) <= 100:
         return text
-    # A name with letters that a file's must not have, or too long for one.
+    # The text is too long for the name of a folder, or has characters that a name must not have.
     return f"{safe[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _config_file(argv: Sequence[str]) -> tuple[Path, list[str]]:
-    """The path of the config module, which must exist, and the other words."""
+    """Returns the path of the config module, which must exist, and the other words."""
     only_config = flags.FlagValues()
     flags.DEFINE_string("config", None, "config module", flag_values=only_config)
     try:
@@ -159,8 +164,8 @@ def _config_file(argv: Sequence[str]) -> tuple[Path, list[str]]:
 
 
 def _load(path: Path) -> Config:
-    """What the `get_config()` of a module returns."""
-    # Not config_flags.DEFINE_config_file: it turns errors in the module into later ones.
+    """Returns what the `get_config()` of a module returns."""
+    # config_flags.DEFINE_config_file is not used, because it hides errors in the module.
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -169,15 +174,15 @@ def _load(path: Path) -> Config:
         raise ValueError(
             f"--config {path} must have a get_config() that returns a race_jax.train.config.Config"
         )
-    check_fields(config, "config")  # flags take a field's default only in its proper form
+    check_fields(config, "config")  # flags need defaults of the proper type
     return config
 
 
 def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Checks each override's field; takes out the values that absl's flags cannot parse.
+    """Checks the field of each override, and parses the values that absl's flags cannot parse.
 
     Returns:
-        The other words; and by field None, or the names of a tuple.
+        The words that are left for absl, and the parsed values by field: None or a tuple of names.
     """
     words, values = [], {}
     remaining = iter(argv)
@@ -191,13 +196,13 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             values[match[1]] = _names(text, f"config.{match[1]}")
         else:
             words.append(word)
-            if match is not None:  # the last word about a field counts
+            if match is not None:  # the last value of a field counts
                 values.pop(match[1], None)
     return words, values
 
 
 def _names(text: str | None, path: str) -> tuple[str, ...]:
-    """The names of a tuple's field: comma-separated text, or a Python tuple or list of strings."""
+    """Parses names that are separated by commas, or a Python tuple or list of strings."""
     if text is None:
         raise ValueError(f"{path} needs a value, as in --{path}=a.txt,b.txt")
     value: Any = text
@@ -208,7 +213,7 @@ def _names(text: str | None, path: str) -> tuple[str, ...]:
 
 
 def _kind(field: str) -> Any:
-    """The annotation of a dotted field of `Config`."""
+    """Returns the annotation of a dotted field of `Config`."""
     kind, path = Config, "config"
     for name in field.split("."):
         kinds = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
@@ -221,7 +226,7 @@ def _kind(field: str) -> Any:
 
 
 def _override(config: Config, words: Sequence[str]) -> Config:
-    """The record with `--config.section.field=value` applied."""
+    """Applies the words `--config.section.field=value` to the record."""
     values = flags.FlagValues()
     argv = ["train", *words]
     config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=argv)
@@ -235,7 +240,7 @@ def _override(config: Config, words: Sequence[str]) -> Config:
 
 
 def _sentence(error: flags.Error) -> str:
-    """What absl found wrong, in the words of our own errors where it is a field's value."""
+    """Says an error of absl. One about the value of a field is said in the words of our own."""
     match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
     if match is None:
         return str(error)

@@ -1,4 +1,4 @@
-"""The training run on one page: set-up, loop, evaluation, checkpoint.
+"""The whole training run: setup, loop, evaluations and checkpoints.
 
 The run directory holds `config.json`, `checkpoints/`, `metrics.jsonl` and `loss.png`.
 """
@@ -20,9 +20,9 @@ class Result:
     """How a run ended.
 
     Attributes:
-        step: optimizer steps taken in all.
-        stopped: why it ended before its last step; None if it did not.
-        evaluation: the last evaluation, over the whole held-out split; None if it was stopped.
+        step: number of optimizer steps that were taken in all.
+        stopped: the reason why the run ended early; None if it did not.
+        evaluation: the last evaluation, over the whole held-out split; None if the run ended early.
         directory: the run's folder.
     """
 
@@ -33,20 +33,23 @@ class Result:
 
 
 def train(config: Config, *, exit_at_once: bool = False) -> Result:
-    """Trains a task; the same call again goes on where the last one ended.
+    """Trains a task. The same call again continues the run from its last checkpoint.
+
+    SIGTERM, SIGHUP, Ctrl-C and `run.max_seconds` end the run early, with a checkpoint.
 
     Args:
-        config: the whole run; checked and copied here.
-        exit_at_once: whether a second SIGTERM or Ctrl-C ends the whole process, for scripts. In a
-            notebook it would end the notebook.
+        config: the configuration of the run. It is checked and copied.
+        exit_at_once: whether a second SIGTERM or Ctrl-C ends the whole process. Scripts want this;
+            in a notebook it would end the notebook.
 
     Returns:
-        How it ended. SIGTERM, SIGHUP, Ctrl-C and `run.max_seconds` end it early, with a checkpoint.
+        How the run ended.
 
     Raises:
-        ValueError: a field, a file or the run directory cannot be used; said before any training.
-        FloatingPointError: a loss or gradient is not finite; the last good checkpoint stands.
-        RuntimeError: a checkpoint cannot be written, or none can be read.
+        ValueError: a field, a file or the run directory cannot be used. This is found before any
+            training.
+        FloatingPointError: a loss or a gradient is not finite. The last checkpoint is kept.
+        RuntimeError: a checkpoint cannot be written, or no checkpoint can be read.
         OSError: a file of the run directory cannot be written at the start.
 
     Source: beyond the paper.
@@ -55,7 +58,7 @@ def train(config: Config, *, exit_at_once: bool = False) -> Result:
     run = config.run
     prepare_cpu_devices(config)
     keep_compiled_programs(config)
-    with run_directory(Path(run.directory or "runs/lm").expanduser()) as directory:
+    with run_directory(Path(run.directory or f"runs/{config.task}").expanduser()) as directory:
         task = task_named(config.task)(config)
         with (
             StopRequest(run.max_seconds, exit_at_once=exit_at_once) as stop,

@@ -1,4 +1,4 @@
-"""What a run measures: `metrics.jsonl`, one JSON object a line, and TensorBoard events."""
+"""The metrics of a run: `metrics.jsonl`, with one JSON object per line, and TensorBoard events."""
 
 import contextlib
 import json
@@ -15,18 +15,22 @@ Record = dict[str, Any]
 
 
 class MetricsLog:
-    """An append-only log with one truth about each step, however often the run was killed.
+    """An append-only log with one record of each step, however often the run was killed.
 
-    Records hold `kind` ("train", "speed", "eval", "final" or "test"), `step` and numbers. On going
-    on from a checkpoint, records of later steps and of an earlier end are dropped: they come again.
+    A record holds `kind` ("train", "speed", "eval", "final" or "test"), `step` and numbers. When a
+    run continues from a checkpoint, the records of later steps are removed, and so are those of an
+    earlier end. They are written again.
 
-    A file that cannot be written, as on a full disk, does not lose records: they are kept and
-    written by the next call that can.
+    If the file cannot be written, for example because the disk is full, no records are lost. They
+    are kept, and the next call that can write them does so.
 
     Args:
         directory: the run's folder.
-        step: the step that the run goes on from; 0 starts an empty log.
-        tensorboard: also write TensorBoard events, if tensorboardX is installed.
+        step: the step that the run continues from; 0 starts an empty log.
+        tensorboard: whether to write TensorBoard events too, if tensorboardX is installed.
+
+    Attributes:
+        records: all records, the oldest first.
     """
 
     def __init__(self, directory: Path, step: int, *, tensorboard: bool = False):
@@ -45,13 +49,13 @@ class MetricsLog:
             self._decorate(lambda: setattr(self, "_events", event_file(directory, step)))
 
     def write(self, records: list[Record]) -> bool:
-        """Adds records and puts them on the disk.
+        """Adds records and writes them to the disk.
 
         Args:
-            records: what was measured since the last call.
+            records: the new records.
 
         Returns:
-            False where the file has just become one that cannot be written; a sentence says so.
+            False if the file cannot be written, but could be before. A sentence says so.
         """
         self.records += records
         could = not self._kept
@@ -70,7 +74,7 @@ class MetricsLog:
         return True
 
     def close(self) -> None:
-        """Closes the event file; says what could not be written."""
+        """Closes the event file, and says which records could not be written."""
         if self._events is not None:
             self._decorate(self._events.close)
         if self._kept:
@@ -78,7 +82,7 @@ class MetricsLog:
             say(f"{self._path} lacks the records of steps {steps}")
 
     def _append(self, data: bytes) -> None:
-        """Writes `data` after the last whole line, over what a failed call left there."""
+        """Writes `data` after the last whole line. What a failed call left there is overwritten."""
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         with open(descriptor, "r+b", buffering=0) as file:
             end = min(self._end, os.fstat(descriptor).st_size)
@@ -90,10 +94,10 @@ class MetricsLog:
             self._end = file.tell()
 
     def _decorate(self, act: Callable[[], None]) -> None:
-        """Does something for TensorBoard; after an error there are no more events."""
+        """Does something for TensorBoard. After an error no more events are written."""
         try:
             act()
-        except Exception as error:  # noqa: BLE001 (a decoration must not end the run)
+        except Exception as error:  # noqa: BLE001 (no such error may end a run)
             events, self._events = self._events, None
             if events is not None:
                 with contextlib.suppress(OSError):
@@ -102,13 +106,17 @@ class MetricsLog:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a log.
+    """Reads the records of a log.
 
-    A last line that a kill cut off is left out, and so are lines that are no records, as a power
-    cut or a full disk leave them; a sentence names the file and the first of these.
+    The last line is left out if it has no line end, because the process was then killed while it
+    wrote the line. Other lines that are not records, such as a power failure or
+    a full disk leaves, are left out too. A sentence names the file and the first of them.
 
     Args:
-        path: the file, one JSON object a line.
+        path: the file, with one JSON object per line.
+
+    Returns:
+        The records, the oldest first.
     """
     lines = path.read_bytes().split(b"\n")[:-1]
     found = [_record(line) for line in lines]
@@ -123,10 +131,10 @@ def _line(record: Record) -> str:
 
 
 def _record(line: bytes) -> Record | None:
-    """The record of a line; None where it holds none."""
+    """Returns the record of a line, or None if the line is not a record."""
     try:
         record = json.loads(line)
-    except ValueError:  # also what is no UTF-8
+    except ValueError:  # also for text that is not UTF-8
         return None
     whole = isinstance(record, dict) and isinstance(record.get("kind"), str)
     return record if whole and isinstance(record.get("step"), int) else None

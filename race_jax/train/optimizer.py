@@ -1,65 +1,68 @@
-"""The optimizer of a run: AdamW with a schedule, clipping and selective decay.
+"""The optimizer of a run: AdamW with a schedule, clipping and selective weight decay.
 
-In: an `OptimizerConfig` and the number of steps. Out: an optax transformation and its schedule.
-Equation: p <- p - rate(step) (m / (sqrt(v) + eps) + decay p), after clipping by the global norm.
+Equation: p <- p - rate(step) (m / (sqrt(v) + eps) + decay p), where m and v are Adam's moments of
+the gradient, which is clipped by its global norm before.
 """
 
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from race_jax.train.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate by step: a linear warm-up, then cosine, linear or constant.
+    """Makes the learning rate by step: a linear warm-up, then cosine, linear or constant.
 
-    Equation: `peak (step + 1) / (warmup + 1)` up to the warm-up's end, then `end + (peak - end) d`
-    with d falling from 1 to 0 at the last step, as `(1 + cos(pi x)) / 2` or `1 - x`.
+    Equation: `peak (step + 1) / (warmup + 1)` for `step < warmup`, and then `end + (peak - end) d`.
+    With `x = (step - warmup) / (steps - 1 - warmup)`, d is `(1 + cos(pi x)) / 2` for cosine and
+    `1 - x` for linear. After the last step the rate stays `end`. A constant schedule stays `peak`.
 
     Args:
-        config: rates, schedule and warm-up.
-        steps: length of the whole run, so that resuming does not move the schedule.
+        config: learning rates, schedule and warm-up.
+        steps: length of the whole run, so that a run that is resumed has the same schedule.
 
     Returns:
-        A function of the step (0 for the first) that gives a float32 rate.
+        A function of the step, which is 0 for the first one. Its results are float32.
 
     Example:
         >>> from race_jax.train.config import OptimizerConfig
         >>> rate = make_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=1), steps=3)
         >>> [round(float(rate(step)), 4) for step in range(3)]
         [0.5, 1.0, 0.0]
+
+    Source: `optax.schedules`.
     """
     peak, end, warmup = config.learning_rate, config.end_learning_rate, config.warmup_steps
-
-    def rate(step: jax.Array) -> jax.Array:
-        rising = peak * (step + 1) / (warmup + 1)
-        x = jnp.clip((step - warmup) / max(1, steps - 1 - warmup), 0.0, 1.0)
-        fall = {
-            "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * x)),
-            "linear": 1.0 - x,
-            "constant": 1.0,
-        }[config.schedule]
-        return jnp.where(step < warmup, rising, end + (peak - end) * fall)
-
-    return rate
+    falling = max(1, steps - 1 - warmup)
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, falling, alpha=end / peak),
+        "linear": optax.linear_schedule(peak, end, falling),
+        "constant": optax.constant_schedule(peak),
+    }
+    # The first step trains too, so its rate is above zero.
+    rising = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rising, after[config.schedule]], [warmup])
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay applies: the kernels of linear maps.
+    """Marks the parameters that weight decay applies to: the kernels of linear maps.
 
-    Biases and norm scales hold a level rather than a map, sharpness and gate biases a time scale,
-    planes a scale that the hash depends on; the short convolution starts as the identity, and would
-    be pulled from it; the rows of an embedding get gradients only when their token occurs, but
-    would decay on every step.
+    All others do not decay:
+
+    * biases and the scales of norms, which hold a level and not a map;
+    * the biases of gates, which hold a time scale;
+    * the sharpness and the planes, whose scale the hash depends on;
+    * the short convolution, which starts as the identity and would be pulled away from it;
+    * the embedding, whose rows get gradients only when their token occurs, but would decay at
+      every step.
 
     Args:
         params: a tree of parameters, named as Flax names them.
 
     Returns:
-        A tree of bools like `params`.
+        A tree of bools with the structure of `params`.
     """
 
     def is_linear_map(path: tuple[Any, ...], _: Any) -> bool:
@@ -70,14 +73,16 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW on float32 master parameters.
+    """Makes the optimizer: clipping by the global norm, then AdamW on float32 parameters.
 
     Args:
         config: the checked settings.
         steps: length of the whole run, for the schedule.
 
     Returns:
-        An optax transformation; its updates already hold the learning rate.
+        An optax transformation. Its updates already contain the learning rate.
+
+    Source: `optax.adamw`.
     """
     adamw = optax.adamw(
         make_schedule(config, steps),

@@ -8,18 +8,20 @@ from race_jax.train.files import write_whole
 from race_jax.train.metrics import Record
 
 
-def plot_losses(records: Sequence[Record], path: Path, title: str) -> None:
+def plot_losses(records: Sequence[Record], path: Path, *, title: str, unit: str) -> None:
     """Draws training and held-out losses by step.
 
     Args:
         records: what the run measured.
         path: the PNG file.
-        title: the text above the axes, shown letter by letter.
+        title: the text above the axes. It is shown as it is, without formulas.
+        unit: the unit of the loss.
 
     Raises:
         ValueError: there is no training record.
+        OSError: the file cannot be written.
     """
-    # Not pyplot: it would pick a window system and keep the figure.
+    # pyplot is not used, because it would choose a window system and keep the figure.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -40,17 +42,17 @@ def plot_losses(records: Sequence[Record], path: Path, title: str) -> None:
             color="tab:orange",
             label=f"held out, last {held_out[-1]['loss']:.3f}",
         )
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    axes.set_title(title, parse_math=False)  # else $...$ in a folder's name would be a formula
+    axes.set(xlabel="optimizer step", ylabel=f"loss ({unit})")
+    axes.set_title(title, parse_math=False)  # $...$ in the name of a folder is no formula
     axes.grid(alpha=0.3)
     axes.legend()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # it draws a box
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box is drawn instead
         write_whole(path, FigureCanvasAgg(figure).print_png)
 
 
 def _running_mean(losses: Sequence[float], keep: float = 0.9) -> list[float]:
-    """Exponential mean, corrected for its start."""
+    """Computes exponential means that are corrected for their start."""
     total = weight = 0.0
     means = []
     for loss in losses:

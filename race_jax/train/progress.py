@@ -1,9 +1,8 @@
-"""How a run shows where it is: a progress bar on a terminal, else one line now and then.
+"""The progress of a run: a progress bar on a terminal, and lines of text elsewhere.
 
 The time left is the number of steps left times the mean time of a step.
 """
 
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -14,19 +13,26 @@ from race_jax.train.console import say
 
 
 class Progress:
-    """Reports of a running loop.
+    """Shows the progress of a running loop.
 
     Args:
-        start: steps already taken.
-        steps: steps of the whole run.
-        tokens_per_step: tokens of one optimizer step.
+        start: number of steps that were already taken.
+        steps: number of steps of the whole run.
+        loss_text: a function that says a loss in words.
+        unit: what the speed counts, such as "tokens".
         terminal: whether to draw a bar; None asks whether standard error is a terminal.
     """
 
     def __init__(
-        self, start: int, steps: int, tokens_per_step: int, *, terminal: bool | None = None
+        self,
+        start: int,
+        steps: int,
+        loss_text: Callable[[float], str],
+        unit: str,
+        *,
+        terminal: bool | None = None,
     ):
-        self._step, self._steps, self._tokens_per_step = start, steps, tokens_per_step
+        self._step, self._steps, self._loss_text, self._unit = start, steps, loss_text, unit
         self._trained_steps, self._trained_seconds = 0, 0.0
         terminal = sys.stderr.isatty() if terminal is None else terminal
         form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
@@ -38,22 +44,29 @@ class Progress:
         self._mark = time.monotonic()
 
     def resume(self) -> None:
-        """Starts the clock again, so that time spent on anything but training does not count."""
+        """Starts the clock again, so that only the time of training counts."""
         self._mark = time.monotonic()
 
-    def update(self, step: int, loss: float) -> float:
-        """Shows the mean loss of the steps since the last call; returns their tokens per second."""
+    def update(self, step: int, loss: float, count: float) -> float:
+        """Shows the loss and the speed of the steps since the last call.
+
+        Args:
+            step: number of steps taken.
+            loss: the mean loss of the steps since the last call.
+            count: number of units that these steps trained on.
+
+        Returns:
+            The speed in units per second.
+        """
         now = time.monotonic()
         steps, seconds = step - self._step, max(now - self._mark, 1e-9)
         self._step, self._mark = step, now
         self._trained_steps += steps
         self._trained_seconds += seconds
-        rate = steps * self._tokens_per_step / seconds
+        rate = count / seconds
         left = (self._steps - step) * self._trained_seconds / self._trained_steps
-        text = (
-            f"loss {loss:.4f} nats = {loss / math.log(2):.3f} bits a token  "
-            f"{rate:,.0f} tokens/s  {_duration(left)} left"
-        )
+        speed = f"{rate:,.0f} {self._unit}/s"
+        text = f"{self._loss_text(loss)}  {speed}  {_duration(left)} left"
         if self._bar is None:
             width = len(str(self._steps))
             say(f"step {step:{width}}/{self._steps}  {text}")
@@ -63,7 +76,7 @@ class Progress:
         return rate
 
     def say(self, text: str) -> None:
-        """Prints a line without breaking the bar."""
+        """Prints a line above the bar."""
         if self._bar is not None:
             self._draw(self._bar.clear)
         say(text)
@@ -71,12 +84,12 @@ class Progress:
             self._draw(self._bar.refresh)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Closes the bar, which stays visible as it is."""
         if self._bar is not None:
             self._draw(self._bar.close)
 
     def _draw(self, act: Callable[[], object]) -> None:
-        """Changes the bar; a terminal that has closed ends the bar, not the run."""
+        """Changes the bar. If the terminal has closed, the bar ends and the run goes on."""
         try:
             act()
         except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a run says of itself at its start and at its end, as lines of text."""
+"""The lines of text that a run prints at its start and at its end."""
 
 from pathlib import Path
 
@@ -18,17 +18,17 @@ def start_lines(
     state: TrainState,
     directory: Path,
 ) -> list[str]:
-    """The lines that say what is about to run.
+    """Describes the run that is about to start.
 
     Args:
         config: the checked configuration.
-        task: what is trained.
+        task: the task that is trained.
         mesh: the devices.
         state: the state at the start.
         directory: the run's folder.
 
     Returns:
-        One line a fact, its name first.
+        The lines. Each one starts with the name of what it describes.
     """
     run, model = config.run, config.model
     device = mesh.devices.flat[0]
@@ -41,8 +41,7 @@ def start_lines(
         f"{model.num_heads} heads, positions {model.positions}, compute dtype {model.dtype}",
         "devices": f"{mesh.size} x {device.device_kind} ({device.platform}), mesh "
         + ", ".join(f"{name}={size}" for name, size in mesh.shape.items()),
-        "step": f"{run.batch_size} x {config.data.sequence_length} = "
-        f"{run.batch_size * config.data.sequence_length:,} tokens, {parts} part(s)",
+        "step": f"{run.batch_size} sequences of {config.data.sequence_length}, {parts} part(s)",
         "data": task.description,
         "steps": f"{run.steps:,}, a checkpoint every {run.checkpoint_every:,}",
         "directory": str(directory),
@@ -51,15 +50,15 @@ def start_lines(
 
 
 def compiled_lines(compiled: jax.stages.Compiled, seconds: float, cache: str | None) -> list[str]:
-    """The lines that say what the compilation of the training step gave.
+    """Describes the compiled training step.
 
     Args:
         compiled: the compiled training step.
-        seconds: how long it took.
+        seconds: the time that the compilation took.
         cache: the folder of compiled programs, if there is one.
 
     Returns:
-        One line a fact, its name first.
+        The lines. Each one starts with the name of what it describes.
     """
     kept = "" if cache is None else f" (programs are kept in {cache})"
     return [
@@ -69,15 +68,15 @@ def compiled_lines(compiled: jax.stages.Compiled, seconds: float, cache: str | N
 
 
 def end_lines(task: Task, final: Record, test: Record | None) -> list[str]:
-    """The lines that say what came out.
+    """Describes the result of a run.
 
     Args:
-        task: what is trained.
+        task: the task that was trained.
         final: the last evaluation, over the whole validation split.
-        test: the same over the test split, if there is one.
+        test: the evaluation over the whole test split, if there is one.
 
     Returns:
-        One line a fact, its name first.
+        The lines. Each one starts with the name of what it describes.
     """
     facts = {"held out": task.score_text("valid", final), **task.end_facts()}
     if test is not None:
@@ -86,14 +85,14 @@ def end_lines(task: Task, final: Record, test: Record | None) -> list[str]:
 
 
 def _attention(config: Config, mesh: Mesh) -> tuple[str, str]:
-    """Name of the attention, and which implementation runs it and why."""
+    """Returns the name of the attention, and which implementation runs it and why."""
     batch = config.run.batch_size // config.optimizer.accumulation_steps // mesh.size
     is_packed = config.data.packing != "contiguous"
     return config.model.attention_config().describe(batch, config.data.sequence_length, is_packed)
 
 
 def _memory(compiled: jax.stages.Compiled) -> str:
-    """XLA's own estimate for one device."""
+    """Says how much memory a device needs, as XLA estimates it."""
     sizes = compiled.memory_analysis()
     if sizes is None:
         return "no estimate on this platform"

@@ -1,8 +1,4 @@
-"""What a training step changes, as one plain pytree.
-
-In: a configuration and a mesh. Out: parameters, fixed variables (hash planes), optimizer moments
-and the step on the devices, or their abstract shapes. Equation: none.
-"""
+"""The state of a training run, which every step changes, as one plain pytree."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,13 +16,13 @@ from race_jax.train.mesh import sharding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The values that a step takes and returns.
+    """The values that a training step takes and returns.
 
     Attributes:
-        params: the trained variables, as `nnx.split` gives them.
-        fixed: every other variable of the model, hash planes above all.
-        opt_state: the optimizer's moments.
-        step: int32, the steps taken.
+        params: the trained variables, as `nnx.split` returns them.
+        fixed: all other variables of the model, such as the hash planes.
+        opt_state: the state of the optimizer.
+        step: number of steps taken, int32.
     """
 
     params: nnx.State
@@ -36,8 +32,8 @@ class TrainState:
 
 
 def fresh_rngs(seed: int) -> nnx.Rngs:
-    """The random streams of a fresh model; the hash planes have a stream of their own."""
-    # A step brings its own dropout key, so that no stream has to be saved with the parameters.
+    """Makes the random streams of a fresh model. The hash planes have a stream of their own."""
+    # There is no stream for dropout: a training step makes its key, so no stream has to be saved.
     return nnx.Rngs(seed, planes=seed + 1)
 
 
@@ -47,18 +43,18 @@ def init_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """The state at step 0, on the devices of `mesh`.
+    """Makes the state at step 0, on the devices of a mesh.
 
     Args:
-        make_model: a fresh model from its random streams.
+        make_model: a function that makes a fresh model from its random streams.
         seed: seed of the parameters.
-        optimizer: the transformation whose moments the state holds.
-        mesh: where the state lives.
+        optimizer: the optax transformation.
+        mesh: the mesh on which the state is placed.
 
     Returns:
         The graph definition and the state.
     """
-    # Not under jit: layer after layer has the same shapes, which compile once this way.
+    # This is not under jit, so that layers of the same shapes are compiled only once.
     graph, params, fixed = nnx.split(make_model(fresh_rngs(seed)), nnx.Param, ...)
     state = TrainState(
         params=jax.device_put(params, sharding(mesh, "parameters")),

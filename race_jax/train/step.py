@@ -1,7 +1,8 @@
 """One optimizer step and one evaluation step, as pure functions of arrays.
 
-In: a `TrainState` and a batch (B, T) spread over the mesh. Out: the next state and scalars.
-Equation: g = sum over devices and parts of d(nats) / sum of weights; the mean of the whole batch.
+Both take a batch of arrays (B, T, ...) that is spread over the devices of a mesh. The gradient of a
+step is that of the mean loss over the whole batch:
+g = (sum over devices and parts of the gradients of the loss sums) / (sum of all weights).
 """
 
 from collections.abc import Callable
@@ -12,10 +13,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from race_jax.tasks.task import Task
-from race_jax.train.mesh import DATA_AXIS
+from race_jax.train.mesh import DATA_AXIS, per_device, sum_over_devices
 from race_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -32,51 +32,46 @@ def make_train_step(
     *,
     accumulation_steps: int = 1,
 ) -> TrainStep:
-    """A jitted step `(state, batch, key) -> (state, metrics)` that donates its state.
+    """Makes a jitted step `(state, batch, key) -> (state, metrics)` that donates its state.
 
-    Each device sums nats and gradients over its own sequences, part after part; the sums and the
-    weights are added over devices and divided once. So one device or many, one part or many, give
-    the mean over the tokens of the whole batch.
+    Each device adds up losses, weights and gradients over its own sequences, part after part. These
+    sums are added over all devices, and then divided once by the weight. The result is the mean
+    over the whole batch, whatever the number of devices and parts.
 
     Args:
-        task: what is trained.
+        task: the task that is trained.
         graph: the model's graph definition.
         optimizer: an optax transformation.
-        schedule: the learning rate by step that `optimizer` follows, to report it.
+        schedule: the learning rate by step that `optimizer` uses. It is only reported.
         mesh: the mesh whose "data" axis shares the batch.
-        accumulation_steps: parts of a device's share, one after the other.
+        accumulation_steps: number of parts that a device's share is split into.
 
     Returns:
-        The step. `key` is the run's; dropout draws from it folded with step, device and part.
-        Metrics are float32 scalars: loss (nats per token), grad_norm, learning_rate, tokens (their
-        weight), and finite (bool), which is False where loss or gradient is not.
+        The step. It takes the run's own key. Dropout uses that key folded with step, device and
+        part. The metrics are the float32 scalars loss, grad_norm, learning_rate and weight, and the
+        bool finite, which is False if the loss or the gradient is not finite.
+
+    Source: beyond the paper.
     """
 
-    def device_sums(params, fixed, batch, key):
+    def device_sums(batch, params, fixed, key):
         key = jax.random.fold_in(key, jax.lax.axis_index(DATA_AXIS))
-        sums = _accumulate(task, graph, params, fixed, batch, key, accumulation_steps)
-        return jax.lax.psum(sums, DATA_AXIS)
+        return _accumulate(task, graph, params, fixed, batch, key, accumulation_steps)
 
-    batch_sums = jax.shard_map(
-        device_sums,
-        mesh=mesh,
-        in_specs=(P(), P(), P(DATA_AXIS), P()),
-        out_specs=P(),
-        check_vma=False,  # the core chooses its implementation by platform_dependent
-    )
+    batch_sums = sum_over_devices(device_sums, mesh)
 
     def step(state: TrainState, batch: Batch, key: jax.Array):
         key = jax.random.fold_in(key, state.step)
-        nats, weight, grads = batch_sums(state.params, state.fixed, batch, key)
+        total, weight, grads = batch_sums(batch, state.params, state.fixed, key)
         grads = jax.tree.map(lambda grad: grad / jnp.maximum(weight, 1e-30), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        loss, grad_norm = nats / weight, optax.tree.norm(grads)
+        loss, grad_norm = total / weight, optax.tree.norm(grads)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step),
-            "tokens": weight,
+            "weight": weight,
             "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
         }
         return TrainState(params, state.fixed, opt_state, state.step + 1), metrics
@@ -85,46 +80,40 @@ def make_train_step(
 
 
 def make_eval_step(task: type[Task], graph: nnx.GraphDef, mesh: Mesh) -> EvalStep:
-    """A jitted step `(params, fixed, batch) -> sums` of the task over a whole batch.
+    """Makes a jitted step `(params, fixed, batch) -> sums` that scores a whole batch.
 
     Args:
-        task: what is trained.
+        task: the task that is trained.
         graph: the model's graph definition.
         mesh: the mesh whose "data" axis shares the batch.
 
     Returns:
-        The step; it changes nothing and applies no dropout.
+        The step. It changes nothing and applies no dropout.
+
+    Source: beyond the paper.
     """
 
-    def device_sums(params, fixed, batch):
-        sums = task.score_sums(nnx.merge(graph, params, fixed), batch)
-        return jax.lax.psum(sums, DATA_AXIS)
+    def device_sums(batch, params, fixed):
+        return task.score_sums(nnx.merge(graph, params, fixed), batch)
 
-    return jax.jit(
-        jax.shard_map(
-            device_sums,
-            mesh=mesh,
-            in_specs=(P(), P(), P(DATA_AXIS)),
-            out_specs=P(),
-            check_vma=False,
-        )
-    )
+    batch_sums = sum_over_devices(device_sums, mesh)
+    return jax.jit(lambda params, fixed, batch: batch_sums(batch, params, fixed))
 
 
 def _accumulate(task, graph, params, fixed, batch, key, parts: int) -> tuple[Any, Any, Any]:
-    """Sums of nats, weights and gradients over the parts of one device's share."""
+    """Returns the sums of losses, weights and gradients over the parts of one device's share."""
 
     def part_sums(part, index):
         def loss(params):
             return _loss_sums(task, graph, params, fixed, part, jax.random.fold_in(key, index))
 
-        (nats, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return nats, weight, grads
+        (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return per_device((total, weight, grads))
 
     if parts == 1:
         return part_sums(batch, 0)
     shares = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-    zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    zeros = per_device((jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)))
 
     def add(sums, share):
         return jax.tree.map(jnp.add, sums, part_sums(*share)), None
@@ -133,6 +122,6 @@ def _accumulate(task, graph, params, fixed, batch, key, parts: int) -> tuple[Any
 
 
 def _loss_sums(task, graph, params, fixed, batch: Batch, key) -> tuple[jax.Array, jax.Array]:
-    """Weighted nats and weights of one share of a batch."""
+    """Returns the weighted sum of losses and the weights of one share of a batch."""
     rngs = nnx.Rngs(dropout=key)
     return task.loss_sums(nnx.merge(graph, params, fixed), batch, rngs)

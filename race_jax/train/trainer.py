@@ -1,4 +1,4 @@
-"""The parts of a run, put together once, and what the loop does with them."""
+"""The parts of a run, and the operations that the loop calls."""
 
 import contextlib
 import itertools
@@ -28,20 +28,24 @@ from race_jax.train.step import make_eval_step, make_train_step
 
 
 class Trainer:
-    """A run in the middle of its work.
+    """A run, ready to take steps.
 
-    Setting up goes in this order: (1) mesh, optimizer and a fresh state; (2) the newest whole
-    checkpoint, if there is one, into state and data iterator, after the configuration was found to
-    be the same; (3) metrics cut back to the step of that checkpoint; (4) the report
-    of what is about to run; (5) the step compiled.
+    The constructor does the following, in this order:
+
+    1. It makes the mesh, the optimizer and a fresh state.
+    2. It checks that the folder holds no other run, and restores state and data iterator from the
+       newest whole checkpoint, if there is one.
+    3. It removes the metrics of steps after that checkpoint.
+    4. It prints a description of the run.
+    5. It compiles the training step.
 
     Args:
         config: a checked configuration.
-        task: what is trained.
-        directory: the run's folder, open for this process.
+        task: the task that is trained.
+        directory: the run's folder, opened by `run_directory`.
 
     Attributes:
-        step: optimizer steps taken.
+        step: number of optimizer steps taken.
     """
 
     def __init__(self, config: Config, task: Task, directory: Path):
@@ -54,7 +58,7 @@ class Trainer:
             optimizer,
             self._mesh,
         )
-        # What was opened is closed again if a later line fails: threads must not outlive the run.
+        # If a later line fails, all that was opened is closed, so that no thread is left over.
         with contextlib.ExitStack() as opened:
             self._batches = opened.enter_context(
                 contextlib.closing(read_ahead(task.train, self._place))
@@ -81,7 +85,8 @@ class Trainer:
                     Progress(
                         self.step,
                         config.run.steps,
-                        config.run.batch_size * config.data.sequence_length,
+                        task.loss_text,
+                        task.weight_name,
                     )
                 )
             )
@@ -99,13 +104,13 @@ class Trainer:
         self._opened.close()
 
     def is_due(self, every: int) -> bool:
-        """Whether something done every so many steps, 0 for never, is due now."""
+        """Whether something that is done every `every` steps is due now. 0 means never."""
         return every > 0 and self.step % every == 0
 
     def take_step(self) -> None:
         """Trains on the next batch."""
         if self._pending:
-            # At most one step in flight: more would let a request to stop wait for all of them.
+            # At most one step is in flight. A request to stop would have to wait for more of them.
             jax.block_until_ready(self._pending[-1][1])
         batch = next(self._batches)  # already on the devices
         self._state, metrics = self._train_step(self._state, batch, self._key)
@@ -113,29 +118,30 @@ class Trainer:
         self._pending.append((self.step, metrics))
 
     def log(self) -> None:
-        """Writes and shows what the steps since the last call measured.
+        """Writes and prints the metrics of the steps since the last call.
 
         Raises:
-            FloatingPointError: one of them was not finite.
+            FloatingPointError: a loss or a gradient norm is not finite.
         """
         if not self._pending:
             return
         measured, self._pending = jax.device_get(self._pending), []
         finite = list(itertools.takewhile(lambda pair: pair[1]["finite"], measured))
-        records = [_train_record(step, values) for step, values in finite]
+        unit = self._task.weight_name
+        records = [_train_record(step, values, unit) for step, values in finite]
         if records:
             loss = float(np.mean([record["loss"] for record in records]))
-            speed = self._progress.update(records[-1]["step"], loss)
-            step = records[-1]["step"]
-            records.append({"kind": "speed", "step": step, "tokens_per_second": speed})
+            count, step = sum(record[unit] for record in records), records[-1]["step"]
+            speed = self._progress.update(step, loss, count)
+            records.append({"kind": "speed", "step": step, f"{unit}_per_second": speed})
         written = self._log.write(records)
         if len(finite) < len(measured):
             raise FloatingPointError(self._not_finite(*measured[len(finite)]))
         if not written:
-            self._save()  # the disk may be full: while there is space for it, or an error
+            self._save()  # the disk may be full; save now, while a checkpoint may still fit
 
     def evaluate(self) -> Record:
-        """Scores the held-out text, or the part of it that `run.eval_batches` allows."""
+        """Scores the held-out data, or the part of it that `run.eval_batches` allows."""
         self.log()
         record = self._score("eval", "valid", self._config.run.eval_batches)
         words = self._task.score_text("valid", record)
@@ -144,7 +150,7 @@ class Trainer:
         return record
 
     def save(self) -> None:
-        """Writes a checkpoint of a state whose losses were all finite."""
+        """Writes a checkpoint, after it was checked that all losses are finite."""
         self.log()
         self._save()
         self._progress.resume()
@@ -158,20 +164,21 @@ class Trainer:
         self._checkpoints.save(self._state, about)
 
     def say_stopped(self, reason: str | None) -> None:
-        """Says that the run ended early, and how to go on."""
+        """Prints that the run ended early, and how to continue it."""
         self._progress.say(
             f"stopped at step {self.step} of {self._config.run.steps} ({reason}); checkpoint "
             "saved; the same command goes on from here"
         )
 
     def finish(self, stop: Callable[[], object] = lambda: None) -> Record | None:
-        """Scores all held-out text, prints the outcome and draws the losses.
+        """Scores all held-out data, prints the result and draws the losses.
 
         Args:
-            stop: asked between two batches; a true value ends the work.
+            stop: a function that is called between two batches. If it returns a true value, the
+                work ends.
 
         Returns:
-            The last evaluation; None if `stop` ended it.
+            The last evaluation, or None if `stop` ended the work.
         """
         self._progress.close()
         final = self._score("final", "valid", None, stop)
@@ -187,7 +194,9 @@ class Trainer:
 
     def _draw(self) -> None:
         picture = self._directory / "loss.png"
-        plot_losses(self._log.records, picture, title=self._directory.name)
+        plot_losses(
+            self._log.records, picture, title=self._directory.name, unit=self._task.loss_unit
+        )
         say(f"{'picture':10} {picture}")
 
     def _show_sample(self) -> None:
@@ -200,7 +209,7 @@ class Trainer:
             say("\n".join(lines))
 
     def _resume(self) -> None:
-        """Takes up the newest whole checkpoint, unless it belongs to another run."""
+        """Restores the newest whole checkpoint, unless it belongs to another run."""
         resuming = bool(self._checkpoints.steps())
         claim(self._directory, self._config, self._task.digests, resuming=resuming)
         restored = self._checkpoints.restore(self._state)
@@ -210,13 +219,14 @@ class Trainer:
         self.step = int(self._state.step)
         run = self._config.run
         if self.step < run.steps:
-            # A new checkpoint is written before the oldest one goes; those present count.
+            # A new checkpoint is written before the oldest one is removed. Those that are there
+            # already need no more space.
             more = max(1 + run.keep_checkpoints - len(self._checkpoints.steps()), 1)
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
             check_space(self._directory, size * more)
 
     def _compile(self, optimizer) -> jax.stages.Compiled:
-        """The training step, compiled; prints what is about to run before that takes its time."""
+        """Prints a description of the run, and then compiles the training step."""
         lines = report.start_lines(
             self._config, self._task, self._mesh, self._state, self._directory
         )
@@ -244,7 +254,7 @@ class Trainer:
         return compiled
 
     def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """What the model needs of a batch, on the devices."""
+        """Moves a batch to the devices."""
         return put_batch(self._mesh, batch)
 
     def _score(
@@ -254,9 +264,10 @@ class Trainer:
         limit: int | None,
         stop: Callable[[], object] = lambda: None,
     ) -> Record | None:
-        """Evaluates the model on at most `limit` batches of a split, and records it.
+        """Evaluates the model on at most `limit` batches of a split, and logs the result.
 
-        Returns None where `stop` gave a true value before the end.
+        Returns:
+            The record, or None if `stop` returned a true value before the end.
         """
         totals: dict[str, float] = {}
         with contextlib.closing(read_ahead(self._task.held_out[split], self._place)) as batches:
@@ -273,7 +284,7 @@ class Trainer:
 
     def _not_finite(self, step: int, value: dict[str, np.ndarray]) -> str:
         saved = self._checkpoints.steps()
-        stands = f"the checkpoint of step {saved[-1]} stands" if saved else "nothing was saved yet"
+        stands = f"the checkpoint of step {saved[-1]} is kept" if saved else "nothing was saved yet"
         return (
             f"loss {value['loss']} and gradient norm {value['grad_norm']} are not both finite at "
             f"step {step}; {stands}; try a lower --config.optimizer.learning_rate, a longer "
@@ -281,7 +292,8 @@ class Trainer:
         )
 
 
-def _train_record(step: int, values: dict[str, np.ndarray]) -> Record:
-    """The record of one step; its fields are those of the step's metrics but the flag."""
+def _train_record(step: int, values: dict[str, np.ndarray], weight_name: str) -> Record:
+    """Returns the record of one step, in which the weight has the name that the task gives it."""
     numbers = {name: float(value) for name, value in values.items() if name != "finite"}
+    numbers[weight_name] = numbers.pop("weight")
     return {"kind": "train", "step": step, **numbers}

@@ -40,14 +40,16 @@ def script():
 
 def save_run(directory, tokenizer, **changes):
     """A run of no steps, with the model that `build` makes."""
-    model = describe(**changes)
-    config = Config(model=model, data=DataConfig(sequence_length=8)).validate()
-    params, fixed = nnx.state(build(tokenizer.vocab_size, **changes), nnx.Param, ...)
+    record, network = {"tokenizer": tokenizer.to_dict()}, build(tokenizer.vocab_size, **changes)
+    return save_model(directory, network, record, model=describe(**changes))
+
+
+def save_model(directory, network, record, **sections):
+    config = Config(data=DataConfig(sequence_length=8), **sections).validate()
+    params, fixed = nnx.state(network, nnx.Param, ...)
     state = TrainState(params, fixed, opt_state={"none": jnp.zeros(1)}, step=jnp.zeros((), int))
     checkpoints = Checkpoints(checkpoint_folder(directory))
-    checkpoints.save(
-        state, {"config": config.to_dict(), "task": {"tokenizer": tokenizer.to_dict()}}
-    )
+    checkpoints.save(state, {"config": config.to_dict(), "task": record})
     checkpoints.close()
     return str(directory)
 
@@ -103,7 +105,7 @@ def test_softmax_says_that_it_reads_again_and_positions_where_they_end(script, s
     assert out.startswith("the cat ")
     assert len(WORDS.encode(out.removesuffix("\n"))) == 2 + 7
     assert "every token reads the whole sequence again" in err
-    assert "the learned positions end at 8 tokens: 7 are drawn instead of 20" in err
+    assert "the learned positions end at 8 tokens, so 7 are drawn instead of 20" in err
 
 
 def test_a_stop_ends_the_text_and_is_not_written(script, race_run, capsys):
@@ -128,7 +130,7 @@ def test_a_stop_ends_the_text_and_is_not_written(script, race_run, capsys):
         ({"seed": -1, "max_tokens": 1}, "seed=-1 must lie from 0"),
         ({"checkpoint": "nowhere"}, "no checkpoints in nowhere"),
         ({"prompt": ""}, "--prompt is empty"),
-        ({"prompt": " "}, "holds no token"),
+        ({"prompt": " "}, "has no token"),
         ({"prompt": "the dog"}, "the word 'dog' does not occur in the training text"),
         ({"prompt": "the cat " * 5}, "does not fit the learned positions"),
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
@@ -145,6 +147,18 @@ def test_what_cannot_be_done_is_said_in_one_line(script, softmax_run, capsys, op
     assert err.startswith("generate.py: ")
     assert err.count("\n") == 1
     assert re.search(words, err)
+
+
+def test_a_run_of_another_task_is_refused(script, tmp_path, capsys):
+    directory = save_model(tmp_path / "copies", build(9), {}, model=describe(), task="copy")
+    with pytest.raises(SystemExit) as stop:
+        run(script, checkpoint=directory, prompt="a")
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert err == (
+        f"generate.py: {directory} is a run of the task 'copy', which has no tokenizer; give the "
+        "directory of a run that was trained on text\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 """The chunked loss equals the plain one, and needs less memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from race_jax.tasks.losses import chunked_cross_entropy
 
@@ -61,6 +65,29 @@ def test_bfloat16_keeps_float32_sums(problem, assert_close):
         ("hidden", "embedding", "weights"), got[1], want[1], strict=True
     ):
         assert_close(name, gradient, expected, kind="gradients", dtype=jnp.bfloat16)
+
+
+def test_gradients_inside_shard_map_equal_those_outside(problem, assert_close):
+    """JAX checks what varies over devices on a mesh of one device as on a larger one."""
+    hidden, embedding, targets, weights = problem
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    rows = P("data")
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(rows, P(), rows, rows), out_specs=(rows, P())
+    )
+    def gradients(hidden, embedding, targets, weights):
+        def nats(hidden, embedding):
+            return chunked_cross_entropy(hidden, embedding, targets, weights, chunk=5)[0]
+
+        return jax.grad(nats, argnums=(0, 1))(hidden, embedding)
+
+    got = jax.jit(gradients)(hidden, embedding, targets, weights)
+    want = jax.grad(lambda *a: plain_cross_entropy(*a, targets, weights)[0], argnums=(0, 1))(
+        hidden, embedding
+    )
+    for name, gradient, expected in zip(("hidden", "embedding"), got, want, strict=True):
+        assert_close(name, gradient, expected, kind="gradients")
 
 
 def test_a_token_of_weight_zero_leaves_no_trace(problem):

@@ -135,7 +135,7 @@ def test_a_first_save_that_a_kill_cut_off_is_no_loss(tmp_path, parts, monkeypatc
     heard = []
     checkpoints = Checkpoints(folder, say=heard.append)
     assert checkpoints.restore(state) is None
-    assert "step 3 is damaged (it was not written to its end)" in heard[0]
+    assert "step 3 is damaged (it was not written completely)" in heard[0]
     checkpoints.save(at_step(state, 3), about(3))
     assert checkpoints.newest_whole() == 3
     checkpoints.close()

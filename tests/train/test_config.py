@@ -1,9 +1,11 @@
 """The configuration keeps every value, and refuses bad ones in clear words."""
 
+import ast
 import dataclasses
 import json
 import pathlib
 import re
+import shlex
 
 import pytest
 
@@ -59,6 +61,9 @@ def plain_fields(section: type) -> list[dataclasses.Field]:
         ("data.valid_fraction", 1.0, r"config\.data\.valid_fraction must lie in \(0, 1\)"),
         ("data.vocab_limit", 1, r"config\.data\.vocab_limit must be >= 2, got 1"),
         ("model.num_layers", 0, r"config\.model\.num_layers=0 must be"),
+        ("language_model.sample_length", -1, r"config\.language_model\.sample_length must be >= 0"),
+        ("copy.symbols", 2.5, r"config\.copy\.symbols must be int, got 2\.5"),
+        ("task", "copying", r"config\.task must be one of language_model, copy; got 'copying'"),
         ("model", 3, r"config\.model must be a ModelConfig, got 3"),
         ("optimiser", 3, r"config\.optimiser does not exist; did you mean optimizer\?"),
     ],
@@ -160,8 +165,8 @@ def test_help_lists_every_field_with_its_meaning():
                 text,
                 re.MULTILINE,
             ), field.name
-    assert "  --config.run.steps=500 (int)\n      optimizer steps." in text
-    assert "  --config.run.max_seconds=none (float or none)\n      stop cleanly" in text
+    assert "  --config.run.steps=500 (int)\n      number of optimizer steps." in text
+    assert "  --config.run.max_seconds=none (float or none)\n      seconds after" in text
     assert "  --config.model.race.num_tables=8 (int)\n      hash tables L." in text
     assert "  --config.model.linear.half_life=none (float or none)\n      longest" in text
     assert "epsilon" not in help_lines(["--config=nowhere.py"])
@@ -207,6 +212,17 @@ def test_a_bad_command_line_is_refused_in_one_sentence(words, message):
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
+def test_the_command_of_every_config_is_right(file, monkeypatch):
+    text = ast.get_docstring(ast.parse(file.read_text("utf-8"))).replace("\\\n", "")
+    command = re.search(r"^Command: +(.*)$", text, re.MULTILINE)[1]
+    start = r"(RACE_JAX_DATA=FOLDER )?\.venv/bin/python scripts/train_lm\.py "
+    monkeypatch.chdir(CONFIGS.parent)
+    config = parse_config(shlex.split(re.sub(start, "", command)))
+    assert re.match(start, command)
+    assert config.run.directory.startswith(f"runs/{file.stem}")
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
 @pytest.mark.parametrize("name", registry.ATTENTIONS)
 def test_every_config_also_trains_the_other_attentions(file, name):
     words = [f"--config={file}", f"--config.model.attention={name}"]
@@ -249,8 +265,13 @@ def test_other_text_may_hold_spaces_and_the_config_file_a_tilde(tmp_path, monkey
     (tmp_path / "my config.py").write_text(
         "from race_jax.train.config import Config as get_config\n"
     )
-    fields = {"data.root": "my corpus", "run.directory": "my runs/one", "run.sample_prompt": "a b"}
+    fields = {
+        "data.root": "my corpus",
+        "run.directory": "my runs/one",
+        "language_model.sample_prompt": "a b",
+    }
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     config = parse_config(["--config=~/my config.py", *overrides])
     assert config.data.root == "my corpus"
-    assert (config.run.directory, config.run.sample_prompt) == ("my runs/one", "a b")
+    assert config.run.directory == "my runs/one"
+    assert config.language_model.sample_prompt == "a b"

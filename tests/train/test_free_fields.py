@@ -11,6 +11,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from race_jax.tasks.registry import TASKS
 from race_jax.train.config import Config
 from race_jax.train.files import FREE_FIELDS
 from race_jax.train.loop import train
@@ -37,9 +38,9 @@ CHANGES = {
             "run.checkpoint_every": 1,
             "run.keep_checkpoints": 5,
             "run.tensorboard": True,
-            "run.compare_xz": True,
-            "run.sample_tokens": 2,
-            "run.sample_prompt": "the",
+            "language_model.compare_xz": True,
+            "language_model.sample_length": 2,
+            "language_model.sample_prompt": "the",
         },
         "rerun",
     ),
@@ -85,7 +86,8 @@ def losses(directory: pathlib.Path) -> list[float]:
 
 def test_every_free_field_is_tried():
     names = [f"config.{name}" for values, _ in CHANGES.values() for name in values]
-    assert sorted(names) == sorted(FREE_FIELDS)
+    task = TASKS[Config().task].free_fields
+    assert sorted(names) == sorted([*FREE_FIELDS, *(f"config.{Config().task}.{n}" for n in task)])
 
 
 @pytest.mark.parametrize("change", CHANGES)

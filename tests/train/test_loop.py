@@ -54,9 +54,9 @@ def saved_steps(directory) -> list[int]:
 def test_a_run_says_what_it_is_and_leaves_its_traces(config, capsys):
     config.run.eval_every = 6
     config.run.eval_batches = 1
-    config.run.compare_xz = True
-    config.run.sample_tokens = 20
-    config.run.sample_prompt = "the "
+    config.language_model.compare_xz = True
+    config.language_model.sample_length = 20
+    config.language_model.sample_prompt = "the "
     result = train(config)
     assert (result.step, result.stopped) == (12, None)
     assert result.evaluation["perplexity"] == pytest.approx(math.exp(result.evaluation["loss"]))
@@ -67,7 +67,7 @@ def test_a_run_says_what_it_is_and_leaves_its_traces(config, capsys):
         "attention  softmax",
         " parameters, 1 layers",
         "1 x cpu",
-        "4 x 24 = 96 tokens",
+        "4 sequences of 24, 1 part(s)",
         " MB a device",
         "sha256",
         "step 12/12  loss",
@@ -124,7 +124,7 @@ def test_every_option_together_and_a_time_limit(config, capsys):
 
 def test_no_bits_per_byte_where_words_are_unknown(config, capsys):
     config.data.tokenizer, config.data.vocab_limit = "words", 4
-    config.run.compare_xz, config.run.eval_every = True, 6
+    config.language_model.compare_xz, config.run.eval_every = True, 6
     result = train(config)
     assert "bits_per_byte" not in result.evaluation
     lines = capsys.readouterr().out.splitlines()
@@ -157,7 +157,7 @@ def fail(*arguments, **options):
 def test_a_run_does_not_need_its_decorations(config, capsys, monkeypatch):
     """TensorBoard, the picture and the sample fail, and metrics cannot be written for a while."""
     config.run.tensorboard = True
-    config.run.sample_tokens = 5
+    config.language_model.sample_length = 5
     config.run.checkpoint_every = 100
     config.run.log_every = 2
     failures = iter([fail, fail, None])
@@ -229,7 +229,7 @@ def test_a_loss_that_is_not_finite_stops_and_saves_nothing_more(config):
     config.optimizer.warmup_steps = 0
     config.run.log_every = 3
     config.run.checkpoint_every = 1
-    with pytest.raises(FloatingPointError, match=r"at step 2; the checkpoint of step 1 stands"):
+    with pytest.raises(FloatingPointError, match=r"at step 2; the checkpoint of step 1 is kept"):
         train(config)
     directory = pathlib.Path(config.run.directory)
     assert steps_of("train", directory) == [1]
@@ -245,9 +245,11 @@ def test_bad_text_is_an_error_before_any_training(config, tmp_path):
 
 def test_a_prompt_that_the_vocabulary_lacks_is_an_error_before_any_training(config, tmp_path):
     config.data.tokenizer = "words"
-    config.run.sample_tokens = 5
-    config.run.sample_prompt = "a zebra"
-    with pytest.raises(ValueError, match=r"config\.run\.sample_prompt 'a zebra': the word 'zebra'"):
+    config.language_model.sample_length = 5
+    config.language_model.sample_prompt = "a zebra"
+    with pytest.raises(
+        ValueError, match=r"config\.language_model\.sample_prompt 'a zebra': the word 'zebra'"
+    ):
         train(config)
     assert not (tmp_path / "run" / "checkpoints").exists()
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from race_jax.tasks.language_model import evaluation_figures
+from race_jax.tasks.language_model import LanguageModel, evaluation_figures
 from race_jax.train.metrics import MetricsLog, read_records
 from race_jax.train.plot import plot_losses
 from race_jax.train.progress import Progress
@@ -124,11 +124,11 @@ def test_a_hopeless_loss_does_not_overflow():
 def test_picture_is_drawn_or_refused(tmp_path):
     path = tmp_path / "loss.png"
     with pytest.raises(ValueError, match="no training record"):
-        plot_losses([], path, "empty")
+        plot_losses([], path, title="empty", unit="nats")
     assert not path.exists()
     records = [train_record(step) for step in range(1, 20)]
     records.append({"kind": "final", "step": 19, "loss": 2.0})
-    plot_losses(records, path, "lr_$\\alph$_x 漢")
+    plot_losses(records, path, title="lr_$\\alph$_x 漢", unit="nats")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in tmp_path.iterdir()] == ["loss.png"]
 
@@ -136,10 +136,10 @@ def test_picture_is_drawn_or_refused(tmp_path):
 def test_progress_prints_a_line_with_the_time_left(capsys, monkeypatch):
     now = iter([0.0, 2.0, 100.0, 101.0])
     monkeypatch.setattr("time.monotonic", lambda: next(now))
-    progress = Progress(0, 30, 1000, terminal=False)
-    assert progress.update(10, math.log(2)) == pytest.approx(5000.0)
+    progress = Progress(0, 30, LanguageModel.loss_text, "tokens", terminal=False)
+    assert progress.update(10, math.log(2), 10_000) == pytest.approx(5000.0)
     progress.resume()
-    progress.update(20, math.log(2))
+    progress.update(20, math.log(2), 10_000)
     progress.close()
     first, second = capsys.readouterr().out.splitlines()
     assert first == "step 10/30  loss 0.6931 nats = 1.000 bits a token  5,000 tokens/s  4 s left"
@@ -147,21 +147,21 @@ def test_progress_prints_a_line_with_the_time_left(capsys, monkeypatch):
 
 
 def test_a_terminal_that_closes_ends_the_bar_not_the_run(capsys, monkeypatch):
-    progress = Progress(0, 30, 1000, terminal=True)
+    progress = Progress(0, 30, LanguageModel.loss_text, "tokens", terminal=True)
 
     def closed(*arguments):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(progress._bar, "update", closed)
-    progress.update(10, math.log(2))
-    progress.update(20, math.log(2))
+    progress.update(10, math.log(2), 10_000)
+    progress.update(20, math.log(2), 10_000)
     progress.close()
     assert "step 20/30" in capsys.readouterr().out
 
 
 def test_progress_bar_shows_the_same_words(capsys):
-    progress = Progress(0, 30, 1000, terminal=True)
-    progress.update(10, math.log(2))
+    progress = Progress(0, 30, LanguageModel.loss_text, "tokens", terminal=True)
+    progress.update(10, math.log(2), 10_000)
     progress.say("a line of its own")
     progress.close()
     shown = capsys.readouterr()

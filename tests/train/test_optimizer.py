@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from race_jax.models import TransformerLM
-from race_jax.train.config import OptimizerConfig
+from race_jax.train.config import SCHEDULES, OptimizerConfig
 from race_jax.train.optimizer import decay_mask, make_optimizer, make_schedule
 from tests.train.small import VOCAB, small_config
 
@@ -26,6 +26,21 @@ def test_schedule_rises_then_falls_to_its_end(schedule, middle, last):
     rates = [float(rate(step)) for step in (0, 19, 20, 60, STEPS - 1, STEPS + 50)]
     want = [1 / 21, 20 / 21, 1.0, middle, last, last]
     np.testing.assert_allclose(rates, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 20, STEPS - 1])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_rate_is_that_of_the_equation(schedule, warmup, assert_close):
+    config = OptimizerConfig(
+        learning_rate=0.3, end_learning_rate=0.02, schedule=schedule, warmup_steps=warmup
+    )
+    steps = np.arange(STEPS + 5)
+    x = np.clip((steps - warmup) / max(1, STEPS - 1 - warmup), 0.0, 1.0)
+    fall = {"cosine": (1 + np.cos(np.pi * x)) / 2, "linear": 1 - x, "constant": 1}[schedule]
+    want = np.where(steps < warmup, 0.3 * (steps + 1) / (warmup + 1), 0.02 + 0.28 * fall)
+    got = jax.vmap(make_schedule(config, STEPS))(jnp.asarray(steps))
+    assert got.dtype == jnp.float32
+    assert_close("rates", got, want.astype(np.float32), kind="outputs")
 
 
 def test_without_warm_up_the_first_rate_is_the_highest():

@@ -62,7 +62,7 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(parts, run, plain, asser
     state, metrics = step(fresh(run.state), run.batch, KEY)
     assert_close("loss", metrics["loss"], plain[0], kind="outputs")
     assert_close("grad_norm", metrics["grad_norm"], plain[1], kind="gradients")
-    assert float(metrics["tokens"]) == small_batch()["weights"].sum()
+    assert float(metrics["weight"]) == small_batch()["weights"].sum()
     assert float(metrics["learning_rate"]) == pytest.approx(RATE)
     assert bool(metrics["finite"])
     assert int(state.step) == 1
@@ -80,7 +80,7 @@ def test_training_lowers_the_loss_and_leaves_the_planes_alone(run):
     for before, after in zip(planes, jax.tree.leaves(state.fixed), strict=True):
         np.testing.assert_array_equal(before, after)
     sums = make_eval_step(LanguageModel, run.graph, run.mesh)(state.params, state.fixed, run.batch)
-    assert float(sums["nats"] / sums["weight"]) < losses[0] - 0.5
+    assert float(sums["loss"] / sums["weight"]) < losses[0] - 0.5
 
 
 def test_a_step_repeats_to_the_bit(run, assert_close):
@@ -100,7 +100,7 @@ def test_dropout_draws_by_step_and_evaluation_does_not_drop():
     config.model.dropout_rate = 0.5
     mesh, optimizer, graph, state, batch = small_parts(config)
     evaluate = make_eval_step(LanguageModel, graph, mesh)
-    first, again = (evaluate(state.params, state.fixed, batch)["nats"] for _ in range(2))
+    first, again = (evaluate(state.params, state.fixed, batch)["loss"] for _ in range(2))
     assert first == again
     step = make_train_step(LanguageModel, graph, optimizer, SCHEDULE, mesh)
     losses = [
@@ -111,16 +111,19 @@ def test_dropout_draws_by_step_and_evaluation_does_not_drop():
     assert losses[2] != losses[0]
 
 
-TWO_DEVICES = """
+SEVERAL_DEVICES = """
     import jax, numpy as np
-    from tests.train.small import small_batch, small_config, small_parts
+    from tests.train.small import small_config, small_parts
     from race_jax.tasks.language_model import LanguageModel
-    from race_jax.train.step import make_train_step
+    from race_jax.train import mesh as meshes
+    from race_jax.train.step import make_eval_step, make_train_step
 
     arrays = {}
-    for devices in (1, 2):
+    for devices, checked in ((1, True), (2, True), (4, True), (2, False)):
+        meshes.checks_devices = lambda mesh: checked  # False is what GPUs use
         config = small_config()
-        config.mesh.data, config.optimizer.accumulation_steps = devices, 2
+        config.run.batch_size, config.optimizer.accumulation_steps = 8, 2
+        config.mesh.data = devices
         config.optimizer.eps = 1e-2  # else Adam makes large steps of gradients that are rounding
         mesh, optimizer, graph, state, batch = small_parts(config)
         step = make_train_step(
@@ -131,20 +134,36 @@ TWO_DEVICES = """
         assert len(batch["inputs"].sharding.device_set) == devices
         for _ in range(3):
             state, metrics = compiled(state, batch, jax.random.key(0))
-        arrays |= {f"{devices}/{name}": value for name, value in metrics.items()}
+        scores = make_eval_step(LanguageModel, graph, mesh)(state.params, state.fixed, batch)
+        found = {f"metrics/{name}": value for name, value in metrics.items()}
+        found |= {f"scores/{name}": value for name, value in scores.items()}
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
-            arrays[f"{devices}/{jax.tree_util.keystr(path)}"] = leaf
-    np.savez("FILE", **{name: np.asarray(leaf) for name, leaf in arrays.items()})
+            found[f"params{jax.tree_util.keystr(path)}"] = leaf
+        for name, value in found.items():
+            arrays[f"{devices} devices, checked {checked}: {name}"] = np.asarray(value)
+    np.savez("FILE", **arrays)
 """
 
 
-def test_two_devices_equal_one(run_python, tmp_path, assert_close):
-    file = tmp_path / "arrays.npz"
-    run_python(TWO_DEVICES.replace("FILE", str(file)), devices=2)
-    arrays = dict(np.load(file))
-    one, two = (
-        {name[2:]: leaf for name, leaf in arrays.items() if name.startswith(count)}
-        for count in ("1/", "2/")
-    )
+@pytest.fixture(scope="module")
+def several_devices(run_python, tmp_path_factory):
+    """Metrics, scores and parameters after three steps, by the number of devices."""
+    file = tmp_path_factory.mktemp("devices") / "arrays.npz"
+    run_python(SEVERAL_DEVICES.replace("FILE", str(file)), devices=4)
+    found = {}
+    for name, value in np.load(file).items():
+        devices, _, name = name.partition(": ")
+        found.setdefault(devices, {})[name] = value
+    return found
+
+
+@pytest.mark.parametrize("devices", ["2 devices, checked True", "4 devices, checked True"])
+def test_several_devices_equal_one(several_devices, devices, assert_close):
+    one = several_devices["1 devices, checked True"]
     assert len(one) > 10
-    assert_close("two devices", two, one, kind="gradients")
+    assert_close(devices, several_devices[devices], one, kind="gradients")
+
+
+def test_the_check_of_devices_changes_no_number(several_devices, assert_close):
+    checked, unchecked = (several_devices[f"2 devices, checked {on}"] for on in (True, False))
+    assert_close("unchecked", unchecked, checked, kind="gradients")
