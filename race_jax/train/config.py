@@ -74,14 +74,19 @@ class OptimizerConfig:
 
 @dataclasses.dataclass
 class MeshConfig:
-    """The device mesh.
+    """The device mesh. It has data * seq * fsdp devices.
 
     Attributes:
-        data: number of devices that share a batch. None takes as many local devices (on a CPU,
-            usable cores) as divide the batch.
+        data: number of devices that share the sequences of a batch. None takes as many local
+            devices (on a CPU, usable cores) as divide the batch.
+        seq: number of devices that share every sequence. Each gets a stretch of its tokens.
+        fsdp: number of devices that share the parameters and the state of the optimizer. They share
+            the sequences of a batch too.
     """
 
     data: int | None = None
+    seq: int = 1
+    fsdp: int = 1
 
     def validate(self) -> None:
         """Checks the fields.
@@ -91,6 +96,8 @@ class MeshConfig:
         """
         if self.data is not None:
             at_least("config.mesh.data", self.data, 1)
+        at_least("config.mesh.seq", self.seq, 1)
+        at_least("config.mesh.fsdp", self.fsdp, 1)
 
 
 @dataclasses.dataclass
@@ -219,10 +226,17 @@ class Config:
                 f"config.run.batch_size must be divisible by accumulation_steps {parts}, "
                 f"got {run.batch_size}"
             )
-        if self.mesh.data is not None and (run.batch_size // parts) % self.mesh.data:
+        shares = (self.mesh.data or 1) * self.mesh.fsdp
+        if (run.batch_size // parts) % shares:
             raise ValueError(
                 f"config.mesh.data must divide the {run.batch_size // parts} sequences of one "
-                f"accumulation part, got {self.mesh.data}"
+                f"accumulation part, together with fsdp: got data={self.mesh.data}, "
+                f"fsdp={self.mesh.fsdp}"
+            )
+        if self.data.sequence_length % self.mesh.seq:
+            raise ValueError(
+                "config.mesh.seq must divide config.data.sequence_length "
+                f"{self.data.sequence_length}, got {self.mesh.seq}"
             )
         if self.optimizer.warmup_steps >= run.steps:
             raise ValueError(

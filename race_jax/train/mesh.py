@@ -1,5 +1,6 @@
 """The devices of a run, what is spread over them, and the folder of compiled programs."""
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 from race_jax.train.config import Config
 
-DATA_AXIS = "data"
-
-# How each part of a run is spread over the mesh. Every device holds all parameters.
-RULES = {"parameters": P(), "optimizer": P(), "batch": P(DATA_AXIS)}
+DATA, SEQ, FSDP = AXES = ("data", "seq", "fsdp")
+SHARES = (DATA, FSDP)  # the axes that share the sequences of a batch
+# A smaller parameter is kept whole on every device: sending it costs more than its memory.
+LEAST_SHARDED = 2**12
+BATCH = P(SHARES, SEQ)  # arrays (B, T, ...)
+WHOLE = P()  # arrays that every device holds whole
 
 
 def prepare_cpu_devices(config: Config) -> None:
@@ -26,12 +29,11 @@ def prepare_cpu_devices(config: Config) -> None:
     devices that there are. Accelerators are not affected.
 
     Args:
-        config: the checked configuration. `mesh.data` overrides the number of cores.
+        config: the checked configuration. `mesh` overrides the number of cores.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    wanted = config.mesh.data or _largest_divisor(_sequences(config), cores or 1)
     try:
-        jax.config.update("jax_num_cpu_devices", wanted)
+        jax.config.update("jax_num_cpu_devices", math.prod(_sizes(config, cores or 1)))
     except RuntimeError:
         return  # JAX is already running
 
@@ -52,50 +54,106 @@ def keep_compiled_programs(config: Config) -> None:
 
 
 def make_mesh(config: Config) -> Mesh:
-    """Makes a mesh with one axis over local devices.
+    """Makes the mesh of a run over local devices.
 
     Args:
-        config: the checked configuration. The mesh has `mesh.data` devices; None takes as many as
-            divide the sequences of one accumulation part.
+        config: the checked configuration. `mesh` gives the sizes of the axes. Where `mesh.data` is
+            None, the axis takes as many of the devices as divide the sequences of one accumulation
+            part.
 
     Returns:
-        A mesh with the axis "data".
+        A mesh with the axes "data", "seq" and "fsdp".
 
     Raises:
-        ValueError: `mesh.data` asks for more devices than there are.
+        ValueError: the mesh needs more devices than there are.
     """
     devices = jax.local_devices()
-    count = config.mesh.data or _largest_divisor(_sequences(config), len(devices))
-    if count > len(devices):
+    sizes = _sizes(config, len(devices))
+    if math.prod(sizes) > len(devices):
+        wanted = " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
         raise ValueError(
-            f"config.mesh.data must be <= {len(devices)}, the number of {devices[0].platform} "
-            f"devices of this process; got {count}"
+            f"config.mesh {wanted} needs {math.prod(sizes)} devices, and this process has "
+            f"{len(devices)} ({devices[0].platform}); lower config.mesh.data, seq or fsdp"
         )
-    return jax.make_mesh(
-        (count,), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices[:count]
-    )
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices[: math.prod(sizes)])
 
 
-def sharding(mesh: Mesh, kind: str) -> NamedSharding:
-    """Returns the sharding of "parameters", "optimizer" or "batch" on `mesh`."""
-    return NamedSharding(mesh, RULES[kind])
+def on_every_device(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array that every device of `mesh` holds whole."""
+    return NamedSharding(mesh, WHOLE)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of the arrays (B, T, ...) of a batch."""
+    return NamedSharding(mesh, BATCH)
+
+
+def parameter_specs(parameters: Any, mesh: Mesh) -> Any:
+    """Returns how parameters, or the optimizer's sums of them, are spread over the axis "fsdp".
+
+    The largest axis of an array that the devices divide is split. A small array is kept whole.
+
+    Args:
+        parameters: a pytree of arrays, or of their shapes.
+        mesh: the mesh of the run.
+
+    Returns:
+        A pytree of `PartitionSpec`.
+    """
+    devices = mesh.shape[FSDP]
+
+    def spec(x: Any) -> P:
+        fitting = [axis for axis, size in enumerate(x.shape) if size % devices == 0]
+        if devices == 1 or math.prod(x.shape) < LEAST_SHARDED or not fitting:
+            return WHOLE
+        axis = max(fitting, key=lambda axis: x.shape[axis])
+        return P(*[None] * axis, FSDP)
+
+    return jax.tree.map(spec, parameters)
+
+
+def put_parameters(mesh: Mesh, parameters: Any) -> Any:
+    """Spreads parameters, or the optimizer's state, over the devices."""
+    place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
+    return jax.tree.map(place, parameters, parameter_specs(parameters, mesh))
 
 
 def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
-    """Spreads a batch of host arrays (B, T, ...) over the data axis."""
-    return jax.device_put(batch, sharding(mesh, "batch"))
+    """Spreads a batch of host arrays (B, T, ...) over the devices."""
+    return jax.device_put(batch, batch_sharding(mesh))
 
 
-def sum_over_devices(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+def gather(parameters: Any, specs: Any) -> Any:
+    """Returns whole parameters, inside `sum_over_devices`, from the part of each device.
+
+    The gradient of a part is the sum of what the devices of the axis "fsdp" add to it.
+    """
+
+    def whole(x: jax.Array, spec: P) -> jax.Array:
+        if FSDP not in spec:
+            return x
+        return jax.lax.all_gather(x, FSDP, axis=spec.index(FSDP), tiled=True)
+
+    return jax.tree.map(whole, parameters, specs)
+
+
+def sum_over_devices(
+    function: Callable[..., Any], mesh: Mesh, *, specs: tuple, out_specs: Any
+) -> Callable[..., Any]:
     """Runs `function` on every device of `mesh` and adds up what it returns.
 
-    The first argument is a batch, of which each device gets its own share. The other arguments are
-    the same on every device. Inside `function` they count as values of the device, so a gradient
-    with respect to them is that of the device's share, and is added up with the other results.
+    The first argument is a batch, of which each device gets its own share. Inside `function` the
+    other arguments count as values of the device, so a gradient with respect to them is that of the
+    device's share, and is added up with the other results.
 
     Args:
         function: takes a batch and other pytrees, and returns a pytree of sums over its batch.
-        mesh: the mesh whose "data" axis shares the batch.
+        mesh: the mesh of the run.
+        specs: how each of the other arguments is spread over the devices, as pytrees of
+            `PartitionSpec`; WHOLE for those that every device holds whole.
+        out_specs: the same for what `function` returns. Results are added over all axes of the mesh
+            that their spec does not name.
 
     Returns:
         A function of the same arguments, whose results are sums over the whole batch.
@@ -103,17 +161,21 @@ def sum_over_devices(function: Callable[..., Any], mesh: Mesh) -> Callable[..., 
     Source: beyond the paper.
     """
 
-    def on_device(batch, shared):
-        return jax.lax.psum(per_device(function(batch, *per_device(shared))), DATA_AXIS)
+    def add(spec: P, results: Any) -> Any:
+        axes = tuple(name for name in AXES if name not in spec)
+        return jax.lax.psum(per_device(results), axes)
 
-    added = jax.shard_map(
+    def on_device(batch, *others):
+        results = function(batch, *per_device(others))
+        return jax.tree.map(add, out_specs, results, is_leaf=lambda x: isinstance(x, P))
+
+    return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(P(DATA_AXIS), P()),
-        out_specs=P(),
+        in_specs=(BATCH, *specs),
+        out_specs=out_specs,
         check_vma=checks_devices(mesh),
     )
-    return lambda batch, *shared: added(batch, shared)
 
 
 def per_device(values: Any) -> Any:
@@ -127,8 +189,8 @@ def per_device(values: Any) -> Any:
     """
 
     def mark(x: jax.Array) -> jax.Array:
-        missing = {DATA_AXIS} - jax.typeof(x).manual_axis_type.varying
-        return jax.lax.pcast(x, tuple(missing), to="varying")
+        missing = set(AXES) - jax.typeof(x).manual_axis_type.varying
+        return jax.lax.pcast(x, tuple(sorted(missing)), to="varying")
 
     return jax.tree.map(mark, values)
 
@@ -143,9 +205,14 @@ def checks_devices(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform != "gpu"
 
 
-def _sequences(config: Config) -> int:
-    """Returns the number of sequences of one accumulation part, which the data axis divides."""
-    return config.run.batch_size // config.optimizer.accumulation_steps
+def _sizes(config: Config, devices: int) -> tuple[int, int, int]:
+    """Returns the sizes of the axes of the mesh, for so many devices."""
+    mesh = config.mesh
+    data = mesh.data
+    if data is None:
+        sequences = config.run.batch_size // config.optimizer.accumulation_steps // mesh.fsdp
+        data = _largest_divisor(sequences, max(1, devices // (mesh.seq * mesh.fsdp)))
+    return data, mesh.seq, mesh.fsdp
 
 
 def _largest_divisor(number: int, limit: int) -> int:

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from race_jax.tasks.task import Task
 from race_jax.train.config import Config
+from race_jax.train.mesh import SEQ
 from race_jax.train.metrics import Record
 from race_jax.train.state import TrainState
 
@@ -86,9 +87,12 @@ def end_lines(task: Task, final: Record, test: Record | None) -> list[str]:
 
 def _attention(config: Config, mesh: Mesh) -> tuple[str, str]:
     """Returns the name of the attention, and which implementation runs it and why."""
-    batch = config.run.batch_size // config.optimizer.accumulation_steps // mesh.size
+    shares = mesh.size // mesh.shape[SEQ]
+    batch = config.run.batch_size // config.optimizer.accumulation_steps // shares
     is_packed = config.data.packing != "contiguous"
-    return config.model.attention_config().describe(batch, config.data.sequence_length, is_packed)
+    return config.model.attention_config().describe(
+        batch, config.data.sequence_length // mesh.shape[SEQ], is_packed
+    )
 
 
 def _memory(compiled: jax.stages.Compiled) -> str:

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from race_jax.train.mesh import sharding
+from race_jax.train.mesh import on_every_device, put_parameters
 
 
 @jax.tree_util.register_dataclass
@@ -57,9 +57,9 @@ def init_state(
     # This is not under jit, so that layers of the same shapes are compiled only once.
     graph, params, fixed = nnx.split(make_model(fresh_rngs(seed)), nnx.Param, ...)
     state = TrainState(
-        params=jax.device_put(params, sharding(mesh, "parameters")),
-        fixed=jax.device_put(fixed, sharding(mesh, "parameters")),
-        opt_state=jax.device_put(optimizer.init(params), sharding(mesh, "optimizer")),
-        step=jax.device_put(jnp.zeros((), jnp.int32), sharding(mesh, "parameters")),
+        params=put_parameters(mesh, params),
+        fixed=jax.device_put(fixed, on_every_device(mesh)),
+        opt_state=put_parameters(mesh, optimizer.init(params)),
+        step=jax.device_put(jnp.zeros((), jnp.int32), on_every_device(mesh)),
     )
     return graph, state

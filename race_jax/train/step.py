@@ -5,6 +5,7 @@ step is that of the mean loss over the whole batch:
 g = (sum over devices and parts of the gradients of the loss sums) / (sum of all weights).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from race_jax.tasks.task import Task
-from race_jax.train.mesh import DATA_AXIS, per_device, sum_over_devices
+from race_jax.train.mesh import (
+    AXES,
+    WHOLE,
+    gather,
+    parameter_specs,
+    per_device,
+    sum_over_devices,
+)
 from race_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -43,7 +51,7 @@ def make_train_step(
         graph: the model's graph definition.
         optimizer: an optax transformation.
         schedule: the learning rate by step that `optimizer` uses. It is only reported.
-        mesh: the mesh whose "data" axis shares the batch.
+        mesh: the mesh of the run.
         accumulation_steps: number of parts that a device's share is split into.
 
     Returns:
@@ -54,13 +62,20 @@ def make_train_step(
     Source: beyond the paper.
     """
 
-    def device_sums(batch, params, fixed, key):
-        key = jax.random.fold_in(key, jax.lax.axis_index(DATA_AXIS))
-        return _accumulate(task, graph, params, fixed, batch, key, accumulation_steps)
-
-    batch_sums = sum_over_devices(device_sums, mesh)
-
     def step(state: TrainState, batch: Batch, key: jax.Array):
+        specs = parameter_specs(state.params, mesh)
+
+        def device_sums(batch, params, fixed, key):
+            key = jax.random.fold_in(key, jax.lax.axis_index(AXES))
+            model = functools.partial(_whole_model, graph, fixed, specs)
+            return _accumulate(task, model, params, batch, key, accumulation_steps)
+
+        batch_sums = sum_over_devices(
+            device_sums,
+            mesh,
+            specs=(specs, WHOLE, WHOLE),
+            out_specs=(WHOLE, WHOLE, specs),
+        )
         key = jax.random.fold_in(key, state.step)
         total, weight, grads = batch_sums(batch, state.params, state.fixed, key)
         grads = jax.tree.map(lambda grad: grad / jnp.maximum(weight, 1e-30), grads)
@@ -85,7 +100,7 @@ def make_eval_step(task: type[Task], graph: nnx.GraphDef, mesh: Mesh) -> EvalSte
     Args:
         task: the task that is trained.
         graph: the model's graph definition.
-        mesh: the mesh whose "data" axis shares the batch.
+        mesh: the mesh of the run.
 
     Returns:
         The step. It changes nothing and applies no dropout.
@@ -93,19 +108,31 @@ def make_eval_step(task: type[Task], graph: nnx.GraphDef, mesh: Mesh) -> EvalSte
     Source: beyond the paper.
     """
 
-    def device_sums(batch, params, fixed):
-        return task.score_sums(nnx.merge(graph, params, fixed), batch)
+    @jax.jit
+    def step(params: nnx.State, fixed: nnx.State, batch: Batch):
+        specs = parameter_specs(params, mesh)
 
-    batch_sums = sum_over_devices(device_sums, mesh)
-    return jax.jit(lambda params, fixed, batch: batch_sums(batch, params, fixed))
+        def device_sums(batch, params, fixed):
+            return task.score_sums(_whole_model(graph, fixed, specs, params), batch)
+
+        batch_sums = sum_over_devices(device_sums, mesh, specs=(specs, WHOLE), out_specs=WHOLE)
+        return batch_sums(batch, params, fixed)
+
+    return step
 
 
-def _accumulate(task, graph, params, fixed, batch, key, parts: int) -> tuple[Any, Any, Any]:
+def _whole_model(graph, fixed, specs, params) -> nnx.Module:
+    """Returns the model, from the parameters that this device holds."""
+    return nnx.merge(graph, gather(params, specs), fixed)
+
+
+def _accumulate(task, model, params, batch, key, parts: int) -> tuple[Any, Any, Any]:
     """Returns the sums of losses, weights and gradients over the parts of one device's share."""
 
     def part_sums(part, index):
         def loss(params):
-            return _loss_sums(task, graph, params, fixed, part, jax.random.fold_in(key, index))
+            rngs = nnx.Rngs(dropout=jax.random.fold_in(key, index))
+            return task.loss_sums(model(params), part, rngs)
 
         (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return per_device((total, weight, grads))
@@ -119,9 +146,3 @@ def _accumulate(task, graph, params, fixed, batch, key, parts: int) -> tuple[Any
         return jax.tree.map(jnp.add, sums, part_sums(*share)), None
 
     return jax.lax.scan(add, zeros, (shares, jnp.arange(parts)))[0]
-
-
-def _loss_sums(task, graph, params, fixed, batch: Batch, key) -> tuple[jax.Array, jax.Array]:
-    """Returns the weighted sum of losses and the weights of one share of a batch."""
-    rngs = nnx.Rngs(dropout=key)
-    return task.loss_sums(nnx.merge(graph, params, fixed), batch, rngs)

@@ -18,7 +18,7 @@ from race_jax.train.checkpoint import Checkpoints, checkpoint_folder
 from race_jax.train.config import Config
 from race_jax.train.console import decorate, say
 from race_jax.train.files import check_space, claim
-from race_jax.train.mesh import make_mesh, put_batch, sharding
+from race_jax.train.mesh import batch_sharding, make_mesh, on_every_device, put_batch
 from race_jax.train.metrics import MetricsLog, Record
 from race_jax.train.optimizer import make_optimizer, make_schedule
 from race_jax.train.plot import plot_losses
@@ -75,9 +75,7 @@ class Trainer:
                 )
             )
             self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-            self._key = jax.device_put(
-                jax.random.key(config.run.seed), sharding(self._mesh, "parameters")
-            )
+            self._key = jax.device_put(jax.random.key(config.run.seed), on_every_device(self._mesh))
             self._eval_step = make_eval_step(type(task), self._graph, self._mesh)
             self._train_step = self._compile(optimizer)
             self._progress = opened.enter_context(
@@ -241,7 +239,7 @@ class Trainer:
             self._mesh,
             accumulation_steps=self._config.optimizer.accumulation_steps,
         )
-        spread = sharding(self._mesh, "batch")
+        spread = batch_sharding(self._mesh)
         batch = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread)
             for name, x in self._task.batch.items()

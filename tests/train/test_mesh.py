@@ -33,13 +33,13 @@ def test_devices_that_are_already_there_are_taken_as_they_are():
 def test_more_devices_than_there_are_is_refused():
     config = small_config()
     config.mesh.data = 4
-    with pytest.raises(ValueError, match=r"config\.mesh\.data must be <= \d+, .* cpu .* got 4"):
+    with pytest.raises(ValueError, match=r"config\.mesh data=4 x seq=1 x fsdp=1 needs 4 devices"):
         meshes.make_mesh(config)
 
 
 def test_batches_are_spread_and_parameters_are_not():
     mesh = meshes.make_mesh(small_config())
-    assert mesh.axis_names == ("data",)
-    assert meshes.sharding(mesh, "parameters").spec == P()
+    assert mesh.axis_names == ("data", "seq", "fsdp")
+    assert meshes.on_every_device(mesh).spec == P()
     batch = meshes.put_batch(mesh, small_batch())
-    assert all(array.sharding.spec == P("data") for array in batch.values())
+    assert all(array.sharding.spec == P(("data", "fsdp"), "seq") for array in batch.values())
