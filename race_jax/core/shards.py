@@ -62,14 +62,15 @@ def over_shards(
 def vary_alike(arrays: Any, kinds: Any) -> Any:
     """Makes arrays vary over all mesh axes that any of them varies over (``jax.shard_map``).
 
-    Masks and segments, which are ROWS, are left unchanged. They are in no loop carry, and the
-    segment of the returned state should vary with the rows only.
+    Masks and segments, which are ROWS, vary only over the mesh axes of other ROWS, so that the
+    segment of the returned state varies with the rows of the batch and not with the heads.
     """
-    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(arrays)))
+    pairs = list(zip(jax.tree.leaves(arrays), jax.tree.leaves(kinds), strict=True))
+    every = frozenset().union(*(_varying(x) for x, _ in pairs))
+    rows = frozenset().union(*(_varying(x) for x, kind in pairs if kind == ROWS))
 
     def vary(x: jax.Array, kind: str) -> jax.Array:
-        if kind == ROWS:
-            return x
+        axes = rows if kind == ROWS else every
         return jax.lax.pcast(x, tuple(sorted(axes - _varying(x))), to="varying")
 
     return jax.tree.map(vary, arrays, kinds)
