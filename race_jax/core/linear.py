@@ -6,10 +6,12 @@ rematerialised scan over chunks, written for clarity rather than speed.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from race_jax.core import masking
+from race_jax.core import masking, shards
 from race_jax.core.state import RACEState, normalize
 
 CHUNK = 64  # tokens per step of the scan
@@ -72,28 +74,67 @@ def linear_attention(
     if state is None:
         state = RACEState.init(batch, kv_heads, phi_k.shape[3], value_dim, dtype)
     arrays = {
-        "phi_q": phi_q.astype(dtype),
-        "phi_k": masking.select_tokens(phi_k.astype(dtype), key_value_mask),
-        "value": masking.select_tokens(value.astype(dtype), key_value_mask),
-        "log_decay": masking.bound_log_decay(log_decay, key_value_mask),
+        "phi_q": phi_q,
+        "phi_k": phi_k,
+        "value": value,
+        "log_decay": log_decay,
         "mask": key_value_mask,
-        "segment": masking.fill_segments(segment_ids, key_value_mask, state.segment),
+        "segment_ids": segment_ids,
+        "state": state,
+    }
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    run = functools.partial(_run, dtype=dtype, is_causal=is_causal)
+    out, state = shards.over_shards(
+        lambda arrays, _: run(**arrays),
+        arrays,
+        {name: _AXES[name] for name in arrays},
+        (shards.TOKENS, STATE_AXES),
+        kv_heads=kv_heads,
+        splits_sequence=False,
+    )
+    return (out, state) if return_state else out
+
+
+STATE_AXES = RACEState(shards.TABLES, shards.TABLES, shards.TABLES, shards.ROWS)
+_AXES = dict.fromkeys(("phi_q", "phi_k", "value", "log_decay"), shards.TOKENS)
+_AXES |= dict.fromkeys(("mask", "segment_ids"), shards.SLOTS) | {"state": STATE_AXES}
+
+
+def _run(
+    phi_q: jax.Array,
+    phi_k: jax.Array,
+    value: jax.Array,
+    state: RACEState,
+    log_decay: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    *,
+    dtype: jnp.dtype,
+    is_causal: bool,
+) -> tuple[jax.Array, RACEState]:
+    """Computes ``linear_attention`` for the rows and heads of one device."""
+    kv_heads = value.shape[2]
+    arrays = {
+        "phi_q": phi_q.astype(dtype),
+        "phi_k": masking.select_tokens(phi_k.astype(dtype), mask),
+        "value": masking.select_tokens(value.astype(dtype), mask),
+        "log_decay": masking.bound_log_decay(log_decay, mask),
+        "mask": mask,
+        "segment": masking.fill_segments(segment_ids, mask, state.segment),
     }
     if is_causal:
         rows, state = _scan(arrays, state, inclusive=True)
-        if key_value_mask is not None:
-            rows = masking.select_tokens(rows, key_value_mask)
+        rows = masking.select_tokens(rows, mask)
     elif segment_ids is not None:
         rows, _ = _scan(arrays, state, inclusive=True)
         flip = lambda tree: jax.tree.map(lambda x: jnp.flip(x, axis=1), tree)  # noqa: E731
         after, _ = _scan(flip(arrays), state, inclusive=False)
         rows += flip(after)
     else:
-        state = state.update(arrays["phi_k"], arrays["value"], key_value_mask=key_value_mask)
+        state = state.update(arrays["phi_k"], arrays["value"], key_value_mask=mask)
         rows = _read(_grouped(arrays["phi_q"], kv_heads), state)
     out = normalize(rows[..., :-1], rows[..., -1]).astype(value.dtype)
-    out = out.reshape(*phi_q.shape[:3], value_dim)
-    return (out, state) if return_state else out
+    return out.reshape(*phi_q.shape[:3], value.shape[3]), state
 
 
 def _scan(

@@ -81,15 +81,15 @@ def vary_alike(arrays: Any, kinds: Any, axis_name: Any = None) -> Any:
     """Makes arrays vary over all mesh axes that any of them varies over (``jax.shard_map``).
 
     They also vary over ``axis_name``, because every device has its own stretch of the sequence.
-    Masks and segments, which are SLOTS and ROWS, are left unchanged. They are in no loop carry, and
-    the segment of the returned state should vary with the rows only.
+    Masks and segments, which are SLOTS and ROWS, vary only over the mesh axes of one another, so
+    that the segment of the returned state varies with the rows of the batch and not with the heads.
     """
-    axes = frozenset(_names(axis_name))
-    axes = axes.union(*(_varying(x) for x in jax.tree.leaves(arrays)))
+    pairs = list(zip(jax.tree.leaves(arrays), jax.tree.leaves(kinds), strict=True))
+    every = frozenset(_names(axis_name)).union(*(_varying(x) for x, _ in pairs))
+    rows = frozenset().union(*(_varying(x) for x, kind in pairs if kind in (SLOTS, ROWS)))
 
     def vary(x: jax.Array, kind: str) -> jax.Array:
-        if kind in (SLOTS, ROWS):
-            return x
+        axes = rows if kind in (SLOTS, ROWS) else every
         return jax.lax.pcast(x, tuple(sorted(axes - _varying(x))), to="varying")
 
     return jax.tree.map(vary, arrays, kinds)

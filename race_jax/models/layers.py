@@ -76,6 +76,29 @@ def _counted(
     return jnp.maximum(count - 1 + jnp.where(before >= 0, -before, start[:, None]), 0)
 
 
+def per_row(numbers: jax.typing.ArrayLike, tokens: jax.Array) -> jax.Array:
+    """Returns one number for each row of the batch, sharded as the rows of the tokens are.
+
+    On a mesh with Explicit axes, and inside ``jax.shard_map``, arrays that are combined must be
+    sharded alike. A sum over the tokens of a row is sharded as the rows are.
+
+    Args:
+        numbers: shape (B,) int32, or a single number.
+        tokens: shape (B, T) integers.
+
+    Returns:
+        Shape (B,) int32, equal to `numbers`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from race_jax.models.layers import per_row
+        >>> per_row(-1, jnp.ones((2, 3), jnp.int32)).tolist()
+        [-1, -1]
+    """
+    zeros = jnp.zeros_like(tokens, jnp.int32).sum(axis=1, dtype=jnp.int32)
+    return zeros + numbers
+
+
 class TokenEmbedding(nnx.Module):
     """Token vectors, plus learned vectors of absolute positions where they are asked for.
 

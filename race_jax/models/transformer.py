@@ -15,7 +15,7 @@ from race_jax.core.state import EMPTY
 from race_jax.models import block as block_module
 from race_jax.models.block import Block
 from race_jax.models.config import ModelConfig
-from race_jax.models.layers import TokenEmbedding, token_positions
+from race_jax.models.layers import TokenEmbedding, per_row, token_positions
 
 _NO_STATE = (
     "this model carries no state: it is not causal, or its attention keeps none. It reads the "
@@ -142,14 +142,15 @@ class Transformer(nnx.Module):
         """
         self._check(tokens, segment_ids, positions, key_value_mask, state)
         drop_keys = self._dropout_keys(deterministic, rngs)
-        start = jnp.zeros(tokens.shape[0], jnp.int32) if state is None else state.position
+        start = per_row(0 if state is None else state.position, tokens)
+        start_segment = per_row(EMPTY if state is None else state.segment, tokens)
         if positions is None:
             positions = token_positions(
                 tokens.shape[1],
                 start,
                 key_value_mask=key_value_mask,
                 segment_ids=segment_ids,
-                start_segment=jnp.full_like(start, EMPTY) if state is None else state.segment,
+                start_segment=start_segment,
             )
         self._check_positions(positions)
         with jax.named_scope("transformer/embedding"):
@@ -164,8 +165,8 @@ class Transformer(nnx.Module):
         if state is None:
             return x
         position = _next_position(positions, start, key_value_mask)
-        ids = masking.fill_segments(segment_ids, key_value_mask, state.segment)
-        segment = masking.last_segment(ids, key_value_mask, state.segment, tokens.shape[1])
+        ids = masking.fill_segments(segment_ids, key_value_mask, start_segment)
+        segment = masking.last_segment(ids, key_value_mask, start_segment, tokens.shape[1])
         return x, TransformerState(tuple(layers), position, segment)
 
     def set_view(self, deterministic: bool | None = None) -> None:
