@@ -45,7 +45,7 @@ SOURCES = {
     "layers.race_config": "layers.gates layers.short_conv core.dispatch core.hashing core.state",
     "layers.functional": "core.attention layers.race_config layers.attention_fn",
     "layers.serialization": "core.state",
-    "layers.race": "layers.functional layers.serialization",
+    "layers.race": "layers.functional layers.serialization core.sequence",
     "layers.race_linen": "layers.functional layers.serialization",
     "layers.softmax": "core.shapes core.masking",
     "layers.linear": "core.linear layers.gates",

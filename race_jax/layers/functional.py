@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from race_jax.core import hashing, masking
 from race_jax.core.attention import Options, attend
+from race_jax.core.sequence import Axis
 from race_jax.core.state import RACEState
 from race_jax.layers import gates
 from race_jax.layers.attention_fn import key_padding
@@ -65,6 +66,7 @@ def race_layer(
     state: LayerState | None = None,
     dropout_key: jax.Array | None = None,
     kernel_dtype: Any = None,
+    axis_name: Axis | None = None,
 ) -> jax.Array | tuple[jax.Array, LayerState]:
     """Applies the layer.
 
@@ -86,6 +88,7 @@ def race_layer(
       dropout_key: the key for dropout of the output, or None for no dropout.
       kernel_dtype: the dtype of the projections' kernels if ``query`` is a function. If None,
         ``settings.param_dtype`` is assumed.
+      axis_name: inside ``jax.shard_map``, the mesh axis over whose devices the sequence is split.
 
     Returns:
       The output ``(B, T, D)``, or the output and the state after the call if `state` is given.
@@ -124,6 +127,7 @@ def race_layer(
                 segment=before.race.segment,
                 mask=mask,
                 segment_ids=segment_ids,
+                axis_name=axis_name,
             )
             x_k = x_v = x_q
 
@@ -141,6 +145,7 @@ def race_layer(
         normalization=settings.normalization,
         initial_state=None if state is None else state.race,
         return_state=state is not None,
+        axis_name=axis_name,
         implementation=settings.implementation,
     )
     value = _project(x_v, "value", params, settings)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import race_jax.layers.serialization  # noqa: F401  (flax.serialization of states)
+from race_jax.core.sequence import Axis
 from race_jax.layers import gates
 from race_jax.layers.functional import LayerState, check_static, init_state, race_layer
 from race_jax.layers.race_config import PAPER, RACEConfig, warn_of_shared_planes
@@ -107,6 +108,9 @@ class RACEAttention(nnx.Module):
         ``nnx.LinearGeneral`` made here is called instead, and a log line says so once.
       normalization: ``"global"`` (the paper) or ``"bucket"`` (its released code).
       implementation: None (the best that works), ``"xla"`` or ``"pallas"``.
+      axis_name: inside ``jax.shard_map``, the mesh axis over whose devices the sequence is split.
+        Every device then calls the layer with its own stretch of tokens, in the order of the axis.
+        On an Explicit mesh, leave it out: the sharding of the inputs says it.
       keep_rngs: keeps a fork of the dropout stream in the module, as in Flax.
       rngs: streams ``params``, with dropout ``dropout``, or a default for them. Planes are drawn
         from the stream ``planes`` if there is one, else from the default, else from ``params``.
@@ -180,6 +184,7 @@ class RACEAttention(nnx.Module):
         fold_planes: bool = False,
         normalization: str = "global",
         implementation: str | None = None,
+        axis_name: Axis | None = None,
         keep_rngs: bool = True,
         rngs: nnx.Rngs,
     ) -> None:
@@ -189,6 +194,7 @@ class RACEAttention(nnx.Module):
             setattr(self, name, getattr(settings, name))
         self.deterministic = deterministic
         self.is_causal = is_causal
+        self.axis_name = axis_name
         keep_rngs = keep_rngs and settings.dropout_rate > 0
         _check_streams(rngs, "params", *["dropout"] * keep_rngs)
 
@@ -359,16 +365,20 @@ class RACEAttention(nnx.Module):
             state=state,
             dropout_key=self._dropout_key(deterministic, rngs),
             kernel_dtype=getattr(getattr(self.query, "kernel", None), "dtype", None),
+            axis_name=self.axis_name,
         )
 
-    def set_view(self, deterministic: bool | None = None) -> None:
+    def set_view(self, deterministic: bool | None = None, axis_name: Axis | None = None) -> None:
         """Serves ``nnx.view``.
 
         Args:
           deterministic: if given, whether dropout is off.
+          axis_name: if given, the mesh axis over whose devices the sequence is split.
         """
         if deterministic is not None:
             self.deterministic = deterministic
+        if axis_name is not None:
+            self.axis_name = axis_name
 
     def _parameters(self, settings: RACEConfig) -> dict[str, Any]:
         parameters = {name: getattr(self, name)[...] for name in settings.own_parameters()}

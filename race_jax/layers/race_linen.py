@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 import race_jax.layers.serialization  # noqa: F401  (flax.serialization of states)
+from race_jax.core.sequence import Axis
 from race_jax.layers.functional import LayerState, check_static, init_state, race_layer
 from race_jax.layers.race_config import PAPER, RACEConfig, warn_of_shared_planes
 
@@ -78,6 +79,9 @@ class RACEAttention(nn.Module):
       fold_planes: computes ``x (A W)`` instead of ``(x A) W``.
       normalization: ``"global"`` or ``"bucket"``.
       implementation: None, ``"xla"`` or ``"pallas"``.
+      axis_name: inside ``jax.shard_map``, the mesh axis over whose devices the sequence is split.
+        Every device then calls the layer with its own stretch of tokens, in the order of the axis.
+        On an Explicit mesh, leave it out: the sharding of the inputs says it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -148,6 +152,7 @@ class RACEAttention(nn.Module):
     fold_planes: bool = False
     normalization: str = "global"
     implementation: str | None = None
+    axis_name: Axis | None = None
 
     @classmethod
     def paper(cls, num_heads: int, **options: Any) -> RACEAttention:
@@ -227,6 +232,8 @@ class RACEAttention(nn.Module):
             state=state,
             dropout_key=self._dropout_key(deterministic, dropout_rng),
             kernel_dtype=self._kernel_dtype(),
+            # Parameters may be made outside of `jax.shard_map`, as in Flax's BatchNorm.
+            axis_name=None if self.is_initializing() else self.axis_name,
         )
 
     def _settings(self, in_features: int, in_kv_features: int) -> RACEConfig:

@@ -56,6 +56,21 @@ def find(name: str) -> Any:
     return getattr(importlib.import_module(module), kind)
 
 
+def splits_sequences(name: str) -> bool:
+    """Whether an attention can work on a stretch of a sequence that is split over devices.
+
+    Such a method has ``axis_name`` among the arguments of its ``set_view``, which serves
+    ``nnx.view``.
+
+    Example:
+      >>> from race_jax.layers import registry
+      >>> registry.splits_sequences("race"), registry.splits_sequences("softmax")
+      (True, False)
+    """
+    view = getattr(find(name), "set_view", None)
+    return view is not None and "axis_name" in inspect.signature(view).parameters
+
+
 @functools.cache
 def options_class(name: str) -> type:
     """A mutable dataclass of an attention's own options, which a command line can fill.

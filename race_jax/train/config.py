@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from race_jax.data.config import DataConfig
+from race_jax.layers.registry import splits_sequences
 from race_jax.models.config import ModelConfig
 from race_jax.records import above_zero, at_least, check_fields, fill, one_of
 from race_jax.tasks import registry
@@ -214,6 +215,24 @@ class Config:
         """Returns the record of the chosen task."""
         return getattr(self, self.task)
 
+    def _validate_stretches(self) -> None:
+        """Checks what a mesh needs whose axis "seq" splits the sequences."""
+        seq, length = self.mesh.seq, self.data.sequence_length
+        if length % seq:
+            raise ValueError(
+                f"config.mesh.seq must divide config.data.sequence_length {length}, got {seq}"
+            )
+        if not splits_sequences(self.model.attention):
+            raise ValueError(
+                f"config.mesh.seq must be 1 with config.model.attention={self.model.attention!r}, "
+                f"which reads whole sequences; got {seq}"
+            )
+        if self.model.positions != "none":
+            raise ValueError(
+                f'config.mesh.seq > 1 needs config.model.positions="none", got '
+                f"{self.model.positions!r}"
+            )
+
     def _validate_together(self) -> None:
         run, parts = self.run, self.optimizer.accumulation_steps
         if run.batch_size * self.data.sequence_length >= 2**31:
@@ -233,11 +252,8 @@ class Config:
                 f"accumulation part, together with fsdp: got data={self.mesh.data}, "
                 f"fsdp={self.mesh.fsdp}"
             )
-        if self.data.sequence_length % self.mesh.seq:
-            raise ValueError(
-                "config.mesh.seq must divide config.data.sequence_length "
-                f"{self.data.sequence_length}, got {self.mesh.seq}"
-            )
+        if self.mesh.seq > 1:
+            self._validate_stretches()
         if self.optimizer.warmup_steps >= run.steps:
             raise ValueError(
                 f"config.optimizer.warmup_steps must be < config.run.steps {run.steps}, "

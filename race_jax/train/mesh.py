@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -77,6 +78,11 @@ def make_mesh(config: Config) -> Mesh:
         )
     kinds = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices[: math.prod(sizes)])
+
+
+def split_sequences(model: nnx.Module, mesh: Mesh) -> nnx.Module:
+    """Returns a model that reads stretches of sequences, if the axis "seq" has several devices."""
+    return model if mesh.shape[SEQ] == 1 else nnx.view(model, axis_name=SEQ)
 
 
 def on_every_device(mesh: Mesh) -> NamedSharding:

@@ -18,7 +18,12 @@ from race_jax.train.checkpoint import Checkpoints, checkpoint_folder
 from race_jax.train.config import Config
 from race_jax.train.console import decorate, say
 from race_jax.train.files import check_space, claim
-from race_jax.train.mesh import batch_sharding, make_mesh, on_every_device, put_batch
+from race_jax.train.mesh import (
+    batch_sharding,
+    make_mesh,
+    on_every_device,
+    put_batch,
+)
 from race_jax.train.metrics import MetricsLog, Record
 from race_jax.train.optimizer import make_optimizer, make_schedule
 from race_jax.train.plot import plot_losses

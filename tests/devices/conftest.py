@@ -3,3 +3,4 @@
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.devices()  # from here on the number is fixed, also for a run that would ask for fewer

@@ -1,0 +1,86 @@
+"""Training steps on meshes of several axes equal those on one device."""
+
+import contextlib
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from race_jax.tasks.language_model import LanguageModel
+from race_jax.train import mesh
+from race_jax.train.loop import train
+from race_jax.train.metrics import read_records
+from race_jax.train.optimizer import make_schedule
+from race_jax.train.step import make_eval_step, make_train_step
+from race_jax.train.trainer import Trainer
+from tests.train.small import small_config, small_parts
+
+MESHES = {"seq": (1, 4, 1), "fsdp": (1, 1, 4), "data x seq x fsdp": (2, 2, 2)}
+
+
+def run_steps(sizes, steps=3):
+    """The metrics of a few steps and of an evaluation, and the parameters after them."""
+    config = small_config()
+    config.run.batch_size = 4
+    config.model.race.short_conv = True
+    config.model.race.forget_gate = "data"
+    config.mesh.data, config.mesh.seq, config.mesh.fsdp = sizes
+    devices, optimizer, graph, state, batch = small_parts(config)
+    schedule = make_schedule(config.optimizer, config.run.steps)
+    step = make_train_step(LanguageModel, graph, optimizer, schedule, devices)
+    metrics = []
+    for _ in range(steps):
+        state, measured = step(state, batch, jax.random.key(0))
+        metrics.append(jax.device_get(measured))
+    scores = make_eval_step(LanguageModel, graph, devices)(state.params, state.fixed, batch)
+    return metrics, jax.device_get(scores), state
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_steps_are_those_of_one_device(name, monkeypatch, assert_close):
+    monkeypatch.setattr(mesh, "LEAST_SHARDED", 64)
+    metrics, scores, state = run_steps(MESHES[name])
+    wanted, wanted_scores, one = run_steps((1, 1, 1))
+    # The optimizer's means of gradients are linear in them. Parameters are not: Adam divides.
+    got, want = jax.device_get((state.opt_state, one.opt_state))
+    assert_close("metrics", metrics, wanted, kind="gradients")
+    assert_close("scores", scores, wanted_scores, kind="outputs")
+    assert_close("optimizer", got, want, kind="gradients")
+    spread = [x for x in jax.tree.leaves(state.params) if not x.sharding.is_fully_replicated]
+    assert bool(spread) == (MESHES[name][2] > 1)
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path, assert_close):
+    """Half of a run on eight devices and half on one gives the losses of one device."""
+
+    def losses(directory, *parts):
+        for steps, sizes in parts:
+            config = small_config()
+            config.task, config.run.directory = "copy", str(tmp_path / directory)
+            config.run.steps, config.run.tensorboard, config.run.log_every = 8, False, 1
+            config.mesh.data, config.mesh.seq, config.mesh.fsdp = sizes
+            with stop_after(steps):
+                train(config)
+        records = read_records(tmp_path / directory / "metrics.jsonl")
+        return np.array([record["loss"] for record in records if record["kind"] == "train"])
+
+    one = losses("one", (8, (1, 1, 1)))
+    assert len(one) == 8
+    moved = losses("moved", (4, (2, 2, 2)), (8, (1, 1, 1)))
+    assert_close("losses", moved, one, kind="gradients")
+
+
+@contextlib.contextmanager
+def stop_after(steps):
+    """Stops a run, as a signal would, after so many steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        take = Trainer.take_step
+
+        def take_step(trainer):
+            take(trainer)
+            if trainer.step == steps:
+                signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(Trainer, "take_step", take_step)
+        yield
