@@ -170,36 +170,6 @@ def test_dropout_follows_flax(assert_close):
     assert (np.asarray(run(without, x, rngs=nnx.Rngs(1))) == 0).any()
 
 
-def test_split_merge_vmap_scan_and_remat_over_layers(assert_close):
-    """A stack of layers is made under vmap and run by lax.scan with remat. It equals a loop."""
-
-    @nnx.split_rngs(splits=2)
-    @nnx.vmap
-    def stack(rngs):
-        return RACEAttention(2, WIDTH, rngs=rngs)
-
-    graph, params, planes = nnx.split(stack(nnx.Rngs(0)), nnx.Param, ...)
-    first, second = jax.tree.leaves(planes)[0]
-    assert not np.array_equal(first, second)
-
-    def apply(x, layer):
-        return x + nnx.merge(graph, *layer)(x), None
-
-    @jax.jit
-    @jax.value_and_grad
-    def scan(params, x):
-        x, _ = jax.lax.scan(jax.checkpoint(apply), x, (params, planes))
-        return jnp.mean(x**2)
-
-    x = normal(BATCH, LENGTH, WIDTH)
-    loss, gradients = scan(params, x)
-    for index in range(2):
-        layer = jax.tree.map(lambda leaf, index=index: leaf[index], (params, planes))
-        x += call(nnx.merge(graph, *layer), x, is_causal=False)
-    assert_close("loss", loss, jnp.mean(x**2), kind="identity")
-    assert all(np.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves(gradients))
-
-
 def test_dtypes_follow_flax():
     module = RACEAttention(2, WIDTH, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     x = jax.ShapeDtypeStruct((BATCH, LENGTH, WIDTH), jnp.float32)

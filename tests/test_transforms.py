@@ -160,3 +160,8 @@ def test_shard_map_over_batch_and_heads_on_two_devices(run_python):
     assert "language model: equal" in printed
     assert printed.count("batch over 2 devices: equal") == 2
     assert printed.count("heads over 2 devices: equal") == 2
+
+
+def test_layers_and_models_on_two_devices(run_python):
+    printed = run_python("from tests import sharded_layers; sharded_layers.main()", devices=2)
+    assert printed.count(": equal") == 12

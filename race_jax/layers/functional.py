@@ -198,7 +198,7 @@ def _check_call(
                 f"{name} must be (batch, length, {width}), got shape {x.shape}; use jax.vmap for "
                 "more batch axes"
             )
-    if x_k.shape[:2] != x_v.shape[:2] or len(x_q) != len(x_k):
+    if x_k.shape[:2] != x_v.shape[:2] or x_q.shape[0] != x_k.shape[0]:
         raise ValueError(
             "inputs must have one batch size, and keys and values one length; got shapes "
             f"{x_q.shape}, {x_k.shape} and {x_v.shape}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -189,13 +190,11 @@ class RACEAttention(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         given = locals()  # the settings are arguments by name; RACEConfig holds the one list
-        settings = RACEConfig(**{name: given[name] for name in RACEConfig.names()})
-        for name in RACEConfig.names():
-            setattr(self, name, getattr(settings, name))
+        self.config = config = RACEConfig(**{name: given[name] for name in RACEConfig.names()})
         self.deterministic = deterministic
         self.is_causal = is_causal
         self.axis_name = axis_name
-        keep_rngs = keep_rngs and settings.dropout_rate > 0
+        keep_rngs = keep_rngs and dropout_rate > 0
         _check_streams(rngs, "params", *["dropout"] * keep_rngs)
 
         linear = functools.partial(
@@ -208,12 +207,12 @@ class RACEAttention(nnx.Module):
             precision=precision,
             rngs=rngs,
         )
-        self.query = linear(in_features, (num_heads, self.head_dim))
-        self.key = linear(self.in_kv_features, (self.num_kv_heads, self.head_dim))
-        self.value = linear(self.in_kv_features, (self.num_kv_heads, self.value_dim))
+        self.query = linear(in_features, (num_heads, config.head_dim))
+        self.key = linear(config.in_kv_features, (config.num_kv_heads, config.head_dim))
+        self.value = linear(config.in_kv_features, (config.num_kv_heads, config.value_dim))
         self.out = linear(
-            (num_heads, self.value_dim),
-            self.out_features,
+            (num_heads, config.value_dim),
+            config.out_features,
             axis=(-2, -1),
             kernel_init=out_kernel_init or kernel_init,
             bias_init=out_bias_init or bias_init,
@@ -226,13 +225,13 @@ class RACEAttention(nnx.Module):
                 dtype=dtype,
                 param_dtype=param_dtype,
             )
-            self.query_ln = norm(self.head_dim, rngs=rngs)
-            self.key_ln = norm(self.head_dim, rngs=rngs)
-        for name, init in settings.own_parameters().items():
+            self.query_ln = norm(config.head_dim, rngs=rngs)
+            self.key_ln = norm(config.head_dim, rngs=rngs)
+        for name, init in config.own_parameters().items():
             setattr(self, name, nnx.Param(init(rngs.params())))
         key = _planes_stream(rngs)()
         warn_of_shared_planes(rngs.params.key[...], key)
-        planes = settings.draw_planes(key)
+        planes = config.draw_planes(key)
         self.planes = nnx.Param(planes) if learn_planes else HashPlanes(planes)
         self.rngs = rngs.dropout.fork() if keep_rngs else None
 
@@ -310,7 +309,7 @@ class RACEAttention(nnx.Module):
           >>> state.race.numerator.shape, state.taps.shape
           ((3, 2, 64, 8), (3, 3, 16))
         """
-        return init_state(RACEConfig.of(self), batch)
+        return init_state(self.config, batch)
 
     def __call__(
         self,
@@ -351,14 +350,13 @@ class RACEAttention(nnx.Module):
           TypeError: a state of another kind, or a flag that is no Python bool.
         """
         del positions
-        settings = RACEConfig.of(self)
         return race_layer(
-            self._parameters(settings),
+            self._parameters(),
             self.planes[...],
             inputs_q,
             inputs_k,
             inputs_v,
-            settings=settings,
+            settings=self.config,
             mask=mask,
             segment_ids=segment_ids,
             is_causal=self.is_causal if is_causal is None else is_causal,
@@ -380,27 +378,27 @@ class RACEAttention(nnx.Module):
         if axis_name is not None:
             self.axis_name = axis_name
 
-    def _parameters(self, settings: RACEConfig) -> dict[str, Any]:
-        parameters = {name: getattr(self, name)[...] for name in settings.own_parameters()}
+    def _parameters(self) -> dict[str, Any]:
+        parameters = {name: getattr(self, name)[...] for name in self.config.own_parameters()}
         for name in ("query", "key"):
             module = getattr(self, name)
-            if self.fold_planes:
+            if self.config.fold_planes:
                 module = _foldable(name, module)
             parameters[name] = module
-            if self.normalize_qk:
+            if self.config.normalize_qk:
                 parameters[f"{name}_ln"] = getattr(self, f"{name}_ln")
         return parameters | {"value": self.value, "out": _of_heads(self.out)}
 
     def _dropout_key(
         self, deterministic: bool | None, rngs: nnx.Rngs | nnx.RngStream | None
     ) -> jax.Array | None:
-        if self.dropout_rate == 0:
+        if self.config.dropout_rate == 0:
             return None
         deterministic = self.deterministic if deterministic is None else deterministic
         check_static(deterministic=deterministic)
         if deterministic is None:
             raise ValueError(
-                f"dropout_rate={self.dropout_rate} needs deterministic=True or False, in the call "
+                f"dropout_rate={self.config.dropout_rate} needs deterministic=True or False, in the call "
                 "or the constructor"
             )
         if deterministic:
@@ -409,6 +407,10 @@ class RACEAttention(nnx.Module):
         if rngs is None:
             raise ValueError("dropout needs rngs= in the call, since keep_rngs=False")
         return rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs()
+
+
+for _name in RACEConfig.names():
+    setattr(RACEAttention, _name, property(operator.attrgetter(f"config.{_name}")))
 
 
 def _check_streams(rngs: nnx.Rngs, *names: str) -> None:

@@ -123,12 +123,6 @@ def make_config(name: str, options: Any, shared: dict[str, Any]) -> Any:
     for field, value in own.items():
         if value == "none" and type(None) in typing.get_args(kinds[field]):
             own[field] = None
-    if shared["positions"] not in ("none", "learned", *record.POSITIONS):
-        takes = ", ".join(repr(p) for p in ("none", "learned", *record.POSITIONS))
-        raise ValueError(
-            f"positions={shared['positions']!r} does not go with attention={name!r}, which takes "
-            f"{takes}."
-        )
     names = {field.name for field in dataclasses.fields(record)}
     given = {field: value for field, value in shared.items() if field in names}
     return record(**given, **own)

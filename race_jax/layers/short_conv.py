@@ -122,7 +122,7 @@ def _convolve(
         return jnp.take_along_axis(array, index, axis=1)
 
     if segment_ids is not None:
-        before = jnp.broadcast_to(segment[:, None], (len(x), TAPS)).astype(segment_ids.dtype)
+        before = jnp.broadcast_to(segment[:, None], (x.shape[0], TAPS)).astype(segment_ids.dtype)
         ids = jnp.concatenate([before, segment_ids], axis=1)
         own_ids = jnp.concatenate([segment_ids, earlier(ids, 1)[:, -1:]], axis=1)
 

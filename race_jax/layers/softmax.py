@@ -156,6 +156,13 @@ def alibi_bias(num_heads: int, positions: jax.Array) -> jax.Array:
     return -slopes[None, :, None, None] * distance[:, None]
 
 
+# By name, how queries, keys and positions become queries, keys and the bias of the logits.
+POSITIONS = {
+    "rope": lambda query, key, at: (rotate(query, at), rotate(key, at), None),
+    "alibi": lambda query, key, at: (query, key, alibi_bias(query.shape[2], at)),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftmaxConfig:
     """Options of softmax attention, and the sizes of a layer.
@@ -173,7 +180,7 @@ class SoftmaxConfig:
         ValueError: an unknown implementation, or rotary positions of a head of odd width.
     """
 
-    POSITIONS: ClassVar[tuple[str, ...]] = ("rope", "alibi")
+    POSITIONS: ClassVar[tuple[str, ...]] = tuple(POSITIONS)
     LAYER_ONLY: ClassVar[tuple[str, ...]] = ()
     MODEL_DEFAULTS: ClassVar[dict[str, Any]] = {}
 
@@ -269,10 +276,8 @@ class SoftmaxAttention(nnx.Module):
         _refuse(None, state, False)
         query, key, value = self.query(x), self.key(x), self.value(x)
         bias = None
-        if self.config.positions == "rope":
-            query, key = rotate(query, positions), rotate(key, positions)
-        elif self.config.positions == "alibi":
-            bias = alibi_bias(self.config.num_heads, positions)
+        if self.config.positions in POSITIONS:
+            query, key, bias = POSITIONS[self.config.positions](query, key, positions)
         attended = softmax_attention(
             query,
             key,

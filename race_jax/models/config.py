@@ -8,8 +8,8 @@ import dataclasses
 from typing import Any
 
 from race_jax.layers import registry
+from race_jax.models.layers import POSITIONS
 
-POSITIONS = ("none", "learned", "rope", "alibi")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -128,8 +128,13 @@ class ModelConfig:
 
     def _validate_choices(self) -> None:
         _require_choice("attention", self.attention, tuple(registry.ATTENTIONS))
-        _require_choice("positions", self.positions, POSITIONS)
         _require_choice("dtype", self.dtype, DTYPES)
+        takes = *POSITIONS, *registry.find(self.attention).config_class.POSITIONS
+        if self.positions not in takes:
+            raise ValueError(
+                f"positions={self.positions!r} does not go with attention={self.attention!r}, "
+                f"which takes {', '.join(map(repr, takes))}."
+            )
 
 
 def _require_choice(name: str, value: object, choices: tuple) -> None:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from race_jax.models.heads import TransformerLM
 
@@ -118,7 +119,8 @@ def stream(
 
     Args:
         model: a causal language model.
-        prompt: shape (B, T) integers in [0, vocab), T at least 1.
+        prompt: shape (B, T) integers in [0, vocab), T at least 1. If its rows are sharded over a
+            mesh, each device continues its own rows.
         max_tokens: tokens to draw, at least 1.
         key_value_mask: shape (B, T) bool, True where there is a token: prompts of unequal length
             are padded left or right; each needs at least one token. None for no padding.
@@ -150,6 +152,7 @@ def stream(
         >>> len(list(tokens))
         4
     """
+    sharding = getattr(prompt, "sharding", None)
     prompt, mask = _checked_prompt(model, prompt, key_value_mask, max_tokens)
     stops = _checked_stops(model, stop_token)
     key = _checked_key(seed)
@@ -163,6 +166,8 @@ def stream(
         )
         count = room
     draw = _carry_state if model.trunk.carries_state else _read_again
+    if isinstance(sharding, NamedSharding):
+        prompt, mask = jax.device_put((prompt, mask), sharding)
     return _until_stopped(draw(model, prompt, mask, count, sampling, key), stops)
 
 

@@ -17,6 +17,10 @@ INIT_STD = 0.02  # of every table and kernel, as in GPT-2's code
 
 kernel_init = nnx.initializers.normal(INIT_STD)
 
+# The positions that every model can have, made by `TokenEmbedding`. Those that are part of an
+# attention are named by its record, for instance `SoftmaxConfig.POSITIONS`.
+POSITIONS = ("none", "learned")
+
 
 def token_positions(
     length: int,
