@@ -97,7 +97,11 @@ def make_eval_step(task: type[Task], graph: nnx.GraphDef, mesh: Mesh) -> EvalSte
         return task.score_sums(nnx.merge(graph, params, fixed), batch)
 
     batch_sums = sum_over_devices(device_sums, mesh)
-    return jax.jit(lambda params, fixed, batch: batch_sums(batch, params, fixed))
+
+    def score(params: nnx.State, fixed: nnx.State, batch: Batch):
+        return batch_sums(batch, params, fixed)
+
+    return jax.jit(score)
 
 
 def _accumulate(task, graph, params, fixed, batch, key, parts: int) -> tuple[Any, Any, Any]:

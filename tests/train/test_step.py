@@ -118,6 +118,7 @@ SEVERAL_DEVICES = """
     from race_jax.train import mesh as meshes
     from race_jax.train.step import make_eval_step, make_train_step
 
+    jax.config.update("jax_disable_most_optimizations", True)  # they take most of the time
     arrays = {}
     for devices, checked in ((1, True), (2, True), (4, True), (2, False)):
         meshes.checks_devices = lambda mesh: checked  # False is what GPUs use
