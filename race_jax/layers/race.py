@@ -398,8 +398,8 @@ class RACEAttention(nnx.Module):
         check_static(deterministic=deterministic)
         if deterministic is None:
             raise ValueError(
-                f"dropout_rate={self.config.dropout_rate} needs deterministic=True or False, in the call "
-                "or the constructor"
+                f"dropout_rate={self.config.dropout_rate} needs deterministic=True or False, in "
+                "the call or the constructor"
             )
         if deterministic:
             return None

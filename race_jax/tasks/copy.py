@@ -63,7 +63,9 @@ class Copy(Task):
         self.held_out = {"valid": batches(1).to_iter_dataset()}
         self.digests, self.record = {}, {}
         self.batch = shapes_of(batches(0)[0])
-        self.description = f"copy: {(length + 1) // 2} of {symbols} symbols, drawn from the seed"
+        self.description = (
+            f"copy: {(length + 1) // 2} symbols of {symbols} kinds, drawn from the seed"
+        )
 
     @staticmethod
     def make_model(config, record, rngs):

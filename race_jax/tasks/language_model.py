@@ -98,7 +98,7 @@ class LanguageModel(Task):
 
     @classmethod
     def loss_text(cls, loss):
-        """Says a training loss in nats and in bits."""
+        """Describes a training loss in nats and in bits."""
         return f"loss {loss:.4f} nats = {loss / math.log(2):.3f} bits a token"
 
     def metrics(self, split, sums):
@@ -109,7 +109,7 @@ class LanguageModel(Task):
         return evaluation_figures(sums["loss"], sums["weight"], num_bytes)
 
     def score_text(self, split, metrics):
-        """Says an evaluation in words; see the function `score_text`."""
+        """Describes an evaluation in words; see the function `score_text`."""
         return score_text(metrics, self._splits[split])
 
     def end_facts(self):
@@ -232,7 +232,7 @@ def xz_bits_per_byte(text: bytes) -> float:
 
 
 def score_text(record: dict[str, Any], held_out: HeldOut) -> str:
-    """Says an evaluation in words.
+    """Describes an evaluation in words.
 
     Args:
         record: the numbers that `evaluation_figures` returned.

@@ -108,7 +108,7 @@ class Task(abc.ABC):
 
     @classmethod
     def loss_text(cls, loss: float) -> str:
-        """Says a training loss in words."""
+        """Describes a training loss in words."""
         return f"loss {loss:.4f} {cls.loss_unit}"
 
     def metrics(self, split: str, sums: dict[str, float]) -> dict[str, float]:
@@ -116,7 +116,7 @@ class Task(abc.ABC):
         return {"loss": sums["loss"] / sums["weight"]}
 
     def score_text(self, split: str, metrics: dict[str, float]) -> str:
-        """Says an evaluation in words."""
+        """Describes an evaluation in words."""
         return ", ".join(f"{name} {metrics[name]:.4f}" for name in self.metric_names(metrics))
 
     @staticmethod

@@ -240,7 +240,7 @@ def _override(config: Config, words: Sequence[str]) -> Config:
 
 
 def _sentence(error: flags.Error) -> str:
-    """Says an error of absl. One about the value of a field is said in the words of our own."""
+    """Describes an error of absl. One about the value of a field gets the words of our own."""
     match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
     if match is None:
         return str(error)

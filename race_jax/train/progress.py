@@ -18,7 +18,7 @@ class Progress:
     Args:
         start: number of steps that were already taken.
         steps: number of steps of the whole run.
-        loss_text: a function that says a loss in words.
+        loss_text: a function that describes a loss in words.
         unit: what the speed counts, such as "tokens".
         terminal: whether to draw a bar; None asks whether standard error is a terminal.
     """

@@ -108,8 +108,7 @@ def make_eval_step(task: type[Task], graph: nnx.GraphDef, mesh: Mesh) -> EvalSte
     Source: beyond the paper.
     """
 
-    @jax.jit
-    def step(params: nnx.State, fixed: nnx.State, batch: Batch):
+    def score(params: nnx.State, fixed: nnx.State, batch: Batch):
         specs = parameter_specs(params, mesh)
 
         def device_sums(batch, params, fixed):
@@ -118,7 +117,7 @@ def make_eval_step(task: type[Task], graph: nnx.GraphDef, mesh: Mesh) -> EvalSte
         batch_sums = sum_over_devices(device_sums, mesh, specs=(specs, WHOLE), out_specs=WHOLE)
         return batch_sums(batch, params, fixed)
 
-    return step
+    return jax.jit(score)
 
 
 def _whole_model(graph, fixed, specs, params) -> nnx.Module:

@@ -66,7 +66,10 @@ def command(folder: pathlib.Path, run: str) -> list[str]:
 
 
 def start(folder: pathlib.Path, run: str) -> subprocess.Popen:
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return subprocess.Popen(
         command(folder, run),
         cwd=folder,

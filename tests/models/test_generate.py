@@ -70,11 +70,22 @@ def run(script, **options):
         script.main(["generate.py"])
 
 
-def test_the_command_line_writes_the_model_s_own_continuation(race_run):
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """The environment of the commands, which share their compiled programs."""
+    return {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def test_the_command_line_writes_the_model_s_own_continuation(race_run, environment):
     arguments = [f"--checkpoint={race_run}", "--prompt=é", "--max_tokens=9", "--greedy"]
     done = subprocess.run(
         [sys.executable, SCRIPT, *arguments],
-        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env=environment,
         capture_output=True,
         check=False,
     )
@@ -87,9 +98,8 @@ def test_the_command_line_writes_the_model_s_own_continuation(race_run):
     assert b" tokens/s" in done.stderr
 
 
-def test_a_reader_that_leaves_early_is_no_error(race_run):
+def test_a_reader_that_leaves_early_is_no_error(race_run, environment):
     command = [sys.executable, SCRIPT, f"--checkpoint={race_run}", "--prompt=ab"]
-    environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe) as run:
         assert run.stdout.read(2) == b"ab"

@@ -55,7 +55,7 @@ def test_a_run_says_what_it_is_and_leaves_its_traces(config, capsys):
     config.run.eval_every = 6
     config.run.eval_batches = 1
     config.language_model.compare_xz = True
-    config.language_model.sample_length = 20
+    config.language_model.sample_length = 4
     config.language_model.sample_prompt = "the "
     result = train(config)
     assert (result.step, result.stopped) == (12, None)
@@ -75,7 +75,7 @@ def test_a_run_says_what_it_is_and_leaves_its_traces(config, capsys):
         "held out   ",
         "xz -9e     ",
         "loss.png",
-        "20 tokens after 'the '",
+        "4 tokens after 'the '",
         "scripts/generate.py --checkpoint",
         "compiled   the training step in ",
     ):
