@@ -33,7 +33,7 @@ SOURCES = {
     "core.sequence": "core.masking",
     "core.dispatch": "",
     "core.implementations": "core.dispatch core.passes core.sequence",
-    "core.linear": "core.masking core.state",
+    "core.linear": "core.state core.shards",
     "core.checks": "core.hashing core.masking core.state",
     "core.shards": "",
     "core.attention": "core.implementations core.checks core.shards",

@@ -118,17 +118,9 @@ def race_layer(
             x_q = masking.select_tokens(x_q, mask)
         taps = None
         if settings.short_conv:
-            masking.check_segment_ids(segment_ids, (batch, length), mask)
             before = init_state(settings, batch) if state is None else state
-            x_q, taps = short_convolution(
-                x_k,
-                params["conv_kernel"],
-                taps=before.taps,
-                segment=before.race.segment,
-                mask=mask,
-                segment_ids=segment_ids,
-                axis_name=axis_name,
-            )
+            kernel = params["conv_kernel"]
+            x_q, taps = _convolve(x_k, kernel, before, mask, segment_ids, axis_name)
             x_k = x_v = x_q
 
     def project(columns):
@@ -159,6 +151,27 @@ def race_layer(
         out = _project(heads, "out", params, settings)
         out = _dropout(out, settings.dropout_rate, dropout_key)
     return out if state is None else (out, LayerState(race, taps))
+
+
+def _convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    before: LayerState,
+    mask: jax.Array | None,
+    segment_ids: jax.Array | None,
+    axis_name: Axis | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the convolved inputs, and the taps after the call."""
+    masking.check_segment_ids(segment_ids, x.shape[:2], mask)
+    return short_convolution(
+        x,
+        kernel,
+        taps=before.taps,
+        segment=before.race.segment,
+        mask=mask,
+        segment_ids=segment_ids,
+        axis_name=axis_name,
+    )
 
 
 def check_static(**flags: Any) -> None:

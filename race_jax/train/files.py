@@ -28,6 +28,7 @@ except ImportError:  # Windows has no such locks, so two runs in one folder are 
 FREE_FIELDS = frozenset(
     f"config.{name}"
     for name in "model.implementation model.remat data.root data.num_workers mesh.data "
+    "mesh.seq mesh.fsdp "
     "run.directory run.max_seconds run.log_every run.eval_every run.eval_batches "
     "run.checkpoint_every run.keep_checkpoints run.tensorboard run.compilation_cache".split()
 )

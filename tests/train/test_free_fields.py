@@ -51,6 +51,10 @@ CHANGES = {
 }
 
 
+# These need several devices: tests/devices/test_training.py tries them.
+ELSEWHERE = ["config.mesh.seq", "config.mesh.fsdp"]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The folder of a run that was stopped, and the losses of one that was not."""
@@ -86,6 +90,7 @@ def losses(directory: pathlib.Path) -> list[float]:
 
 def test_every_free_field_is_tried():
     names = [f"config.{name}" for values, _ in CHANGES.values() for name in values]
+    names += ELSEWHERE
     task = TASKS[Config().task].free_fields
     assert sorted(names) == sorted([*FREE_FIELDS, *(f"config.{Config().task}.{n}" for n in task)])
 
