@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from race_jax.streaming import step as one
+from race_jax.streaming import step
 from race_jax.streaming.segments import read_ahead
 from race_jax.streaming.step import Step, ValueAndGrad
 
@@ -56,7 +56,7 @@ def host_fold(
 
     Source: beyond the paper.
     """
-    forward = jax.jit(functools.partial(one.advance, f))
+    forward = jax.jit(functools.partial(step.advance, f))
 
     def run(params: Any, state: Any, segments: Any) -> tuple[Any, Any]:
         params, state = jax.tree.map(jnp.asarray, (params, state))
@@ -118,21 +118,21 @@ def host_value_and_grad(
     Source: as `value_and_grad`.
     """
     if group_size is not None:
-        one.check_at_least_one("group_size", group_size)
-    forward = jax.jit(functools.partial(one.advance, f))
-    backward = jax.jit(functools.partial(one.pull_back, f), donate_argnums=(3, 4))
+        step.check_at_least_one("group_size", group_size)
+    forward = jax.jit(functools.partial(step.advance, f))
+    backward = jax.jit(functools.partial(step.pull_back, f), donate_argnums=(3, 4))
 
     def run(params: Any, state: Any, segments: Any, d_state: Any = None) -> ValueAndGrad:
         params, state = jax.tree.map(jnp.asarray, (params, state))
-        one.check_arguments(params, d_state, truncated)
-        grads = one.zeros(params)
+        step.check_arguments(params, d_state, truncated)
+        grads = step.zeros(params)
         if truncated:
             walk = _Walk(segments, [*range(len(segments))], place, progress)
             for segment in walk:
                 state, sums, _, grads = backward(params, state, segment, None, grads)
                 walk.computed(sums)
-            return one.collect(walk.totals(), state, params, grads, one.no_gradient(state))
-        groups = one.groups(len(segments), group_size)
+            return step.collect(walk.totals(), state, params, grads, step.no_gradient(state))
+        groups = step.groups(len(segments), group_size)
         order = [*range(len(segments))]
         for group in reversed(groups):
             order += [*group[:-1], *reversed(group)]
@@ -143,7 +143,7 @@ def host_value_and_grad(
             for _ in group:
                 state, sums = forward(params, state, next(walk))
                 walk.computed(sums)
-        d_floats = one.final_gradient(state, d_state)
+        d_floats = step.final_gradient(state, d_state)
         for group in reversed(groups):
             states = [jax.tree.map(_placed_like, kept.pop(), state)]
             for _ in group[:-1]:
@@ -154,7 +154,7 @@ def host_value_and_grad(
                 before = states.pop()
                 _, sums, d_floats, grads = backward(params, before, next(walk), d_floats, grads)
                 walk.computed(sums)
-        return one.collect(walk.totals(), state, params, grads, d_floats)
+        return step.collect(walk.totals(), state, params, grads, d_floats)
 
     return run
 

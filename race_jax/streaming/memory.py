@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from race_jax.streaming import step as one
+from race_jax.streaming import step
 from race_jax.streaming.step import Running, Step, ValueAndGrad
 
 LONGEST = 2**31 - 1  # tokens; compiled loops count in int32
@@ -60,7 +60,7 @@ def fold(f: Step, *, segment_length: int, axis: int = 1) -> Callable[..., tuple[
 
     Source: beyond the paper.
     """
-    one.check_at_least_one("segment_length", segment_length)
+    step.check_at_least_one("segment_length", segment_length)
 
     def run(params: Any, state: Any, sequence: Any) -> tuple[Any, Any]:
         params, state, sequence = jax.tree.map(jnp.asarray, (params, state, sequence))
@@ -72,7 +72,7 @@ def fold(f: Step, *, segment_length: int, axis: int = 1) -> Callable[..., tuple[
         if cut.rest:
             carry = read(cut.last(), carry)
         state, sums = carry
-        return state, one.rounded(sums)
+        return state, step.rounded(sums)
 
     return run
 
@@ -129,8 +129,8 @@ def value_and_grad(
       ...     nats = -jnp.take_along_axis(log_p, segment["targets"][..., None], axis=-1).sum()
       ...     weight = segment["targets"].size
       ...     return count + weight, (nats, weight)
-      >>> step = jax.jit(streaming.value_and_grad(f, segment_length=4))
-      >>> got = step(jnp.zeros((3, 3)), 0, sequence)
+      >>> run = jax.jit(streaming.value_and_grad(f, segment_length=4))
+      >>> got = run(jnp.zeros((3, 3)), 0, sequence)
       >>> nats, weight = got.sums
       >>> print(f"{nats / weight:.4f} nats a token, {jnp.log(3):.4f} expected")
       1.0986 nats a token, 1.0986 expected
@@ -138,27 +138,27 @@ def value_and_grad(
       (3, 3)
 
     Source: beyond the paper. Exact gradients over segments of linear attention are in Sequence
-    Accumulation (AAAI 2025); keeping states in two levels is Griewank and Walther 2000.
+    Accumulation (Sun et al., AAAI 2025); keeping states in two levels is Chen et al. 2016.
     """
-    one.check_at_least_one("segment_length", segment_length)
+    step.check_at_least_one("segment_length", segment_length)
     if group_size is not None:
-        one.check_at_least_one("group_size", group_size)
+        step.check_at_least_one("group_size", group_size)
 
     def run(params: Any, state: Any, sequence: Any, d_state: Any = None) -> ValueAndGrad:
         params, state, sequence = jax.tree.map(jnp.asarray, (params, state, sequence))
-        one.check_arguments(params, d_state, truncated)
+        step.check_arguments(params, d_state, truncated)
         cut = _Cut(sequence, segment_length, axis)
-        sums, grads = _no_sums(f, params, state, cut), one.zeros(params)
+        sums, grads = _no_sums(f, params, state, cut), step.zeros(params)
         if truncated:
             state, sums, grads = _in_one_pass(f, params, cut, state, sums, grads)
-            d_floats = one.no_gradient(state)
+            d_floats = step.no_gradient(state)
         else:
-            groups = one.groups(cut.full, group_size)
-            d_floats = one.final_gradient(state, d_state)
+            groups = step.groups(cut.full, group_size)
+            d_floats = step.final_gradient(state, d_state)
             state, sums, d_floats, grads = _there_and_back(
                 f, params, cut, groups, state, sums, d_floats, grads
             )
-        return one.collect(one.rounded(sums), state, params, grads, d_floats)
+        return step.collect(step.rounded(sums), state, params, grads, d_floats)
 
     return run
 
@@ -167,7 +167,7 @@ class _Cut:
     """A sequence in memory, cut into `full` segments of one length and one that has the rest."""
 
     def __init__(self, sequence: Any, segment_length: int, axis: int):
-        length = one.common_length(sequence, axis)
+        length = step.common_length(sequence, axis)
         if length > LONGEST:
             raise ValueError(
                 f"a sequence in memory may have {LONGEST} tokens, got {length}; keep it on the "
@@ -200,14 +200,14 @@ class _Cut:
 
 def _no_sums(f: Step, params: Any, state: Any, cut: _Cut) -> Running:
     """Returns totals of zero for the sums of ``f``."""
-    return one.zeros(jax.eval_shape(lambda: one.advance(f, params, state, cut.first()))[1])
+    return step.zeros(jax.eval_shape(lambda: step.advance(f, params, state, cut.first()))[1])
 
 
 def _read(f: Step, params: Any, segment: Any, carry: tuple) -> tuple:
     """Carries a state and totals over one segment."""
     state, sums = carry
-    state, new = one.advance(f, params, state, segment)
-    return state, one.add(sums, new)
+    state, new = step.advance(f, params, state, segment)
+    return state, step.add(sums, new)
 
 
 def _in_one_pass(f: Step, params: Any, cut: _Cut, state: Any, sums: Running, grads: Running):
@@ -215,8 +215,8 @@ def _in_one_pass(f: Step, params: Any, cut: _Cut, state: Any, sums: Running, gra
 
     def read(segment: Any, carry: tuple) -> tuple:
         state, sums, grads = carry
-        state, new, _, grads = one.pull_back(f, params, state, segment, None, grads)
-        return state, one.add(sums, new), grads
+        state, new, _, grads = step.pull_back(f, params, state, segment, None, grads)
+        return state, step.add(sums, new), grads
 
     carry = state, sums, grads
     if cut.full:
@@ -251,12 +251,12 @@ def _there_and_back(
 
         def again(i: jax.Array, carry: tuple) -> tuple:
             inner, state = carry
-            state, _ = one.advance(f, params, state, cut[i])
+            state, _ = step.advance(f, params, state, cut[i])
             return _put(inner, i + 1 - first, state), state
 
         def pull(i: jax.Array, carry: tuple) -> tuple:
             before = _get(inner, i - first)
-            return one.pull_back(f, params, before, cut[i], *carry)[2:]
+            return step.pull_back(f, params, before, cut[i], *carry)[2:]
 
         start = _get(kept, k)
         inner, _ = jax.lax.fori_loop(first, stop - 1, again, (_room(start, size), start))
@@ -267,8 +267,8 @@ def _there_and_back(
             0, len(groups), forward, (_room(state, len(groups)), (state, sums))
         )
     if cut.rest:
-        state, new, d_floats, grads = one.pull_back(f, params, state, cut.last(), d_floats, grads)
-        sums = one.add(sums, new)
+        state, new, d_floats, grads = step.pull_back(f, params, state, cut.last(), d_floats, grads)
+        sums = step.add(sums, new)
     if groups:
         d_floats, grads = jax.lax.fori_loop(
             0,

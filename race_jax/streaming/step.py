@@ -114,8 +114,12 @@ def add(running: Running, new: Any) -> Running:
 
 
 def rounded(running: Running) -> Any:
-    """Returns the totals as numbers."""
-    return jax.tree.map(jnp.add, running.total, running.lost)
+    """Returns the totals as numbers; one that is infinite stays so."""
+
+    def number(total: jax.Array, lost: jax.Array) -> jax.Array:
+        return jnp.where(jnp.isfinite(lost), total + lost, total)
+
+    return jax.tree.map(number, running.total, running.lost)
 
 
 def collect(
@@ -155,7 +159,7 @@ def final_gradient(state: Any, d_state: Any) -> list[jax.Array]:
             "d_state must be like the state, with floating-point leaves of shapes "
             f"{[x.shape for x in want]}; got {[np.shape(x) for x in given]}"
         )
-    return [jnp.array(x, state_leaf.dtype) for x, state_leaf in zip(given, want, strict=True)]
+    return [jnp.array(x, like.dtype) for x, like in zip(given, want, strict=True)]
 
 
 def groups(count: int, group_size: int | None) -> list[range]:

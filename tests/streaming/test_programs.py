@@ -29,6 +29,17 @@ def test_sums_and_gradients_grow_correctly_to_a_billion_tokens(truncated):
     assert abs(float(plain) / (one * STEPS) - 1) > 1e-6  # so the toy can tell
 
 
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_a_sum_that_is_not_finite_stays_what_it_is(bad):
+    x = np.ones((1, 6), np.float32)
+    x[0, 2] = bad
+    for got in (
+        in_memory(scaled, 2)(2.0, (), x).sums,
+        streaming.fold(scaled, segment_length=2)(2.0, (), x)[1],
+    ):
+        np.testing.assert_array_equal(got, bad)
+
+
 def test_gradients_of_bfloat16_parameters_are_accumulated_in_float32():
     scale = jnp.bfloat16(0.5)
     f = lambda scale, state, x: (state, (scale.astype(jnp.float32) * x).sum())  # noqa: E731
