@@ -96,6 +96,24 @@ class LanguageModel(Task):
         table = model.embedding[...]
         return chunked_cross_entropy(hidden, table, batch["targets"], batch["weights"])
 
+    @staticmethod
+    def init_state(model, batch):
+        """Returns the state of the model before any token."""
+        return model.init_state(len(batch["inputs"]))
+
+    @staticmethod
+    def segment_sums(model, segment, state, rngs):
+        """Computes the nats of the next tokens of one segment, and their number."""
+        hidden, state = model.hidden(
+            segment["inputs"],
+            segment_ids=segment.get("segment_ids"),
+            state=state,
+            deterministic=rngs is None,
+            rngs=rngs,
+        )
+        table = model.embedding[...]
+        return state, chunked_cross_entropy(hidden, table, segment["targets"], segment["weights"])
+
     @classmethod
     def loss_text(cls, loss):
         """Describes a training loss in nats and in bits."""

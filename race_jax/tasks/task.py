@@ -100,6 +100,32 @@ class Task(abc.ABC):
             The weighted sum of the losses and the sum of the weights, float32 scalars.
         """
 
+    @staticmethod
+    def init_state(model: nnx.Module, batch: Batch) -> Any:
+        """Returns the state before the first token of a batch, which `segment_sums` carries on.
+
+        Raises:
+            NotImplementedError: the task, or its model, reads whole sequences only.
+        """
+        raise NotImplementedError("this task reads whole sequences only")
+
+    @staticmethod
+    def segment_sums(
+        model: nnx.Module, segment: Batch, state: Any, rngs: nnx.Rngs | None
+    ) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        """Computes what one segment of the sequences of a batch adds to the loss.
+
+        Args:
+            model: the model of `make_model`.
+            segment: the next tokens of every sequence of a batch.
+            state: the state after the tokens before them.
+            rngs: as for `loss_sums`.
+
+        Returns:
+            The state after the segment, and what `loss_sums` returns.
+        """
+        raise NotImplementedError("this task reads whole sequences only")
+
     @classmethod
     def score_sums(cls, model: nnx.Module, batch: Batch) -> dict[str, jax.Array]:
         """Computes the sums that a batch adds to an evaluation, by name."""

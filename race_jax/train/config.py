@@ -34,6 +34,11 @@ class OptimizerConfig:
         clip_norm: the largest global norm of the gradient; None does not clip.
         accumulation_steps: number of parts that a batch is split into. They are computed one after
             another, to save memory.
+        segment_length: tokens that are read at a time, for sequences that are too long for the
+            memory. The state of the model is carried from segment to segment, and the gradient is
+            exact. None reads sequences whole.
+        truncate_gradient: whether the gradient stops at the borders of segments. This is faster,
+            and not exact.
     """
 
     learning_rate: float = 1e-3
@@ -46,6 +51,8 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
     accumulation_steps: int = 1
+    segment_length: int | None = None
+    truncate_gradient: bool = False
 
     def validate(self) -> None:
         """Checks the fields.
@@ -66,6 +73,12 @@ class OptimizerConfig:
                     f"config.optimizer.{name} must lie in [0, 1), got {getattr(self, name)}"
                 )
         at_least("config.optimizer.accumulation_steps", self.accumulation_steps, 1)
+        if self.segment_length is not None:
+            at_least("config.optimizer.segment_length", self.segment_length, 1)
+        elif self.truncate_gradient:
+            raise ValueError(
+                "config.optimizer.truncate_gradient needs config.optimizer.segment_length"
+            )
         if self.end_learning_rate > self.learning_rate:
             raise ValueError(
                 "config.optimizer.end_learning_rate must not exceed learning_rate "
@@ -221,6 +234,12 @@ class Config:
         if length % seq:
             raise ValueError(
                 f"config.mesh.seq must divide config.data.sequence_length {length}, got {seq}"
+            )
+        segment = self.optimizer.segment_length
+        if segment is not None and (segment % seq or length % segment):
+            raise ValueError(
+                f"config.optimizer.segment_length must be a multiple of config.mesh.seq {seq} and "
+                f"divide config.data.sequence_length {length}, got {segment}"
             )
         if not splits_sequences(self.model.attention):
             raise ValueError(

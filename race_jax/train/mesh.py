@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -125,8 +126,29 @@ def put_parameters(mesh: Mesh, parameters: Any) -> Any:
     return jax.tree.map(place, parameters, parameter_specs(parameters, mesh))
 
 
-def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
-    """Spreads a batch of host arrays (B, T, ...) over the devices."""
+def put_batch(
+    mesh: Mesh, batch: dict[str, Any], segment_length: int | None = None
+) -> dict[str, jax.Array]:
+    """Spreads a batch of host arrays (B, T, ...) over the devices.
+
+    If sequences are read segment by segment, every device of the axis "seq" gets its stretch of
+    every segment, one after the other.
+
+    Args:
+        mesh: the mesh of the run.
+        batch: the arrays.
+        segment_length: number of tokens of a segment on all devices together, or None.
+    """
+    devices = mesh.shape[SEQ]
+    if segment_length is not None and devices > 1:
+
+        def by_device(x: np.ndarray) -> np.ndarray:
+            stretch = segment_length // devices
+            x = np.asarray(x)
+            parts = x.reshape(x.shape[0], -1, devices, stretch, *x.shape[2:])
+            return np.moveaxis(parts, 2, 1).reshape(x.shape)
+
+        batch = jax.tree.map(by_device, batch)
     return jax.device_put(batch, batch_sharding(mesh))
 
 

@@ -5,6 +5,7 @@ step is that of the mean loss over the whole batch:
 g = (sum over devices and parts of the gradients of the loss sums) / (sum of all weights).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from race_jax import streaming
 from race_jax.tasks.task import Task
 from race_jax.train.mesh import (
     AXES,
@@ -27,6 +29,21 @@ from race_jax.train.mesh import (
 from race_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """How the sequences of a batch are read, segment by segment (`race_jax.streaming`).
+
+    Attributes:
+        length: number of tokens of a segment on one device.
+        truncated: whether the gradient stops at the borders of segments.
+    """
+
+    length: int
+    truncated: bool = False
+
+
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 EvalStep = Callable[[nnx.State, nnx.State, Batch], dict[str, jax.Array]]
 
@@ -39,6 +56,7 @@ def make_train_step(
     mesh: Mesh,
     *,
     accumulation_steps: int = 1,
+    segments: Segments | None = None,
 ) -> TrainStep:
     """Makes a jitted step `(state, batch, key) -> (state, metrics)` that donates its state.
 
@@ -53,6 +71,7 @@ def make_train_step(
         schedule: the learning rate by step that `optimizer` uses. It is only reported.
         mesh: the mesh of the run.
         accumulation_steps: number of parts that a device's share is split into.
+        segments: how sequences are read, segment by segment; None reads them whole.
 
     Returns:
         The step. It takes the run's own key. Dropout uses that key folded with step, device and
@@ -68,7 +87,7 @@ def make_train_step(
         def device_sums(batch, params, fixed, key):
             key = jax.random.fold_in(key, jax.lax.axis_index(AXES))
             model = functools.partial(_whole_model, graph, fixed, specs)
-            return _accumulate(task, model, params, batch, key, accumulation_steps)
+            return _accumulate(task, model, params, batch, key, accumulation_steps, segments)
 
         batch_sums = sum_over_devices(
             device_sums,
@@ -94,13 +113,16 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def make_eval_step(task: type[Task], graph: nnx.GraphDef, mesh: Mesh) -> EvalStep:
+def make_eval_step(
+    task: type[Task], graph: nnx.GraphDef, mesh: Mesh, segments: Segments | None = None
+) -> EvalStep:
     """Makes a jitted step `(params, fixed, batch) -> sums` that scores a whole batch.
 
     Args:
         task: the task that is trained.
         graph: the model's graph definition.
         mesh: the mesh of the run.
+        segments: as for `make_train_step`. The scores are then the loss and the weight only.
 
     Returns:
         The step. It changes nothing and applies no dropout.
@@ -112,7 +134,12 @@ def make_eval_step(task: type[Task], graph: nnx.GraphDef, mesh: Mesh) -> EvalSte
         specs = parameter_specs(params, mesh)
 
         def device_sums(batch, params, fixed):
-            return task.score_sums(_whole_model(graph, fixed, specs, params), batch)
+            model = functools.partial(_whole_model, graph, fixed, specs)
+            if segments is None:
+                return task.score_sums(model(params), batch)
+            run = streaming.fold(_segment_sums(task, model, None), segment_length=segments.length)
+            _, (loss, weight) = run(params, _before(task, model, params, batch), batch)
+            return {"loss": loss, "weight": weight}
 
         batch_sums = sum_over_devices(device_sums, mesh, specs=(specs, WHOLE), out_specs=WHOLE)
         return batch_sums(batch, params, fixed)
@@ -125,13 +152,18 @@ def _whole_model(graph, fixed, specs, params) -> nnx.Module:
     return nnx.merge(graph, gather(params, specs), fixed)
 
 
-def _accumulate(task, model, params, batch, key, parts: int) -> tuple[Any, Any, Any]:
+def _accumulate(
+    task, model, params, batch, key, parts: int, segments: Segments | None
+) -> tuple[Any, Any, Any]:
     """Returns the sums of losses, weights and gradients over the parts of one device's share."""
 
     def part_sums(part, index):
+        part_key = jax.random.fold_in(key, index)
+        if segments is not None:
+            return per_device(_streamed(task, model, params, part, part_key, segments))
+
         def loss(params):
-            rngs = nnx.Rngs(dropout=jax.random.fold_in(key, index))
-            return task.loss_sums(model(params), part, rngs)
+            return task.loss_sums(model(params), part, nnx.Rngs(dropout=part_key))
 
         (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return per_device((total, weight, grads))
@@ -145,3 +177,31 @@ def _accumulate(task, model, params, batch, key, parts: int) -> tuple[Any, Any, 
         return jax.tree.map(jnp.add, sums, part_sums(*share)), None
 
     return jax.lax.scan(add, zeros, (shares, jnp.arange(parts)))[0]
+
+
+def _streamed(task, model, params, batch, key, segments: Segments) -> tuple[Any, Any, Any]:
+    """Returns the same sums for one part, whose sequences are read segment by segment."""
+    run = streaming.value_and_grad(
+        _segment_sums(task, model, key),
+        segment_length=segments.length,
+        truncated=segments.truncated,
+    )
+    found = run(params, _before(task, model, params, batch), batch)
+    return *found.sums, found.d_params
+
+
+def _before(task, model, params, batch) -> tuple[jax.Array, Any]:
+    """Returns what `_segment_sums` carries: the number of segments read, and the task's state."""
+    return per_device((jnp.zeros((), jnp.int32), task.init_state(model(params), batch)))
+
+
+def _segment_sums(task, model, key) -> Callable:
+    """Returns the function of one segment; `key` is that of dropout, or None for no dropout."""
+
+    def sums(params, carry, segment):
+        count, state = carry
+        rngs = None if key is None else nnx.Rngs(dropout=jax.random.fold_in(key, count))
+        state, (loss, weight) = task.segment_sums(model(params), segment, state, rngs)
+        return per_device((count + 1, state)), per_device((loss, weight))
+
+    return sums

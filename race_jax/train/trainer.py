@@ -19,6 +19,7 @@ from race_jax.train.config import Config
 from race_jax.train.console import decorate, say
 from race_jax.train.files import check_space, claim
 from race_jax.train.mesh import (
+    SEQ,
     batch_sharding,
     make_mesh,
     on_every_device,
@@ -29,7 +30,7 @@ from race_jax.train.optimizer import make_optimizer, make_schedule
 from race_jax.train.plot import plot_losses
 from race_jax.train.progress import Progress
 from race_jax.train.state import init_state
-from race_jax.train.step import make_eval_step, make_train_step
+from race_jax.train.step import Segments, make_eval_step, make_train_step
 
 
 class Trainer:
@@ -81,7 +82,7 @@ class Trainer:
             )
             self._pending: list[tuple[int, dict[str, jax.Array]]] = []
             self._key = jax.device_put(jax.random.key(config.run.seed), on_every_device(self._mesh))
-            self._eval_step = make_eval_step(type(task), self._graph, self._mesh)
+            self._eval_step = make_eval_step(type(task), self._graph, self._mesh, self._segments())
             self._train_step = self._compile(optimizer)
             self._progress = opened.enter_context(
                 contextlib.closing(
@@ -243,6 +244,7 @@ class Trainer:
             make_schedule(self._config.optimizer, self._config.run.steps),
             self._mesh,
             accumulation_steps=self._config.optimizer.accumulation_steps,
+            segments=self._segments(),
         )
         spread = batch_sharding(self._mesh)
         batch = {
@@ -256,9 +258,17 @@ class Trainer:
         say("\n".join(report.compiled_lines(compiled, seconds, cache)))
         return compiled
 
+    def _segments(self) -> Segments | None:
+        """Returns how sequences are read, or None if they are read whole."""
+        options = self._config.optimizer
+        if options.segment_length is None:
+            return None
+        length = min(options.segment_length, self._config.data.sequence_length)
+        return Segments(length // self._mesh.shape[SEQ], options.truncate_gradient)
+
     def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Moves a batch to the devices."""
-        return put_batch(self._mesh, batch)
+        return put_batch(self._mesh, batch, self._config.optimizer.segment_length)
 
     def _score(
         self,

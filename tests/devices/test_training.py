@@ -10,37 +10,52 @@ import pytest
 from race_jax.tasks.language_model import LanguageModel
 from race_jax.train import mesh
 from race_jax.train.loop import train
+from race_jax.train.mesh import put_batch
 from race_jax.train.metrics import read_records
 from race_jax.train.optimizer import make_schedule
-from race_jax.train.step import make_eval_step, make_train_step
+from race_jax.train.step import Segments, make_eval_step, make_train_step
 from race_jax.train.trainer import Trainer
 from tests.train.small import small_config, small_parts
 
-MESHES = {"seq": (1, 4, 1), "fsdp": (1, 1, 4), "data x seq x fsdp": (2, 2, 2)}
+# Sizes of the axes, and the length of segments of the sequences of 24 tokens.
+MESHES = {
+    "seq": ((1, 4, 1), None),
+    "fsdp": ((1, 1, 4), None),
+    "data x seq x fsdp": ((2, 2, 2), None),
+    "streamed": ((2, 1, 1), 10),
+    "streamed, data x seq x fsdp": ((2, 2, 2), 8),
+}
 
 
-def run_steps(sizes, steps=3):
+def run_steps(sizes, segment_length=None, steps=3):
     """The metrics of a few steps and of an evaluation, and the parameters after them."""
     config = small_config()
     config.run.batch_size = 4
     config.model.race.short_conv = True
     config.model.race.forget_gate = "data"
     config.mesh.data, config.mesh.seq, config.mesh.fsdp = sizes
+    config.optimizer.segment_length = segment_length
     devices, optimizer, graph, state, batch = small_parts(config)
+    segments = None
+    if segment_length is not None:
+        batch = put_batch(devices, jax.device_get(batch), segment_length)
+        segments = Segments(segment_length // sizes[1])
     schedule = make_schedule(config.optimizer, config.run.steps)
-    step = make_train_step(LanguageModel, graph, optimizer, schedule, devices)
+    step = make_train_step(LanguageModel, graph, optimizer, schedule, devices, segments=segments)
     metrics = []
     for _ in range(steps):
         state, measured = step(state, batch, jax.random.key(0))
         metrics.append(jax.device_get(measured))
-    scores = make_eval_step(LanguageModel, graph, devices)(state.params, state.fixed, batch)
+    scores = make_eval_step(LanguageModel, graph, devices, segments)(
+        state.params, state.fixed, batch
+    )
     return metrics, jax.device_get(scores), state
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_steps_are_those_of_one_device(name, monkeypatch, assert_close):
     monkeypatch.setattr(mesh, "LEAST_SHARDED", 64)
-    metrics, scores, state = run_steps(MESHES[name])
+    metrics, scores, state = run_steps(*MESHES[name])
     wanted, wanted_scores, one = run_steps((1, 1, 1))
     # The optimizer's means of gradients are linear in them. Parameters are not: Adam divides.
     got, want = jax.device_get((state.opt_state, one.opt_state))
@@ -48,7 +63,7 @@ def test_steps_are_those_of_one_device(name, monkeypatch, assert_close):
     assert_close("scores", scores, wanted_scores, kind="outputs")
     assert_close("optimizer", got, want, kind="gradients")
     spread = [x for x in jax.tree.leaves(state.params) if not x.sharding.is_fully_replicated]
-    assert bool(spread) == (MESHES[name][2] > 1)
+    assert bool(spread) == (MESHES[name][0][2] > 1)
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path, assert_close):
