@@ -263,6 +263,13 @@ class Trainer:
         options = self._config.optimizer
         if options.segment_length is None:
             return None
+        try:
+            model = nnx.merge(self._graph, self._state.params, self._state.fixed)
+            jax.eval_shape(lambda: self._task.init_state(model, self._task.batch))
+        except NotImplementedError as error:
+            raise ValueError(
+                f"config.optimizer.segment_length needs a state that is carried on: {error}"
+            ) from None
         length = min(options.segment_length, self._config.data.sequence_length)
         return Segments(length // self._mesh.shape[SEQ], options.truncate_gradient)
 
