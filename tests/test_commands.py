@@ -111,6 +111,7 @@ def test_every_command_of_the_pages_runs_in_order(copy):
         "PYTHONPATH": str(copy),
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(copy / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     found = [command for page in PAGES for command in shell_commands(page.read_text("utf-8"))]
     found.insert(1, 'make train ARGS="--config.run.steps=3"')  # stands in the README's prose

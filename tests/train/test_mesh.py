@@ -1,6 +1,10 @@
 """A run takes the devices that it needs, and says when it cannot have them."""
 
+from types import SimpleNamespace
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -43,3 +47,23 @@ def test_batches_are_spread_and_parameters_are_not():
     assert meshes.on_every_device(mesh).spec == P()
     batch = meshes.put_batch(mesh, small_batch())
     assert all(array.sharding.spec == P(("data", "fsdp"), "seq") for array in batch.values())
+
+
+@pytest.mark.parametrize(("platform", "checks"), [("cpu", True), ("gpu", False), ("tpu", True)])
+def test_only_gpus_do_without_the_check_of_devices(platform, checks):
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+    assert meshes.checks_devices(mesh) is checks
+
+
+@pytest.mark.parametrize("checks", [True, False])
+def test_gradients_and_constants_are_summed(checks, monkeypatch, assert_close):
+    """A result need not depend on the batch, and is still added up over devices."""
+    monkeypatch.setattr(meshes, "checks_devices", lambda mesh: checks)
+    mesh = meshes.make_mesh(small_config())
+
+    def sums(batch, scale):
+        return jax.grad(lambda scale: jnp.sum(scale * batch))(scale), jnp.ones(())
+
+    run = meshes.sum_over_devices(sums, mesh, specs=(P(),), out_specs=P())
+    got = jax.jit(run)(jnp.arange(4.0)[:, None], jnp.ones(()))
+    assert_close("sums", got, (jnp.float32(6.0), jnp.float32(mesh.size)), kind="rerun")
