@@ -30,7 +30,7 @@ SOURCES = {
     "core.xla": "core.hashing core.masking core.state",
     "core.dispatch": "",
     "core.implementations": "core.dispatch core.xla",
-    "core.linear": "core.masking core.state",
+    "core.linear": "core.masking core.state core.shards",
     "core.checks": "core.hashing core.masking core.state",
     "core.shards": "",
     "core.attention": "core.implementations core.checks core.shards",
