@@ -37,9 +37,9 @@ def documents(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Arr
     """Random documents, their masks and their labels."""
     text_key, length_key, label_key = jax.random.split(key, 3)
     labels = jax.random.randint(label_key, (count,), 0, 2)
-    favourite = jnp.where(labels == 1, 1, 2)[:, None]
+    favorite = jnp.where(labels == 1, 1, 2)[:, None]
     tokens = jax.random.randint(text_key, (count, LENGTH), 1, VOCABULARY)
-    tokens = jnp.where(tokens == VOCABULARY - 1, favourite, tokens)
+    tokens = jnp.where(tokens == VOCABULARY - 1, favorite, tokens)
     lengths = jax.random.randint(length_key, (count, 1), LENGTH // 8, LENGTH + 1)
     mask = jnp.arange(LENGTH) < lengths
     return jnp.where(mask, tokens, 0), mask, labels

@@ -1,4 +1,4 @@
-"""The layer for Flax Linen, under the name that users import: `race_jax.linen.RACEAttention`."""
+"""The layer for Flax Linen, which users import as `race_jax.linen.RACEAttention`."""
 
 from race_jax.layers.race_linen import RACEAttention
 

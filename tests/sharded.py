@@ -6,12 +6,9 @@ This file runs in a Python of its own, because the number of devices is fixed at
 import functools
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 import race_jax
-from race_jax.models import ModelConfig, TransformerLM
 from tests.conftest import compare
 from tests.problems import STATE_FIELDS, evaluate, make_problem
 
@@ -79,30 +76,8 @@ def on_explicit_mesh(axis, query, key, value, planes, *, initial_state, return_s
     return jax.sharding.reshard((out, state), PartitionSpec())
 
 
-def language_model() -> None:
-    """A small language model whose rows lie over an Explicit mesh, forward and gradient."""
-    own = {"num_tables": 2, "num_planes": 2, "short_conv": True, "output_gate": True}
-    config = ModelConfig(num_layers=2, width=16, num_heads=2, race=own)
-    model = TransformerLM(config, vocab_size=20, rngs=nnx.Rngs(0))
-    graph, params, fixed = nnx.split(model, nnx.Param, ...)
-    tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12) % 20
-
-    def loss(params, fixed, tokens):
-        return (nnx.merge(graph, params, fixed)(tokens) ** 2).mean()
-
-    step = jax.jit(jax.value_and_grad(loss))
-    want = jax.device_get(step(params, fixed, tokens))
-    with jax.set_mesh(jax.make_mesh((2,), ("shards",))):
-        params, fixed = jax.device_put((params, fixed), PartitionSpec())
-        tokens = jax.device_put(tokens, PartitionSpec("shards"))
-        got = jax.device_get(step(params, fixed, tokens))
-    compare("language model", got, want, kind="gradients")
-    print("language model: equal")
-
-
 def main() -> None:
     """Compares outputs and gradients; prints a line for each comparison that held."""
-    language_model()
     for mode in MODES:
         problem = make_problem(
             queries=70, heads=4, kv_heads=2, planes_per_head=True, state=True, **mode

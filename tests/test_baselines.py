@@ -115,7 +115,7 @@ def test_no_keys_give_zeros(queries, keys):
     ("changes", "kind", "words"),
     [
         ({"log_decay": jnp.zeros((3, 7, 2))}, NotImplementedError, "no forgetting gate"),
-        ({"return_state": True}, NotImplementedError, "no constant-size state"),
+        ({"return_state": True}, NotImplementedError, "no state of fixed size"),
         ({"implementation": "cudnn"}, NotImplementedError, "cuDNN attention needs"),
         ({"implementation": "pallas"}, ValueError, "implementation='pallas' is unknown"),
         ({"query": jnp.ones((3, 7, 8))}, ValueError, "query must have 4 axes"),

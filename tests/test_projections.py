@@ -140,7 +140,7 @@ def test_a_layer_that_is_causal_from_the_start_can_be_recomputed(assert_close):
 
 
 def test_a_flag_that_became_an_array_is_named():
-    words = "is_causal must be a Python bool.*say it where the layer is made"
+    words = "is_causal must be a Python bool.*set it where the layer is made"
     with pytest.raises(TypeError, match=words):
         nnx.remat(RACEAttention.__call__)(layer(), X, is_causal=True)
     with pytest.raises(TypeError, match=words):

@@ -157,7 +157,6 @@ def test_forward_mode_is_refused_in_words(mode, is_causal):
 
 def test_shard_map_over_batch_and_heads_on_two_devices(run_python):
     printed = run_python("from tests import sharded; sharded.main()", devices=2)
-    assert "language model: equal" in printed
     assert printed.count("batch over 2 devices: equal") == 2
     assert printed.count("heads over 2 devices: equal") == 2
 

@@ -179,8 +179,8 @@ def check_static(**flags: Any) -> None:
     for name, flag in flags.items():
         if isinstance(flag, jax.Array):
             raise TypeError(
-                f"{name} must be a Python bool, got {flag}: a transform such as remat turns the "
-                f"arguments of a call into arrays; say it where the layer is made, "
+                f"{name} must be a Python bool, got {flag}. A transform such as remat turns the "
+                f"arguments of a call into arrays; set it where the layer is made, "
                 f"RACEAttention(..., {name}=True)"
             )
 
@@ -191,7 +191,9 @@ def _complete_inputs(
     """Applies Flax's defaults: keys default to the queries, and values to the keys."""
     if inputs_k is None:
         if inputs_v is not None:
-            raise ValueError("inputs_v without inputs_k: pass the keys' inputs as inputs_k")
+            raise ValueError(
+                "inputs_v without inputs_k is not possible; pass the keys' inputs as inputs_k"
+            )
         inputs_k = inputs_q
     return inputs_q, inputs_k, inputs_k if inputs_v is None else inputs_v
 

@@ -1,4 +1,4 @@
-"""The two gates of the layer: the forget gate of the sums, and the output gate of the heads.
+"""The two gates of the layer, which are the forget gate of the sums and the output gate.
 
     g = log sigmoid(x w + b)          heads = RMSNorm(heads) * silu(x W_g)
 
@@ -45,7 +45,7 @@ def check_direction(forget_gate: str | None, is_causal: bool) -> None:
     if forget_gate is not None and not is_causal:
         raise ValueError(
             f"forget_gate={forget_gate!r} needs a causal model, because a gate has a direction; "
-            "take forget_gate=None for an encoder."
+            "use forget_gate=None for an encoder."
         )
 
 

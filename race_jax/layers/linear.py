@@ -1,7 +1,9 @@
 """Linear attention with the feature map elu(x) + 1.
 
-In: hidden states (B, T, D), masks as vectors, and, to continue a sequence, a state. Out: (B, T, D).
-Equation: w_ts = visible(t, s) exp(G_t - G_s) phi(q_t) . phi(k_s), with phi(x) = elu(x) + 1.
+The layer maps hidden states (B, T, D), with masks as vectors, to hidden states (B, T, D). A state
+continues a sequence. With phi(x) = elu(x) + 1, the weights are
+
+    w_ts = visible(t, s) exp(G_t - G_s) phi(q_t) . phi(k_s)
 """
 
 from __future__ import annotations
@@ -26,19 +28,20 @@ class LinearConfig:
     """Options of linear attention, and the sizes of a layer.
 
     Attributes:
-        num_heads: query heads N.
-        in_features: width D of the input and the output.
-        num_kv_heads: key/value heads K, dividing N.
-        head_dim: width H of a head.
-        dtype: dtype of the computation; parameters and sums are float32.
+        num_heads: the number of query heads N.
+        in_features: the width D of the input and the output.
+        num_kv_heads: the number of key/value heads K, which must divide N.
+        head_dim: the width H of a head.
+        dtype: the dtype of the computation. Parameters and sums are float32.
         implementation: None or "xla".
-        forget_gate: how old tokens decay: None (not at all), "fixed" or "learned" (one constant per
-            head), or "data" (a value per token and head); causal models only.
-        half_life: longest half-life in tokens at the start, at least 2; needed for "fixed", else
-            None starts the gates' logits at 1 to 6.
+        forget_gate: how old tokens decay. None is not at all, "fixed" and "learned" are one
+            constant per head, and "data" is a value per token and head. A gate needs a causal
+            model.
+        half_life: the longest initial half-life in tokens, at least 2. A "fixed" gate needs it. For
+            other gates, None means initial logits from 1 to 6.
 
     Raises:
-        ValueError: a value that is not allowed, or two that exclude each other.
+        ValueError: if a value is not allowed, or two values exclude each other.
     """
 
     POSITIONS: ClassVar[tuple[str, ...]] = ()
@@ -63,21 +66,21 @@ class LinearConfig:
             )
 
     def describe(self, batch: int, length: int, is_packed: bool) -> tuple[str, str]:
-        """Its name, and which implementation runs."""
+        """Returns the name of the method, and which implementation runs."""
         del batch, length, is_packed
         return "linear", "implementation xla"
 
 
 class LinearAttention(nnx.Module):
-    r"""Self-attention by features: :math:`\phi(x) = elu(x) + 1` of queries and keys.
+    r"""Self-attention by the features :math:`\phi(x) = elu(x) + 1` of queries and keys.
 
     Args:
-        config: sizes and options.
-        kernel_init: of the kernels of query, key and value.
-        out_kernel_init: of the kernel of ``out``; ``kernel_init`` if None.
-        rngs: streams "params".
+        config: the sizes and options.
+        kernel_init: the initializer of the kernels of query, key and value.
+        out_kernel_init: the initializer of the kernel of ``out``, ``kernel_init`` if None.
+        rngs: random streams; "params" is needed.
 
-    Source: Katharopoulos et al. 2020, section 3.2; the gate goes beyond it.
+    Source: Katharopoulos et al. 2020, section 3.2. The gate goes beyond it.
     """
 
     config_class = LinearConfig
@@ -111,12 +114,12 @@ class LinearAttention(nnx.Module):
     def from_config(
         cls, config: LinearConfig, *, is_causal: bool, **options: Any
     ) -> LinearAttention:
-        """The layer that a record describes; a gate needs a causal one."""
+        """Makes the layer that a record describes. A gate needs a causal layer."""
         gates.check_direction(config.forget_gate, is_causal)
         return cls(config, **options)
 
     def init_state(self, batch: int) -> RACEState:
-        """The state before the first token, of one size, whatever the length to come."""
+        """Returns the state before any token, whose size does not depend on the length."""
         width = self.config.head_dim
         return RACEState.init(batch, self.config.num_kv_heads, width, width, jnp.float32)
 
@@ -132,7 +135,7 @@ class LinearAttention(nnx.Module):
         deterministic: bool | None = None,
         rngs: Any = None,
     ) -> jax.Array | tuple[jax.Array, RACEState]:
-        """x (B, T, D) and mask (B, T) bool to (B, T, D), or that and the state after the call."""
+        """Maps x (B, T, D) to (B, T, D), or to that and the next state if a state is given."""
         del positions, deterministic, rngs
         x = masking.select_tokens(x, mask)
         names = [name for name in ("gate_bias", "gate_kernel") if hasattr(self, name)]

@@ -1,7 +1,7 @@
-"""RACEAttention for Flax NNX: holds parameters and planes, and calls `layers.functional`.
+"""RACEAttention for Flax NNX. It holds parameters and planes, and calls `layers.functional`.
 
-Comes in: hidden states (B, T, D). Goes out: hidden states (B, T, D), and a state where one came in.
-For every head, with planes W and projections A,
+The layer maps hidden states (B, T, D) to hidden states (B, T, D). If a state is passed in, it also
+returns a state. For every head, with planes W and projections A,
 
     out = race(W x A_q, W x A_k, x A_v) A_out
 """
@@ -30,9 +30,10 @@ default_bias_init = nnx.initializers.zeros_init()
 
 
 class HashPlanes(nnx.Variable):
-    """Fixed hash planes: saved and restored with a model, but not trained.
+    """Fixed hash planes, which are saved and restored with a model but not trained.
 
-    ``nnx.state(model, HashPlanes)`` selects them; ``nnx.state(model, nnx.Param)`` leaves them out.
+    ``nnx.state(model, HashPlanes)`` selects them, and ``nnx.state(model, nnx.Param)`` leaves them
+    out.
 
     Example:
       >>> import race_jax
@@ -44,82 +45,90 @@ class HashPlanes(nnx.Variable):
 
 
 class RACEAttention(nnx.Module):
-    """Multi-head RACE attention, in the place of ``nnx.MultiHeadAttention``.
+    """Multi-head RACE attention, a replacement for ``nnx.MultiHeadAttention``.
 
     For every head, with hash planes W, sharpness beta and projections A,
 
         out_t = sum_s w_ts (x_s A_v) / sum_s w_ts
         w_ts = visible(t, s) exp(G_t - G_s) phi(W x_t A_q) . phi(W x_s A_k)
 
-    at a cost linear in the length, and concatenated heads go through ``out``. Parameters have
-    Flax's names and shapes: ``query`` ``(D, N, H)``, ``key`` ``(D, K, H)``, ``value`` ``(D, K, V)``
-    and ``out`` ``(N, V, D)`` kernels with their biases. Beside them stand ``log_sharpness``,
-    ``gate_bias``, ``gate_kernel``, ``conv_kernel`` and ``out_gate_kernel``, as far as the options
-    need them, and ``planes`` ``(L, P, H)``: a `HashPlanes` variable, a parameter only if learned.
-    Sums are kept in float32 at least.
+    The cost is linear in the length. The heads are concatenated and go through ``out``. Sums are
+    kept in float32 or wider.
 
-    The projections are modules that the layer calls, so each may be replaced or wrapped: by a
-    low-rank adapter, a quantised module, or another projection (``layer.key = layer.query``). A
-    replacement takes ``(B, T, D)`` and gives heads ``(B, T, N, H)``, or ``(B, T, N * H)``; that of
-    ``out`` takes ``(B, T, N, V)``, an ``nnx.Linear`` (``nnx.LoRALinear`` is one) ``(B, T, N * V)``.
+    Parameters have Flax's names and shapes. The kernels are ``query`` ``(D, N, H)``, ``key``
+    ``(D, K, H)``, ``value`` ``(D, K, V)`` and ``out`` ``(N, V, D)``, each with its bias. The
+    options add ``log_sharpness``, ``gate_bias``, ``gate_kernel``, ``conv_kernel`` and
+    ``out_gate_kernel`` where they need them. ``planes`` ``(L, P, H)`` is a `HashPlanes` variable,
+    or a parameter if the planes are learned. ``config`` is the checked record of the options, whose
+    fields can also be read from the layer itself.
+
+    The projections are modules that the layer calls, so that each of them can be replaced or
+    wrapped, for instance by a low-rank adapter, a quantized module, or another projection
+    (``layer.key = layer.query``). A replacement takes ``(B, T, D)`` and returns heads
+    ``(B, T, N, H)`` or ``(B, T, N * H)``. A replacement for ``out`` takes ``(B, T, N, V)``, and an
+    ``nnx.Linear``, such as ``nnx.LoRALinear``, takes ``(B, T, N * V)``.
 
     Args:
-      num_heads: N, query heads.
+      num_heads: N, the number of query heads.
       in_features: D, the width of the queries' inputs.
-      qkv_features: N * H; `in_features` if neither it nor `head_dim` is given.
-      out_features: the width of the output; `in_features` if None.
-      num_kv_heads: K, dividing N; N if None.
-      in_kv_features: the width of the keys' and values' inputs; `in_features` if None.
-      head_dim: H, the width of a query or key; ``qkv_features / num_heads`` if None.
-      value_dim: V, the width of a value; `head_dim` if None.
-      dtype: dtype of the computation; promoted from inputs and parameters if None.
-      param_dtype: dtype of parameters and planes.
-      dropout_rate: share of the output's entries that are dropped, in [0, 1).
-      deterministic: turns dropout off; overridden by the call's argument.
-      is_causal: whether a token sees only itself and what stands before it; overridden by the
-        call's argument. Say it here where the call is transformed: ``nnx.remat`` and its like turn
-        the arguments of a call into arrays.
-      decode: only for Flax's signature: RACE decodes with ``state=``.
-      precision: of the projections.
-      kernel_init: of the projections' kernels.
-      out_kernel_init: of the kernel of ``out``; `kernel_init` if None.
-      bias_init: of the projections' biases.
-      out_bias_init: of the bias of ``out``; `bias_init` if None.
+      qkv_features: N * H. It is `in_features` if neither it nor `head_dim` is given.
+      out_features: the width of the output, which is `in_features` if None.
+      num_kv_heads: K, the number of key/value heads, which must divide N. It is N if None.
+      in_kv_features: the width of the keys' and values' inputs, which is `in_features` if None.
+      head_dim: H, the width of a query or key, which is ``qkv_features / num_heads`` if None.
+      value_dim: V, the width of a value, which is `head_dim` if None.
+      dtype: the dtype of the computation. If None, it is promoted from inputs and parameters.
+      param_dtype: the dtype of parameters and planes.
+      dropout_rate: the share of the output's entries that are dropped, in [0, 1).
+      deterministic: whether dropout is off. The argument of the call overrides it.
+      is_causal: whether a token sees only itself and earlier tokens. The argument of the call
+        overrides it. Set it here if the call is transformed, because ``nnx.remat`` and similar
+        transforms turn the arguments of a call into arrays.
+      decode: exists for Flax's signature only. RACE decodes with ``state=``.
+      precision: the precision of the projections.
+      kernel_init: the initializer of the projections' kernels.
+      out_kernel_init: the initializer of the kernel of ``out``, which is `kernel_init` if None.
+      bias_init: the initializer of the projections' biases.
+      out_bias_init: the initializer of the bias of ``out``, which is `bias_init` if None.
       use_bias: whether the projections have biases.
-      normalize_qk: LayerNorm on queries and keys, as in Flax.
-      num_tables: L, hash tables. More tables, less noise.
-      num_planes: P, 1..10, planes of a table, which has 2**P buckets. More planes, a sharper
-        kernel.
-      planes_scale: standard deviation of the planes' entries; ``head_dim**-0.5`` if None. The
-        paper has 1, which starves queries and keys of gradients.
-      learn_planes: makes the planes a parameter.
-      sharpness: beta at the start, > 0.
-      learn_sharpness: trains beta, through its logarithm.
-      shared_sharpness: one beta for the layer instead of one a key/value head.
-      forget_gate: what old tokens fade by. None, the paper; ``"fixed"``, a constant a head;
-        ``"learned"``, a trained constant a head; ``"data"``, ``sigmoid(x w + b)`` a token and head.
-        Causal calls only.
-      half_life: the longest half-life in tokens at the start. The heads spread geometrically from
-        2 to it. Needed for a fixed gate; else b spreads evenly from 1 to 6 if None.
-      short_conv: before everything else, mixes each token with the three before it in its segment;
-        the identity at the start. Self-attention only.
-      output_gate: normalises each head (RMS) and multiplies it by ``silu(x W_g)`` before ``out``.
-      fold_planes: computes ``x (A W)`` instead of ``(x A) W``: the same to rounding, with less work
-        and memory. Not with `normalize_qk`. A query or key projection that is not the
-        ``nnx.LinearGeneral`` made here is called instead, and a log line says so once.
+      normalize_qk: whether queries and keys go through a LayerNorm, as in Flax.
+      num_tables: L, the number of hash tables. More tables give less noise.
+      num_planes: P, the number of planes of a table, 1..10. A table has 2**P buckets. More planes
+        give a sharper kernel.
+      planes_scale: the standard deviation of the planes' entries, which is ``head_dim**-0.5`` if
+        None. The paper uses 1, with which queries and keys receive hardly any gradient.
+      learn_planes: whether the planes are a parameter.
+      sharpness: the initial beta, > 0.
+      learn_sharpness: whether beta is trained, through its logarithm.
+      shared_sharpness: whether the layer has one beta, instead of one per key/value head.
+      forget_gate: how old tokens decay. None is the paper, without a gate. ``"fixed"`` is a
+        constant per head, and ``"learned"`` is a trained constant per head. ``"data"`` is
+        ``sigmoid(x w + b)``, a value per token and head. A gate needs causal calls.
+      half_life: the longest initial half-life in tokens. The half-lives of the heads form a
+        geometric series from 2 to it. A fixed gate needs it. For other gates it may be None, and
+        then the biases b are spaced evenly from 1 to 6.
+      short_conv: whether each token is mixed with the three tokens before it in its segment, before
+        everything else. The mixing is the identity at first. It needs self-attention.
+      output_gate: whether each head is normalized (RMS) and multiplied by ``silu(x W_g)`` before
+        ``out``.
+      fold_planes: whether to compute ``x (A W)`` instead of ``(x A) W``. The results are equal up
+        to rounding, and take less work and memory. It excludes `normalize_qk`. If a query or key
+        projection is not the ``nnx.LinearGeneral`` made here, it is called without folding, and a
+        message is logged once.
       normalization: ``"global"`` (the paper) or ``"bucket"`` (its released code).
       implementation: None (the best that works), ``"xla"`` or ``"pallas"``.
       axis_name: inside ``jax.shard_map``, the mesh axis over whose devices the sequence is split.
         Every device then calls the layer with its own stretch of tokens, in the order of the axis.
         On an Explicit mesh, leave it out: the sharding of the inputs says it.
-      keep_rngs: keeps a fork of the dropout stream in the module, as in Flax.
-      rngs: streams ``params``, with dropout ``dropout``, or a default for them. Planes are drawn
-        from the stream ``planes`` if there is one, else from the default, else from ``params``.
-        With a stream of their own, they depend on no other seed and differ from layer to layer.
+      keep_rngs: whether the module keeps a fork of the dropout stream, as in Flax.
+      rngs: random streams. ``params`` and, with dropout, ``dropout`` are needed, or a default
+        stream. Planes are drawn from the stream ``planes`` if there is one, else from the default,
+        else from ``params``. With a stream of their own, planes depend on no other seed. They
+        differ from layer to layer.
 
     Raises:
-      ValueError: sizes that do not divide, a value that is not allowed, options that exclude each
-        other, or a missing stream.
+      ValueError: if sizes do not divide, a value is not allowed, two options exclude each other, or
+        a stream is missing.
 
     Example:
       >>> import jax, jax.numpy as jnp, race_jax
@@ -134,13 +143,13 @@ class RACEAttention(nnx.Module):
       >>> bool(jnp.allclose(whole, jnp.concatenate([first, second], axis=1), atol=1e-5))
       True
 
-      Causal from the start, for a call that is computed again in the backward pass:
+      With ``is_causal`` in the constructor, the call can be recomputed in the backward pass:
 
       >>> layer = race_jax.RACEAttention(4, 32, is_causal=True, rngs=nnx.Rngs(0))
       >>> nnx.remat(race_jax.RACEAttention.__call__)(layer, x).shape
       (2, 10, 32)
 
-    Source: arXiv 2510.04008, Algorithms 1 and 2 (`RACEAttention.paper`); the forget gate, the
+    Source: arXiv 2510.04008, Algorithms 1 and 2 (`RACEAttention.paper`). The forget gate, the
     convolution, the output gate, the scale of the planes, a sharpness per head and folding go
     beyond the paper.
     """
@@ -189,7 +198,7 @@ class RACEAttention(nnx.Module):
         keep_rngs: bool = True,
         rngs: nnx.Rngs,
     ) -> None:
-        given = locals()  # the settings are arguments by name; RACEConfig holds the one list
+        given = locals()  # the fields of RACEConfig are arguments of the same names
         self.config = config = RACEConfig(**{name: given[name] for name in RACEConfig.names()})
         self.deterministic = deterministic
         self.is_causal = is_causal
@@ -221,7 +230,7 @@ class RACEAttention(nnx.Module):
             norm = functools.partial(
                 nnx.LayerNorm,
                 use_bias=False,
-                use_fast_variance=False,  # it would lose digits of heads that have a mean
+                use_fast_variance=False,  # the fast form loses digits if heads have a mean
                 dtype=dtype,
                 param_dtype=param_dtype,
             )
@@ -239,22 +248,23 @@ class RACEAttention(nnx.Module):
     def paper(
         cls, num_heads: int, in_features: int, *, rngs: nnx.Rngs, **options: Any
     ) -> RACEAttention:
-        """The paper's layer, exactly: Algorithm 1, and Algorithm 2 where calls are causal.
+        """Makes exactly the paper's layer: Algorithm 1, or Algorithm 2 if calls are causal.
 
-        One trained sharpness from 1, planes of scale 1, no gate, no convolution.
+        The layer has one trained sharpness, initially 1, planes of scale 1, no gate and no
+        convolution.
 
         Args:
           num_heads: N.
           in_features: D.
           rngs: as for the class.
-          **options: what the paper leaves open: sizes, tables and planes, initialisers, dtypes,
-            dropout, `fold_planes`, `implementation`.
+          **options: the options that the paper leaves open, which are sizes, tables and planes,
+            initializers, dtypes, dropout, `fold_planes` and `implementation`.
 
         Returns:
           The layer.
 
         Raises:
-          TypeError: an option that the paper fixes.
+          TypeError: if an option is given that the paper fixes.
 
         Example:
           >>> import race_jax
@@ -274,10 +284,10 @@ class RACEAttention(nnx.Module):
         rngs: nnx.Rngs,
         **initializers: Any,
     ) -> RACEAttention:
-        """The layer that a record describes.
+        """Makes the layer that a record describes.
 
         Args:
-          config: sizes and options.
+          config: the sizes and options.
           is_causal: as for the class.
           rngs: as for the class.
           **initializers: `kernel_init`, `out_kernel_init`, `bias_init`, `out_bias_init`.
@@ -286,20 +296,20 @@ class RACEAttention(nnx.Module):
           The layer.
 
         Raises:
-          ValueError: the record has a forget gate, and the layer is not causal.
+          ValueError: if the record has a forget gate and the layer is not causal.
         """
         gates.check_direction(config.forget_gate, is_causal)
         options = {name: getattr(config, name) for name in RACEConfig.names()}
         return cls(is_causal=is_causal, rngs=rngs, **options, **initializers)
 
     def init_state(self, batch: int) -> LayerState:
-        """The state before any token, to be passed as ``state=``.
+        """Returns the state before any token, to be passed as ``state=``.
 
         Args:
           batch: B.
 
         Returns:
-          A pytree of one size, whatever the length to come.
+          A pytree whose size does not depend on the length of the sequence.
 
         Example:
           >>> import race_jax
@@ -324,30 +334,32 @@ class RACEAttention(nnx.Module):
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, LayerState]:
-        """Attends.
+        """Applies the layer.
 
         Args:
           inputs_q: ``(B, T, D)``.
-          inputs_k: ``(B, S, D)``; None for self-attention.
-          inputs_v: ``(B, S, D)``; None for `inputs_k`.
+          inputs_k: ``(B, S, D)``, or None for self-attention.
+          inputs_v: ``(B, S, D)``, or None to use `inputs_k`.
           mask: key padding, ``(B, S)`` or ``(B, 1, 1, S)``, nonzero where there is a token. In
-            causal calls a padded slot gives the bias of ``out``, whatever stands in it.
-          segment_ids: ``(B, T)`` int >= 0, one contiguous run a document: tokens see only theirs.
-          is_causal: whether a token sees only itself and what stands before it; needs T == S. The
-            constructor's if None.
-          state: from `init_state` or an earlier call, for any T: prefill, decoding by one or many
-            tokens, and resuming are this one argument. Needs `is_causal`.
-          deterministic: turns dropout off; the constructor's if None.
-          rngs: for dropout; the constructor's if None.
-          positions: accepted because all attentions of the models take it; unused.
+            causal calls, the output of a padded slot is the bias of ``out``, whatever the slot
+            holds.
+          segment_ids: ``(B, T)`` int >= 0, one contiguous run per document. A token sees only its
+            own document.
+          is_causal: whether a token sees only itself and earlier tokens. This needs T == S. The
+            value of the constructor is used if None.
+          state: the state from `init_state` or an earlier call, for any T. It serves prefill,
+            decoding by one or many tokens, and resuming. It needs `is_causal`.
+          deterministic: whether dropout is off. The value of the constructor is used if None.
+          rngs: the random stream for dropout. The stream of the module is used if None.
+          positions: unused. It is accepted because all attentions of the models take it.
 
         Returns:
-          ``(B, T, D)`` in `dtype`; with a `state` also the state after the call.
+          ``(B, T, D)`` in `dtype`, or that and the state after the call if a `state` is given.
 
         Raises:
-          ValueError: shapes that do not fit, arguments that exclude each other, or dropout without
+          ValueError: if shapes do not fit, two arguments exclude each other, or dropout lacks
             `deterministic` or a random stream.
-          TypeError: a state of another kind, or a flag that is no Python bool.
+          TypeError: if the state is of another type, or a flag is not a Python bool.
         """
         del positions
         return race_layer(
@@ -367,11 +379,11 @@ class RACEAttention(nnx.Module):
         )
 
     def set_view(self, deterministic: bool | None = None, axis_name: Axis | None = None) -> None:
-        """Serves ``nnx.view``.
+        """Sets what ``nnx.view`` changes.
 
         Args:
-          deterministic: if given, whether dropout is off.
-          axis_name: if given, the mesh axis over whose devices the sequence is split.
+          deterministic: whether dropout is off, or None to leave it as it is.
+          axis_name: the mesh axis over whose devices the sequence is split, or None to leave it.
         """
         if deterministic is not None:
             self.deterministic = deterministic
@@ -399,13 +411,16 @@ class RACEAttention(nnx.Module):
         if deterministic is None:
             raise ValueError(
                 f"dropout_rate={self.config.dropout_rate} needs deterministic=True or False, in "
-                "the call or the constructor"
+                "the call or in the constructor"
             )
         if deterministic:
             return None
         rngs = self.rngs if rngs is None else rngs
         if rngs is None:
-            raise ValueError("dropout needs rngs= in the call, since keep_rngs=False")
+            raise ValueError(
+                "dropout needs random numbers, and keep_rngs=False keeps none in the layer; pass "
+                "rngs= in the call"
+            )
         return rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs()
 
 
@@ -415,12 +430,12 @@ for _name in RACEConfig.names():
 
 def _check_streams(rngs: nnx.Rngs, *names: str) -> None:
     if not isinstance(rngs, nnx.Rngs):
-        raise TypeError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0); got {type(rngs)}")
+        raise TypeError(f"rngs must be nnx.Rngs, for instance nnx.Rngs(0); got {type(rngs)}")
     missing = [name for name in names if name not in rngs and "default" not in rngs]
     if missing:
         raise ValueError(
-            f"rngs lacks the stream {missing[0]!r}, it has {sorted(rngs)}; pass nnx.Rngs(0), or "
-            "nnx.Rngs(params=0, planes=1, dropout=2)"
+            f"rngs lacks the stream {missing[0]!r} and has only {sorted(rngs)}; pass "
+            "nnx.Rngs(0), or nnx.Rngs(params=0, planes=1, dropout=2)"
         )
 
 
@@ -429,7 +444,7 @@ def _planes_stream(rngs: nnx.Rngs) -> nnx.RngStream:
 
 
 def _foldable(name: str, module: Callable) -> Mapping[str, jax.Array] | Callable:
-    """The weights of a plain projection, into which planes can be folded; else the module."""
+    """Returns the weights of a plain projection, to fold planes into, or else the module."""
     plain = (
         type(module) is nnx.LinearGeneral
         and (module.axis, dict(module.batch_axis)) == ((-1,), {})
@@ -447,15 +462,15 @@ def _foldable(name: str, module: Callable) -> Mapping[str, jax.Array] | Callable
 @functools.cache
 def _say_unfolded(name: str, kind: str) -> None:
     _log.warning(
-        "fold_planes=True: the %s projection is a %s, not the plain nnx.LinearGeneral that the "
-        "layer made, so it is called and nothing is folded into it",
+        "fold_planes=True has no effect on the %s projection, because it is a %s and not the plain "
+        "nnx.LinearGeneral that the layer made",
         name,
         kind,
     )
 
 
 def _of_heads(out: Callable) -> Callable:
-    """`out` as a function of heads (B, T, N, V); an nnx.Linear takes them side by side."""
+    """Returns `out` as a function of heads (B, T, N, V), which an nnx.Linear takes concatenated."""
     if not isinstance(out, nnx.Linear):
         return out
     return lambda heads: out(heads.reshape(*heads.shape[:2], -1))

@@ -1,7 +1,7 @@
-"""RACEConfig: the sizes and choices of a RACE layer, checked and filled in once.
+"""RACEConfig, the checked record of the sizes and options of a RACE layer.
 
-Comes in: the arguments that both Flax modules share. Goes out: `RACEConfig`, every default
-resolved, and the initial values of the parameters that Flax's own attention does not have.
+It takes the arguments that both Flax modules share, and resolves every default. It also makes the
+initial values of the parameters that Flax's own attention does not have.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from race_jax.core import dispatch, hashing, state
 from race_jax.layers import gates, short_conv
 
-PLANES = 0x9A7E5  # any constant: what keys of planes are folded with
+PLANES = 0x9A7E5  # an arbitrary constant that is folded into the keys of planes
 
-# Exactly the paper's Algorithms 1 and 2, with its one trained sharpness.
+# These options give exactly the paper's Algorithms 1 and 2, with one trained sharpness.
 PAPER = {
     "planes_scale": 1.0,
     "learn_planes": False,
@@ -40,44 +40,46 @@ PAPER = {
 class RACEConfig:
     """Options of RACE attention, and the sizes of a layer.
 
-    The one record that the NNX layer, the Linen layer and the models use; the fields have the names
-    of the layers' arguments. Sizes that are None are filled in as Flax fills them.
+    The NNX layer, the Linen layer and the models use this one record. The fields have the names of
+    the layers' arguments. Sizes that are None are filled in as Flax fills them in.
 
     Attributes:
-        num_heads: query heads N.
-        in_features: width D of the queries' inputs.
-        qkv_features: N * H; ``in_features`` if neither it nor ``head_dim`` is given.
-        out_features: width of the output; ``in_features`` if None.
-        num_kv_heads: key/value heads K, dividing N; N if None.
-        in_kv_features: width of the keys' and values' inputs; ``in_features`` if None.
-        head_dim: width H of a query or key; ``qkv_features / num_heads`` if None.
-        value_dim: width V of a value; ``head_dim`` if None.
-        dtype: dtype of the computation; promoted from inputs and parameters if None.
-        param_dtype: dtype of parameters and planes.
-        dropout_rate: share of the output's entries that are dropped, in [0, 1).
-        decode: only for Flax's signature.
-        precision: of the projections.
+        num_heads: the number of query heads N.
+        in_features: the width D of the queries' inputs.
+        qkv_features: N * H. It is ``in_features`` if neither it nor ``head_dim`` is given.
+        out_features: the width of the output, which is ``in_features`` if None.
+        num_kv_heads: the number of key/value heads K, which must divide N. It is N if None.
+        in_kv_features: the width of the keys' and values' inputs, ``in_features`` if None.
+        head_dim: the width H of a query or key, which is ``qkv_features / num_heads`` if None.
+        value_dim: the width V of a value, which is ``head_dim`` if None.
+        dtype: the dtype of the computation. If None, it is promoted from inputs and parameters.
+        param_dtype: the dtype of parameters and planes.
+        dropout_rate: the share of the output's entries that are dropped, in [0, 1).
+        decode: exists for Flax's signature only.
+        precision: the precision of the projections.
         use_bias: whether the projections have biases.
-        normalize_qk: LayerNorm on queries and keys; not together with ``fold_planes``.
-        num_tables: hash tables L.
-        num_planes: planes per table P, 1 to 10.
-        planes_scale: standard deviation of the planes; None means ``1 / sqrt(head_dim)``.
-        learn_planes: train the planes instead of keeping them as drawn.
-        sharpness: first value of the sharpness beta, positive.
-        learn_sharpness: train beta through its logarithm.
-        shared_sharpness: one beta for the layer instead of one per key/value head.
-        forget_gate: how old tokens decay: None (not at all), "fixed" or "learned" (one constant per
-            head), or "data" (a value per token and head); causal models only.
-        half_life: longest half-life in tokens at the start, at least 2; needed for "fixed", else
-            None starts the gates' logits at 1 to 6.
-        short_conv: depthwise causal convolution over 4 tokens before the projections.
-        output_gate: normalise each head's output and multiply it by a gate.
-        fold_planes: hash straight from the hidden state, queries and keys never made.
+        normalize_qk: whether queries and keys go through a LayerNorm. It excludes ``fold_planes``.
+        num_tables: the number of hash tables L.
+        num_planes: the number of planes per table P, 1 to 10.
+        planes_scale: the standard deviation of the planes. None means ``1 / sqrt(head_dim)``.
+        learn_planes: whether the planes are trained instead of kept as they were drawn.
+        sharpness: the initial sharpness beta, positive.
+        learn_sharpness: whether beta is trained, through its logarithm.
+        shared_sharpness: whether the layer has one beta, instead of one per key/value head.
+        forget_gate: how old tokens decay. None is not at all, "fixed" and "learned" are one
+            constant per head, and "data" is a value per token and head. A gate needs a causal
+            model.
+        half_life: the longest initial half-life in tokens, at least 2. A "fixed" gate needs it. For
+            other gates, None means initial logits from 1 to 6.
+        short_conv: whether a depthwise causal convolution over 4 tokens precedes the projections.
+        output_gate: whether each head's output is normalized and multiplied by a gate.
+        fold_planes: whether the hash is computed straight from the hidden state, without queries
+            and keys.
         normalization: "global" or "bucket".
         implementation: None (the best that works), "xla" or "pallas".
 
     Raises:
-        ValueError: a value that is not allowed, or two that exclude each other.
+        ValueError: if a value is not allowed, or two values exclude each other.
     """
 
     POSITIONS: ClassVar[tuple[str, ...]] = ()
@@ -124,12 +126,12 @@ class RACEConfig:
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """The names of all fields."""
+        """Returns the names of all fields."""
         return tuple(field.name for field in dataclasses.fields(cls))
 
     @classmethod
     def of(cls, module: Any, **sizes: int) -> RACEConfig:
-        """The settings that a module's attributes say, with `sizes` in the place of some."""
+        """Makes the record of a module's attributes, except for `sizes`, which are given."""
         return cls(
             **{name: getattr(module, name) for name in cls.names() if name not in sizes}, **sizes
         )
@@ -198,17 +200,17 @@ class RACEConfig:
             raise ValueError(f"dropout_rate must lie in [0, 1), got {self.dropout_rate}")
         if self.decode:
             raise NotImplementedError(
-                "decode=True asks for Flax's growing cache; RACE carries a state of one size: pass "
-                "state=module.init_state(batch) in the call and keep the state it returns"
+                "decode=True asks for Flax's growing cache, but RACE has a state of fixed size; "
+                "pass state=module.init_state(batch) in the call, and keep the state it returns"
             )
         if self.fold_planes and self.normalize_qk:
             raise ValueError(
                 "fold_planes=True never makes the queries and keys that normalize_qk=True would "
-                "normalise; turn one of them off"
+                "normalize; turn one of the two off"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON values; dtypes become their names."""
+        """Returns the record as JSON values, with dtypes as their names."""
         values = dataclasses.asdict(self)
         for name in ("dtype", "param_dtype"):
             if values[name] is not None:
@@ -216,7 +218,7 @@ class RACEConfig:
         return values
 
     def describe(self, batch: int, length: int, is_packed: bool) -> tuple[str, str]:
-        """Which implementation a causal training step would run, and why."""
+        """Returns which implementation a causal training step would run, and why."""
         dtype = jnp.dtype(self.dtype or self.param_dtype)
 
         def array(*shape: int) -> jax.ShapeDtypeStruct:
@@ -238,14 +240,14 @@ class RACEConfig:
 
     @property
     def features(self) -> int:
-        """F, the numbers that hold one hashed token."""
+        """The number of features F of one hashed token."""
         return self.num_tables * 2**self.num_planes
 
     def draw_planes(self, key: jax.Array) -> jax.Array:
-        """The hash planes ``(L, P, H)``.
+        """Draws the hash planes ``(L, P, H)``.
 
-        The key is folded first, so that a seed of planes which is also the seed of some
-        parameters draws other numbers than they are made of.
+        A constant is folded into the key, so that planes and parameters that are drawn from the
+        same seed are made of different numbers.
         """
         return hashing.init_planes(
             jax.random.fold_in(key, PLANES),
@@ -257,10 +259,11 @@ class RACEConfig:
         )
 
     def own_parameters(self) -> dict[str, Callable[[jax.Array], jax.Array]]:
-        """By name, how to draw each parameter that is not one of Flax's projections or norms.
+        """Returns the initializers of the parameters that Flax's own attention does not have.
 
-        ``log_sharpness`` ``(K,)`` or ``()``, ``gate_bias`` ``(K,)``, ``gate_kernel`` ``(D, K)``,
-        ``conv_kernel`` ``(4, D)``, ``out_gate_kernel`` ``(D, N, V)``: those that the choices need.
+        They are ``log_sharpness`` ``(K,)`` or ``()``, ``gate_bias`` ``(K,)``, ``gate_kernel``
+        ``(D, K)``, ``conv_kernel`` ``(4, D)`` and ``out_gate_kernel`` ``(D, N, V)``, as far as the
+        options need them.
         """
         dtype, heads = self.param_dtype, self.num_kv_heads
         dense = jax.nn.initializers.lecun_normal()
@@ -292,17 +295,17 @@ def _check_among(name: str, value: Any, choices: tuple) -> None:
 
 
 def warn_of_shared_planes(key_of_parameters: jax.Array, key_of_planes: jax.Array) -> None:
-    """Warns where layers made together, by a scan or vmap, get one set of planes.
+    """Warns if layers that are made together, by a scan or vmap, get one set of planes.
 
-    There the key of the parameters varies (it is traced), while that of the planes does not. Under
-    an outer ``jax.jit``, and under ``nn.scan`` in some versions of Flax, both are traced, and
-    nothing can be seen.
+    In that case the key of the parameters is traced and the key of the planes is not. Inside
+    ``jax.jit``, and under ``nn.scan`` in some versions of Flax, both keys are traced, and the case
+    cannot be detected.
     """
     traced = isinstance(key_of_parameters, jax.core.Tracer)
     if traced and not isinstance(key_of_planes, jax.core.Tracer):
         warnings.warn(
-            "several layers are being made with the same hash planes, so their hashes err alike: "
-            "split the stream 'planes' (or leave it out) as 'params' is split, in Linen "
-            "nn.scan(..., split_rngs={'params': True, 'planes': True}), in NNX nnx.split_rngs",
+            "several layers are being made with the same hash planes, so their hashing errors add "
+            "up; split the stream 'planes' as 'params' is split, or leave it out: in Linen with "
+            "nn.scan(..., split_rngs={'params': True, 'planes': True}), in NNX with nnx.split_rngs",
             stacklevel=3,
         )

@@ -1,7 +1,7 @@
-"""RACEAttention for Flax Linen: the thin twin of `layers.race`, with the same parameter tree.
+"""RACEAttention for Flax Linen, with the same parameter tree as the NNX layer of `layers.race`.
 
-Comes in: hidden states (B, T, D). Goes out: hidden states (B, T, D), and a state where one came in.
-For every head, with planes W and projections A,
+The layer maps hidden states (B, T, D) to hidden states (B, T, D). If a state is passed in, it also
+returns a state. For every head, with planes W and projections A,
 
     out = race(W x A_q, W x A_k, x A_v) A_out
 """
@@ -25,58 +25,60 @@ Initializer = Callable[..., Any]
 
 
 class RACEAttention(nn.Module):
-    """Multi-head RACE attention, in the place of ``nn.MultiHeadDotProductAttention``.
+    """Multi-head RACE attention, a replacement for ``nn.MultiHeadDotProductAttention``.
 
         out_t = sum_s w_ts (x_s A_v) / sum_s w_ts
         w_ts = visible(t, s) exp(G_t - G_s) phi(W x_t A_q) . phi(W x_s A_k)
 
-    The same layer as the NNX `race_jax.RACEAttention`, whose documentation tells what each option
-    means. The ``params`` collection is the tree of its parameters; fixed planes are ``planes`` in
-    the collection ``hash_planes``, which `apply` needs beside ``params``. Widths of inputs are
-    taken from the inputs. Sums are kept in float32 at least. Projections are ``nn.DenseGeneral``
-    submodules that `nn.intercept_methods` sees; ``query`` and ``key`` are plain parameters where
-    planes are folded into them.
+    This is the same layer as the NNX `race_jax.RACEAttention`, whose documentation explains each
+    option. The collection ``params`` has the same tree of parameters. Fixed planes are ``planes``
+    in the collection ``hash_planes``, which `apply` needs together with ``params``. The widths of
+    the inputs are taken from the inputs. Sums are kept in float32 or wider. Projections are
+    ``nn.DenseGeneral`` submodules that `nn.intercept_methods` sees. If planes are folded into
+    ``query`` and ``key``, these two are plain parameters.
 
     Transforms over layers (``nn.scan``, ``nn.vmap``) must carry the collection ``hash_planes`` as
-    they carry ``params``, and split the stream ``planes`` as they split ``params``: see the second
-    example. A stream that is not split gives all layers the same planes, whose hashing errors then
-    add up instead of averaging out. A warning says so where it can be seen: under ``nn.vmap``, and
-    under the ``nn.scan`` of some versions of Flax, unless ``jax.jit`` stands around it.
+    they carry ``params``, and must split the stream ``planes`` as they split ``params``, as the
+    second example shows. If the stream is not split, all layers get the same planes, and their
+    hashing errors add up instead of averaging out. The layer warns of this where it can detect it,
+    which is under ``nn.vmap`` and under the ``nn.scan`` of some versions of Flax, unless the
+    transform runs inside ``jax.jit``.
 
     Attributes:
-      num_heads: N, query heads.
-      qkv_features: N * H; the inputs' width if neither it nor `head_dim` is given.
-      out_features: the width of the output; the inputs' if None.
-      num_kv_heads: K, dividing N; N if None.
-      head_dim: H; ``qkv_features / num_heads`` if None.
-      value_dim: V; `head_dim` if None.
-      dtype: dtype of the computation; promoted from inputs and parameters if None.
-      param_dtype: dtype of parameters and planes.
-      dropout_rate: share of the output's entries that are dropped, in [0, 1).
-      deterministic: turns dropout off; a call may say it instead, but not both.
-      is_causal: whether a token sees only itself and what stands before it; overridden by the
-        call's argument. Say it here where the call is transformed: ``nn.remat`` and its like turn
-        the arguments of a call into arrays.
-      decode: only for Flax's signature: RACE decodes with ``state=``.
-      precision: of the projections.
-      kernel_init: of the projections' kernels.
-      out_kernel_init: of the kernel of ``out``; `kernel_init` if None.
-      bias_init: of the projections' biases.
-      out_bias_init: of the bias of ``out``; `bias_init` if None.
+      num_heads: N, the number of query heads.
+      qkv_features: N * H. It is the inputs' width if neither it nor `head_dim` is given.
+      out_features: the width of the output, which is that of the inputs if None.
+      num_kv_heads: K, the number of key/value heads, which must divide N. It is N if None.
+      head_dim: H, which is ``qkv_features / num_heads`` if None.
+      value_dim: V, which is `head_dim` if None.
+      dtype: the dtype of the computation. If None, it is promoted from inputs and parameters.
+      param_dtype: the dtype of parameters and planes.
+      dropout_rate: the share of the output's entries that are dropped, in [0, 1).
+      deterministic: whether dropout is off. Set it here or in the call, but not in both.
+      is_causal: whether a token sees only itself and earlier tokens. The argument of the call
+        overrides it. Set it here if the call is transformed, because ``nn.remat`` and similar
+        transforms turn the arguments of a call into arrays.
+      decode: exists for Flax's signature only. RACE decodes with ``state=``.
+      precision: the precision of the projections.
+      kernel_init: the initializer of the projections' kernels.
+      out_kernel_init: the initializer of the kernel of ``out``, which is `kernel_init` if None.
+      bias_init: the initializer of the projections' biases.
+      out_bias_init: the initializer of the bias of ``out``, which is `bias_init` if None.
       use_bias: whether the projections have biases.
-      normalize_qk: LayerNorm on queries and keys.
-      num_tables: L, hash tables.
-      num_planes: P, 1..10, planes of a table.
-      planes_scale: standard deviation of the planes' entries; ``head_dim**-0.5`` if None.
-      learn_planes: makes the planes a parameter.
-      sharpness: beta at the start, > 0.
-      learn_sharpness: trains beta, through its logarithm.
-      shared_sharpness: one beta for the layer instead of one a key/value head.
+      normalize_qk: whether queries and keys go through a LayerNorm.
+      num_tables: L, the number of hash tables.
+      num_planes: P, the number of planes of a table, 1..10.
+      planes_scale: the standard deviation of the planes' entries, which is ``head_dim**-0.5`` if
+        None.
+      learn_planes: whether the planes are a parameter.
+      sharpness: the initial beta, > 0.
+      learn_sharpness: whether beta is trained, through its logarithm.
+      shared_sharpness: whether the layer has one beta, instead of one per key/value head.
       forget_gate: None, ``"fixed"``, ``"learned"`` or ``"data"``.
-      half_life: the longest half-life of the gate at the start, in tokens.
-      short_conv: mixes each token with the three before it.
-      output_gate: normalises and gates the heads before ``out``.
-      fold_planes: computes ``x (A W)`` instead of ``(x A) W``.
+      half_life: the longest initial half-life of the gate, in tokens.
+      short_conv: whether each token is mixed with the three tokens before it.
+      output_gate: whether the heads are normalized and gated before ``out``.
+      fold_planes: whether to compute ``x (A W)`` instead of ``(x A) W``.
       normalization: ``"global"`` or ``"bucket"``.
       implementation: None, ``"xla"`` or ``"pallas"``.
       axis_name: inside ``jax.shard_map``, the mesh axis over whose devices the sequence is split.
@@ -96,7 +98,7 @@ class RACEAttention(nn.Module):
       >>> layer.apply(variables, x, is_causal=True).shape
       (2, 10, 32)
 
-      Four layers that compile as one and are computed again in the backward pass:
+      Four layers that are compiled once, and recomputed in the backward pass:
 
       >>> class Layers(nn.Module):
       ...     @nn.compact
@@ -116,7 +118,8 @@ class RACEAttention(nn.Module):
       >>> Layers().apply(variables, x).shape
       (2, 10, 32)
 
-    Source: arXiv 2510.04008, Algorithms 1 and 2 (`RACEAttention.paper`); the rest goes beyond it.
+    Source: arXiv 2510.04008, Algorithms 1 and 2 (`RACEAttention.paper`). The rest goes beyond the
+    paper.
     """
 
     num_heads: int
@@ -156,29 +159,29 @@ class RACEAttention(nn.Module):
 
     @classmethod
     def paper(cls, num_heads: int, **options: Any) -> RACEAttention:
-        """The paper's layer, exactly, as the NNX `race_jax.RACEAttention.paper`.
+        """Makes exactly the paper's layer, as the NNX `race_jax.RACEAttention.paper` does.
 
         Args:
           num_heads: N.
-          **options: what the paper leaves open, and Linen's `name` and `parent`.
+          **options: the options that the paper leaves open, and Linen's `name` and `parent`.
 
         Returns:
           The layer.
 
         Raises:
-          TypeError: an option that the paper fixes.
+          TypeError: if an option is given that the paper fixes.
         """
         return cls(num_heads, **PAPER, **options)
 
     def init_state(self, batch: int, in_features: int) -> LayerState:
-        """The state before any token, to be passed as ``state=``.
+        """Returns the state before any token, to be passed as ``state=``.
 
         Args:
           batch: B.
           in_features: D, the width of the inputs.
 
         Returns:
-          A pytree of one size, whatever the length to come.
+          A pytree whose size does not depend on the length of the sequence.
         """
         return init_state(self._settings(in_features, in_features), batch)
 
@@ -196,26 +199,26 @@ class RACEAttention(nn.Module):
         deterministic: bool | None = None,
         dropout_rng: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, LayerState]:
-        """Attends: arguments and results are those of the NNX `race_jax.RACEAttention`.
+        """Applies the layer. Arguments and results are those of `race_jax.RACEAttention`.
 
         Args:
           inputs_q: ``(B, T, D)``.
-          inputs_k: ``(B, S, D)``; None for self-attention.
-          inputs_v: ``(B, S, D)``; None for `inputs_k`.
+          inputs_k: ``(B, S, D)``, or None for self-attention.
+          inputs_v: ``(B, S, D)``, or None to use `inputs_k`.
           mask: key padding, ``(B, S)`` or ``(B, 1, 1, S)``, nonzero where there is a token.
-          segment_ids: ``(B, T)`` int >= 0, one contiguous run a document.
-          is_causal: whether a token sees only itself and what stands before it; needs T == S. The
-            field's value if None.
-          state: from `init_state` or an earlier call. Needs `is_causal`.
-          deterministic: turns dropout off.
-          dropout_rng: a key for dropout; the stream ``dropout`` if None.
+          segment_ids: ``(B, T)`` int >= 0, one contiguous run per document.
+          is_causal: whether a token sees only itself and earlier tokens. This needs T == S. The
+            value of the field is used if None.
+          state: the state from `init_state` or an earlier call. It needs `is_causal`.
+          deterministic: whether dropout is off.
+          dropout_rng: the key for dropout. The stream ``dropout`` is used if None.
 
         Returns:
-          ``(B, T, D)`` in `dtype`; with a `state` also the state after the call.
+          ``(B, T, D)`` in `dtype`, or that and the state after the call if a `state` is given.
 
         Raises:
-          ValueError: shapes that do not fit, or arguments that exclude each other.
-          TypeError: a state of another kind, or a flag that is no Python bool.
+          ValueError: if shapes do not fit, or two arguments exclude each other.
+          TypeError: if the state is of another type, or a flag is not a Python bool.
         """
         keys_from = inputs_q if inputs_k is None else inputs_k
         settings = self._settings(inputs_q.shape[-1], keys_from.shape[-1])
@@ -290,15 +293,15 @@ class RACEAttention(nn.Module):
         return ParameterGroup(inits, self.param_dtype, name=name)()
 
     def _kernel_dtype(self) -> Any:
-        """Of the query projection's kernel, which may have been cast since it was made."""
+        """Returns the dtype of the query projection's kernel, which may have been cast."""
         kernel = self.variables.get("params", {}).get("query", {}).get("kernel")
         return None if kernel is None else nn.unbox(kernel).dtype
 
     def _planes(self, settings: RACEConfig) -> jax.Array:
         if not self.learn_planes:
             return self.variable("hash_planes", "planes", self._draw_planes, settings).value
-        # Flax also runs the initialiser of a parameter that exists, to compare shapes; then there
-        # is no stream to draw from.
+        # Flax also runs the initializer of an existing parameter, to compare shapes. There is no
+        # stream to draw from then.
         if not self.is_initializing():
             return self.param("planes", settings.draw_planes)
         return self.param("planes", lambda key: self._draw_planes(settings))
@@ -320,11 +323,11 @@ class RACEAttention(nn.Module):
 
 
 class ParameterGroup(nn.Module):
-    """Parameters under one name, without a computation: `race_jax.layers.functional` computes.
+    """Parameters under one name, with which `race_jax.layers.functional` computes.
 
     Attributes:
-      inits: for every parameter, ``init(key, dtype)``.
-      param_dtype: their dtype.
+      inits: ``init(key, dtype)`` of every parameter, by name.
+      param_dtype: the dtype of the parameters.
     """
 
     inits: Mapping[str, Initializer]
@@ -332,16 +335,16 @@ class ParameterGroup(nn.Module):
 
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
-        """The parameters by name."""
+        """Returns the parameters by name."""
         return {name: self.param(name, init, self.param_dtype) for name, init in self.inits.items()}
 
 
 def _flat(init: Initializer, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Initializer:
-    """Initialises a kernel as a matrix and a bias as a vector, as Flax does: fans depend on it."""
+    """Initializes a kernel as a matrix and a bias as a vector, as Flax does, for equal fans."""
     flat = (math.prod(inputs), math.prod(outputs)) if inputs else (math.prod(outputs),)
 
     def shaped(key: jax.Array, dtype: Any) -> Any:
-        # A tree map, because an initialiser with partitioning gives a box around the array.
+        # This is a tree map because an initializer with partitioning returns a box with the array.
         return jax.tree.map(lambda array: array.reshape(*inputs, *outputs), init(key, flat, dtype))
 
     return shaped

@@ -3,18 +3,19 @@
 An attention is one file of this folder and one line of `ATTENTIONS`. The line names a Flax NNX
 module that follows this protocol:
 
-config_class   A frozen dataclass, checked when it is made. Of the fields in `SHARED` it has those
+config_class   A frozen dataclass that is checked when it is made. It has those fields of `SHARED`
                that it needs, and the model fills them in. Its other fields are the method's own
-               options, `config.model.NAME.*` on the command line. LAYER_ONLY names fields that a
-               model does not set, MODEL_DEFAULTS the defaults that differ in a model, POSITIONS
-               the positions that the method takes beside "none" and "learned". The method
-               ``describe(batch, length, is_packed)`` says in two texts what would run, and why.
+               options, `config.model.NAME.*` on the command line. LAYER_ONLY names the fields that
+               a model does not set. MODEL_DEFAULTS holds the defaults that differ in a model.
+               POSITIONS names the positions that are part of the method, besides those that every
+               model can have. ``describe(batch, length, is_packed)`` returns two texts: what would
+               run, and why.
 from_config    ``(config, *, is_causal, kernel_init, out_kernel_init, rngs)`` makes the layer. It
-               raises ValueError where the config does not go with ``is_causal``.
-__call__       ``(x, *, positions, mask, segment_ids, is_causal, state, deterministic, rngs)`` gives
-               ``(B, T, D)``, or that and the next state where a state is given.
-init_state     ``(batch)`` gives the state before the first token, a pytree whose leaves keep their
-               shapes, or None where the method carries no state.
+               raises ValueError if the config does not go with ``is_causal``.
+__call__       ``(x, *, positions, mask, segment_ids, is_causal, state, deterministic, rngs)``
+               returns ``(B, T, D)``, or that and the next state if a state is given.
+init_state     ``(batch)`` returns the state before any token, a pytree whose leaves keep their
+               shapes, or None if the method carries no state.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ SHARED = (
 
 @functools.cache
 def find(name: str) -> Any:
-    """The module class of an attention.
+    """Returns the module class of an attention.
 
     Raises:
-      ValueError: there is no attention of this name.
+      ValueError: if there is no attention of this name.
 
     Example:
       >>> from race_jax.layers import registry
@@ -73,9 +74,9 @@ def splits_sequences(name: str) -> bool:
 
 @functools.cache
 def options_class(name: str) -> type:
-    """A mutable dataclass of an attention's own options, which a command line can fill.
+    """Returns a mutable dataclass of an attention's own options, which a command line can fill.
 
-    It is a draft: `make_config` turns it into the frozen record, which checks it.
+    `make_config` turns it into the frozen record, which is checked.
     """
     record = find(name).config_class
     kinds = typing.get_type_hints(record)
@@ -93,12 +94,12 @@ def options_class(name: str) -> type:
         f"{record.__name__}Options", fields, namespace={"__module__": __name__}
     )
     draft.__doc__ = re.sub(r"\nRaises:.*", "", inspect.getdoc(record), flags=re.DOTALL)
-    globals()[draft.__name__] = draft  # so that copies by pickle find it
+    globals()[draft.__name__] = draft  # pickle looks it up by this name
     return draft
 
 
 def add_options(model_config: type) -> type:
-    """Gives a dataclass, before it is made one, a field of options for every attention."""
+    """Adds a field of options for every attention to a class that becomes a dataclass."""
     for name in ATTENTIONS:
         kind = options_class(name)
         model_config.__annotations__[name] = kind
@@ -107,15 +108,15 @@ def add_options(model_config: type) -> type:
 
 
 def make_config(name: str, options: Any, shared: dict[str, Any]) -> Any:
-    """The checked record of an attention.
+    """Returns the checked record of an attention.
 
     Args:
-      name: of the attention.
-      options: an `options_class`; "none" counts as None where a field may be None.
+      name: the name of the attention.
+      options: an instance of `options_class`. "none" counts as None if a field may be None.
       shared: a value for each name of `SHARED`.
 
     Raises:
-      ValueError: an option that the method does not allow; the message names it.
+      ValueError: if the method does not allow an option, which the message names.
     """
     record = find(name).config_class
     kinds = typing.get_type_hints(type(options))

@@ -1,7 +1,8 @@
-"""Softmax attention, the method to compare with: the operation and its Flax layer.
+"""Softmax attention, as an operation and as a Flax layer, for comparison.
 
-In: query, key, value, an additive bias, and masks as vectors. Out: (B, T, N, V).
-Equation: out_t = sum_s softmax_s(q_t . k_s / sqrt(H) + bias_ts) v_s over visible keys s.
+The operation takes query, key, value, an additive bias, and masks as vectors. Over visible keys s,
+
+    out_t = sum_s softmax_s(q_t . k_s / sqrt(H) + bias_ts) v_s
 """
 
 import dataclasses
@@ -33,39 +34,39 @@ def softmax_attention(
     return_state: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
-    r"""Softmax attention with the masks of RACE attention, by `jax.nn.dot_product_attention`.
+    r"""Computes softmax attention with the masks of RACE attention.
 
     .. math::
         out_t = \sum_s \mathrm{softmax}_s(q_t \cdot k_s / \sqrt{H} + bias_{ts}) \, v_s
 
-    over the keys that causality, padding and segments leave visible. Time is quadratic in the
-    length, and so is memory, except on cuDNN without masks. A query that sees no key returns
-    zeros, and so does a padded query where queries and keys are the same tokens (causal or
-    packed). The softmax is computed in float32.
+    The sum runs over the keys that causality, padding and segments leave visible. Time is quadratic
+    in the length, and so is memory, except on cuDNN without masks. A query that sees no key returns
+    zeros. In causal and packed calls, where queries and keys are the same tokens, a padded query
+    returns zeros as well. The softmax is computed in float32, by `jax.nn.dot_product_attention`.
 
     Args:
         query: shape (B, T, N, H), floating.
-        key: shape (B, S, K, H); query head n uses key/value head n // (N // K).
-        value: shape (B, S, K, V), of query's dtype; V may differ from H.
-        aux: bias added to the logits, broadcastable to (B, N, T, S), such as that of
-            `race_jax.layers.softmax.alibi_bias`; or None.
-        is_causal: a query sees its own token and earlier ones; needs T == S.
+        key: shape (B, S, K, H). Query head n uses key/value head n // (N // K).
+        value: shape (B, S, K, V), with the dtype of the query. V may differ from H.
+        aux: a bias that is added to the logits and broadcasts to (B, N, T, S), for instance that
+            of `race_jax.layers.softmax.alibi_bias`, or None.
+        is_causal: whether a token sees only itself and earlier tokens. This needs T == S.
         log_decay: not supported.
-        key_value_mask: shape (B, S) bool, True where there is a token; what stands in the other
-            slots of key and value is never read.
-        segment_ids: shape (B, T) integers; a token sees its own segment only; needs T == S.
+        key_value_mask: shape (B, S) bool, True where there is a token. Other slots of key and value
+            are never read.
+        segment_ids: shape (B, T) integers. A token sees only its own segment. This needs T == S.
         initial_state: not supported.
         return_state: not supported.
-        implementation: "xla", "cudnn" (an NVIDIA GPU, half precision), or None: cuDNN where
-            JAX's default backend and the inputs allow it, else XLA.
+        implementation: "xla", "cudnn" (which needs an NVIDIA GPU and half precision), or None,
+            which is cuDNN if JAX's default backend and the inputs allow it, and XLA otherwise.
 
     Returns:
-        Shape (B, T, N, V), value's dtype.
+        Shape (B, T, N, V), with the dtype of the value.
 
     Raises:
-        ValueError: shapes that do not fit each other, or an unknown implementation.
-        TypeError: inputs that are not floating, or a mask that is not bool.
-        NotImplementedError: a state or a decay is asked for, or "cudnn" cannot run here.
+        ValueError: if shapes do not fit each other, or the implementation is unknown.
+        TypeError: if inputs are not floating, or a mask is not bool.
+        NotImplementedError: if a state or a decay is given, or "cudnn" cannot run here.
 
     Example:
         >>> import jax.numpy as jnp
@@ -107,14 +108,14 @@ def softmax_attention(
 
 
 def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
-    r"""Rotary positions: turns pair i of a head by the angle :math:`p \cdot 10000^{-2i/H}`.
+    r"""Applies rotary positions, which turn pair i of a head by :math:`p \cdot 10000^{-2i/H}`.
 
     Args:
-        x: shape (B, T, N, H), H even; pair i is (x[i], x[i + H/2]).
-        positions: shape (B, T) int32, p of each token.
+        x: shape (B, T, N, H), with H even. Pair i is (x[i], x[i + H/2]).
+        positions: shape (B, T) int32, the position p of each token.
 
     Returns:
-        Shape (B, T, N, H), x's dtype; angles and products are float32.
+        Shape (B, T, N, H), with the dtype of x. Angles and products are float32.
 
     Example:
         >>> import jax.numpy as jnp
@@ -134,11 +135,11 @@ def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 def alibi_bias(num_heads: int, positions: jax.Array) -> jax.Array:
-    r"""Linear biases: :math:`-2^{-8(n+1)/N} \, |p_t - p_s|` added to the logits of head n.
+    r"""Returns the linear biases :math:`-2^{-8(n+1)/N} \, |p_t - p_s|` of the logits of head n.
 
     Args:
-        num_heads: number of query heads N.
-        positions: shape (B, T) int32.
+        num_heads: the number of query heads N.
+        positions: shape (B, T) int32, the position p of each token.
 
     Returns:
         Shape (B, N, T, T) float32.
@@ -149,7 +150,7 @@ def alibi_bias(num_heads: int, positions: jax.Array) -> jax.Array:
         >>> alibi_bias(2, jnp.array([[0, 3]]))[0, :, 1, 0].tolist()  # two heads, distance 3
         [-0.1875, -0.01171875]
 
-    Source: Press et al. 2022 (ALiBi), section 3; their slopes for N a power of two.
+    Source: Press et al. 2022 (ALiBi), section 3, with the slopes for N a power of two.
     """
     slopes = 2.0 ** (-8.0 * jnp.arange(1, num_heads + 1, dtype=jnp.float32) / num_heads)
     distance = jnp.abs(positions[:, :, None] - positions[:, None, :]).astype(jnp.float32)
@@ -168,16 +169,17 @@ class SoftmaxConfig:
     """Options of softmax attention, and the sizes of a layer.
 
     Attributes:
-        num_heads: query heads N.
-        in_features: width D of the input and the output.
-        num_kv_heads: key/value heads K, dividing N.
-        head_dim: width H of a head.
-        positions: "rope" rotates queries and keys, "alibi" biases the logits; else neither.
-        dtype: dtype of the computation; parameters are float32.
-        implementation: as `softmax_attention` takes it.
+        num_heads: the number of query heads N.
+        in_features: the width D of the input and the output.
+        num_kv_heads: the number of key/value heads K, which must divide N.
+        head_dim: the width H of a head.
+        positions: "rope" rotates queries and keys, and "alibi" biases the logits. Other positions
+            change neither.
+        dtype: the dtype of the computation. Parameters are float32.
+        implementation: as for `softmax_attention`.
 
     Raises:
-        ValueError: an unknown implementation, or rotary positions of a head of odd width.
+        ValueError: if the implementation is unknown, or a head of odd width has rotary positions.
     """
 
     POSITIONS: ClassVar[tuple[str, ...]] = tuple(POSITIONS)
@@ -200,19 +202,19 @@ class SoftmaxConfig:
             )
 
     def describe(self, batch: int, length: int, is_packed: bool) -> tuple[str, str]:
-        """Its name, and which implementation runs."""
+        """Returns the name of the method, and which implementation runs."""
         del batch, length, is_packed
         return "softmax", f"implementation {self.implementation or 'xla'}"
 
 
 class SoftmaxAttention(nnx.Module):
-    """Self-attention by softmax, with the parameters of `RACEAttention` by name and shape.
+    """Self-attention by softmax, whose projections have the names and shapes of `RACEAttention`.
 
     Args:
-        config: sizes and options.
-        kernel_init: of the kernels of query, key and value.
-        out_kernel_init: of the kernel of ``out``.
-        rngs: streams "params".
+        config: the sizes and options.
+        kernel_init: the initializer of the kernels of query, key and value.
+        out_kernel_init: the initializer of the kernel of ``out``, ``kernel_init`` if None.
+        rngs: random streams; "params" is needed.
     """
 
     config_class = SoftmaxConfig
@@ -251,12 +253,12 @@ class SoftmaxAttention(nnx.Module):
     def from_config(
         cls, config: SoftmaxConfig, *, is_causal: bool, **options: Any
     ) -> "SoftmaxAttention":
-        """The layer that a record describes; it may be causal or not."""
+        """Makes the layer that a record describes, causal or not."""
         del is_causal
         return cls(config, **options)
 
     def init_state(self, batch: int) -> None:
-        """None: softmax carries no state and attends to the whole sequence again."""
+        """Returns None, because softmax attention carries no state."""
         del batch
 
     def __call__(
@@ -271,7 +273,7 @@ class SoftmaxAttention(nnx.Module):
         deterministic: bool | None = None,
         rngs: Any = None,
     ) -> jax.Array:
-        """x (B, T, D), positions (B, T) for "rope" and "alibi", mask (B, T) bool; to (B, T, D)."""
+        """Maps x (B, T, D) to (B, T, D). Positions (B, T) are needed for "rope" and "alibi"."""
         del deterministic, rngs
         _refuse(None, state, False)
         query, key, value = self.query(x), self.key(x), self.value(x)
@@ -293,10 +295,10 @@ class SoftmaxAttention(nnx.Module):
 
 def _refuse(log_decay: object, initial_state: object, return_state: bool) -> None:
     if log_decay is not None:
-        raise NotImplementedError("softmax attention has no forgetting gate; leave log_decay=None.")
+        raise NotImplementedError("softmax attention has no forgetting gate; leave out log_decay.")
     if initial_state is not None or return_state:
         raise NotImplementedError(
-            "softmax attention carries no constant-size state; attend to the whole sequence again."
+            "softmax attention carries no state of fixed size; pass the whole sequence instead."
         )
 
 
@@ -340,7 +342,7 @@ def _choose(implementation, query, value, aux, key_value_mask, segment_ids) -> s
 
 
 def _cudnn_obstacle(query: jax.Array, value: jax.Array, dense: bool) -> str | None:
-    """Why cuDNN cannot run this call, or None; the limits are those that JAX checks."""
+    """Returns why cuDNN cannot run this call, or None. JAX checks the same limits."""
     width = max(query.shape[-1], value.shape[-1])
     if jax.default_backend() != "gpu":
         return f"needs an NVIDIA GPU, and JAX's default backend is {jax.default_backend()!r}"
@@ -354,7 +356,7 @@ def _cudnn_obstacle(query: jax.Array, value: jax.Array, dense: bool) -> str | No
 
 
 def _equal_head_dims(query, key, value):
-    """Zero columns where H and V differ (they change no product), and the scale 1 / sqrt(H)."""
+    """Returns the arrays padded with zeros to one head width, and the scale 1 / sqrt(H)."""
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     width = max(head_dim, value_dim)
 
@@ -365,7 +367,7 @@ def _equal_head_dims(query, key, value):
 
 
 def _pair_mask(num_queries: int, num_keys: int, key_value_mask, segment_ids) -> jax.Array | None:
-    """Padding and segments as the (B, 1, T, S) mask that `jax.nn` wants; causality is its own."""
+    """Returns padding and segments as the mask (B, 1, T, S) that `jax.nn` takes, or None."""
     visible = None
     if segment_ids is not None:
         visible = segment_ids[:, :, None] == segment_ids[:, None, :]

@@ -1,6 +1,6 @@
-"""Transformers with RACE or softmax attention, and decoding from them.
+"""Transformers with RACE or other attention, and decoding from them.
 
-In: a `ModelConfig`. Out: Flax NNX models, from token ids to logits.
+A `ModelConfig` describes a Flax NNX model that maps token ids to logits.
 """
 
 from race_jax.models.config import ModelConfig

@@ -1,7 +1,8 @@
 """One pre-norm transformer block, with the attention chosen by name.
 
-In: hidden states (B, T, D), masks as vectors, and the layer's state. Out: the same.
-Equations: x += attention(norm(x)); x += MLP(norm(x)).
+A block maps hidden states (B, T, D) to hidden states (B, T, D), and carries the layer's state:
+
+    x += attention(norm(x)),   x += MLP(norm(x))
 """
 
 import functools
@@ -18,16 +19,18 @@ from race_jax.models.layers import INIT_STD, MLP, kernel_init
 
 
 class Block(nnx.Module):
-    """One pre-norm block: attention and MLP, each added to what came in.
+    """One pre-norm block, in which attention and MLP are each added to their input.
 
-    Kernels start N(0, 0.02^2). Those of the two projections that add to the residual stream start
-    smaller by sqrt(2 * num_layers), so that what 2 * num_layers branches add has the variance of
-    one, whatever the depth. Both after GPT-2 (Radford et al. 2019, section 2.3, and its code).
+    Kernels are drawn from N(0, 0.02^2). Those of the two projections that add to the residual
+    stream are smaller by sqrt(2 * num_layers), so that the 2 * num_layers branches together add
+    the variance of one branch, whatever the depth.
 
     Args:
         config: a validated record.
         is_causal: whether a token sees only itself and earlier tokens.
-        rngs: streams "params" and "planes".
+        rngs: the random streams "params" and "planes".
+
+    Source: the initial values are those of GPT-2 (Radford et al. 2019, section 2.3, and its code).
     """
 
     def __init__(self, config: ModelConfig, *, is_causal: bool, rngs: nnx.Rngs):
@@ -57,7 +60,7 @@ class Block(nnx.Module):
         state: tuple | None,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, tuple | None]:
-        """x (B, T, D) to (B, T, D), and the layer's state where one came in."""
+        """Maps x (B, T, D) to (B, T, D) and the next state, which is None without a state."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         attended, state = self._attend(
             self.attention_norm(x), positions, key_value_mask, segment_ids, state
@@ -83,12 +86,12 @@ class Block(nnx.Module):
 
 
 def apply(block: Block, *arguments: Any, remat: bool = False) -> tuple:
-    """The block, called so that equal blocks are traced and compiled once.
+    """Calls a block so that equal blocks are traced and compiled only once.
 
     Args:
         block: the block.
-        *arguments: those of ``Block.__call__``.
-        remat: whether to compute its activations again in the backward pass, not to keep them.
+        *arguments: the arguments of ``Block.__call__``.
+        remat: whether the activations are recomputed in the backward pass instead of kept.
     """
     graph, variables = nnx.split(block)
     return _apply(graph, remat, variables, *arguments)

@@ -1,7 +1,6 @@
 """The record that describes a transformer.
 
-In: the choices of a run (sizes, attention, positions, hashing, gate, dtype). Out: checked values.
-No equation: the fields are those of the modules that they configure.
+It holds the sizes, the attention with its options, the positions and the dtype, and checks them.
 """
 
 import dataclasses
@@ -16,29 +15,32 @@ DTYPES = ("float32", "bfloat16")
 @dataclasses.dataclass
 @registry.add_options
 class ModelConfig:
-    """Sizes and choices of a transformer; the defaults make a small RACE language model.
+    """Sizes and options of a transformer. The defaults describe a small RACE language model.
 
-    Mutable, so that command-line flags can override it; `validate` checks the whole record. Every
-    attention of `race_jax.layers.registry` has a field of its own options, by its name: ``race``,
-    ``softmax`` and so on. A dict of some of them is taken too. Only those of the chosen attention
-    count.
+    The record is mutable, so that command-line flags can override it, and `validate` checks it as a
+    whole. Every attention of `race_jax.layers.registry` has a field for its own options, under its
+    name, for instance ``race`` or ``softmax``. The field also accepts a dict of some of the
+    options. Only the options of the chosen attention have an effect.
 
     Attributes:
-        num_layers: number of blocks, at least 1.
-        width: width D of the hidden state.
-        num_heads: query heads N.
-        num_kv_heads: key/value heads K, a divisor of ``num_heads``; None means ``num_heads``.
-        head_dim: width H of a head; None means ``width // num_heads``.
-        mlp_ratio: hidden width of the MLP over ``width``.
-        dropout_rate: dropout on the embedding and on what each branch adds, in [0, 1).
-        attention: name of an attention in `race_jax.layers.registry`.
-        positions: "none", "learned" (added to the embedding), or, where the attention takes them,
-            "rope" or "alibi".
-        max_length: length of the table of learned positions; other positions ignore it.
-        dtype: dtype of the computation, "float32" or "bfloat16"; parameters, the sums of
-            linear-time attention and the logits are float32 either way.
-        remat: recompute each block in the backward pass instead of keeping its activations.
-        implementation: None chooses; the attention says which others it takes, such as "xla".
+        num_layers: the number of blocks, at least 1.
+        width: the width D of the hidden state.
+        num_heads: the number of query heads N.
+        num_kv_heads: the number of key/value heads K, which must divide ``num_heads``. None means
+            ``num_heads``.
+        head_dim: the width H of a head. None means ``width // num_heads``.
+        mlp_ratio: the hidden width of the MLP, divided by ``width``.
+        dropout_rate: the dropout rate of the embedding and of the output of each branch, in [0, 1).
+        attention: the name of an attention in `race_jax.layers.registry`.
+        positions: "none", "learned" (added to the embedding), or a scheme of the attention, such as
+            "rope" or "alibi" of softmax.
+        max_length: the length of the table of learned positions. Other positions ignore it.
+        dtype: the dtype of the computation, "float32" or "bfloat16". Parameters, the sums of
+            linear-time attention and the logits are always float32.
+        remat: whether each block is recomputed in the backward pass, instead of keeping its
+            activations.
+        implementation: the implementation of the attention, such as "xla", or None to choose the
+            best one.
 
     Example:
         >>> from race_jax.models import ModelConfig
@@ -62,12 +64,12 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Number of key/value heads K."""
+        """The number of key/value heads K."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def head_size(self) -> int:
-        """Width H of one head."""
+        """The width H of one head."""
         return self.width // self.num_heads if self.head_dim is None else self.head_dim
 
     def __post_init__(self) -> None:
@@ -77,10 +79,10 @@ class ModelConfig:
                 setattr(self, name, registry.options_class(name)(**options))
 
     def attention_config(self) -> Any:
-        """The checked record of the chosen attention, with this model's sizes.
+        """Returns the checked record of the chosen attention, with this model's sizes.
 
         Raises:
-            ValueError: an option of the attention is not allowed; the message names it.
+            ValueError: if an option of the attention is not allowed. The message names it.
         """
         shared = {
             "num_heads": self.num_heads,
@@ -94,13 +96,13 @@ class ModelConfig:
         return registry.make_config(self.attention, getattr(self, self.attention), shared)
 
     def validate(self) -> "ModelConfig":
-        """Check every field and the fields against each other.
+        """Checks every field, and the fields against each other.
 
         Returns:
             This record, unchanged.
 
         Raises:
-            ValueError: a field is out of range or does not go with another; the message names
+            ValueError: if a field is out of range or does not go with another. The message names
                 the field, its value and what is allowed.
         """
         self._validate_sizes()
@@ -121,7 +123,7 @@ class ModelConfig:
         if self.head_dim is None and self.width % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must divide width={self.width}; "
-                "or give head_dim for heads of another width."
+                "or set head_dim, the width of a head."
             )
         if not 0.0 <= self.dropout_rate < 1.0:
             raise ValueError(f"dropout_rate={self.dropout_rate} must lie in [0, 1).")

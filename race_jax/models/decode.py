@@ -1,7 +1,9 @@
-"""Decoding: read a prompt once, then one token after another.
+"""Decoding, which reads a prompt once and then draws one token after another.
 
-In: a `TransformerLM`, prompts (B, T) with a padding mask, how to draw. Out: tokens (B, n).
-Equation: x_{t+1} ~ softmax(logits_t / temperature), cut to the top k and the top p.
+A `TransformerLM` continues prompts (B, T), which may be padded, by tokens (B, n). With the
+distribution cut to the top k and the top p,
+
+    x_{t+1} ~ softmax(logits_t / temperature)
 """
 
 import dataclasses
@@ -26,21 +28,21 @@ class Sampling:
     """How the next token is drawn.
 
     Attributes:
-        temperature: positive; the logits are divided by it.
-        top_k: draw among the k likeliest tokens, or None.
-        top_p: draw among the likeliest tokens that together reach this probability, in (0, 1],
-            after ``top_k``; or None.
-        greedy: take the likeliest token, and ignore the rest.
+        temperature: the positive number by which the logits are divided.
+        top_k: the number of likeliest tokens to draw among, or None for all.
+        top_p: a probability in (0, 1], or None. After ``top_k``, only the likeliest tokens that
+            together reach it are drawn among.
+        greedy: whether to take the likeliest token. The other fields are then ignored.
 
     Raises:
-        ValueError: a field is out of range.
+        ValueError: if a field is out of range.
 
     Example:
         >>> from race_jax.models.decode import Sampling
         >>> Sampling(temperature=0.8, top_k=40).top_p is None
         True
 
-    Source: top-p after Holtzman et al. 2020 (nucleus sampling).
+    Source: top-p is the nucleus sampling of Holtzman et al. 2020.
     """
 
     temperature: float = 1.0
@@ -52,7 +54,7 @@ class Sampling:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(
                 f"temperature={self.temperature} must be positive and finite; "
-                "for the likeliest token each time use greedy."
+                "use greedy=True to take the likeliest token each time."
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1, or None for all tokens.")
@@ -61,15 +63,15 @@ class Sampling:
 
 
 def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """One token a row, drawn as `sampling` says.
+    """Draws one token per row.
 
     Args:
         logits: shape (B, vocab) float32.
-        key: a key of `jax.random`; greedy choice ignores it.
+        key: a key of `jax.random`, which greedy decoding ignores.
         sampling: how to draw.
 
     Returns:
-        Shape (B,) int32; -1 where the logits hold NaN or infinity, so that no token is likeliest.
+        Shape (B,) int32. It is -1 where the logits hold NaN or infinity and no token is likeliest.
 
     Example:
         >>> import jax
@@ -78,7 +80,7 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
         >>> sample(jnp.array([[0.0, 3.0, 1.0]]), jax.random.key(0), Sampling(top_k=1)).tolist()
         [1]
     """
-    # -inf excludes a token; NaN, +inf or nothing but -inf is no distribution.
+    # -inf excludes a token. NaN, +inf, or -inf alone are not a distribution.
     possible = jnp.isfinite(logits.max(axis=-1))
     return jnp.where(possible, _choose(logits, key, sampling), -1).astype(jnp.int32)
 
@@ -110,36 +112,36 @@ def stream(
     seed: int = 0,
     stop_token: int | Sequence[int] = (),
 ) -> Iterator[np.ndarray]:
-    """The continuation of each prompt, token by token as it comes.
+    """Draws the continuation of each prompt, and yields it token by token.
 
-    A model that carries a state reads the prompt once: every further token costs the same time and
-    memory, whatever came before. A model without a state, such as one of softmax attention, reads
-    the whole sequence again for every token. Learned positions end the continuation where their
-    table ends, with a warning.
+    A model that carries a state reads the prompt once, and every further token costs the same time
+    and memory, whatever the length so far. A model without a state, such as one with softmax
+    attention, reads the whole sequence again for every token. With learned positions the
+    continuation ends where their table ends, with a warning.
 
     Args:
         model: a causal language model.
         prompt: shape (B, T) integers in [0, vocab), T at least 1. If its rows are sharded over a
             mesh, each device continues its own rows.
-        max_tokens: tokens to draw, at least 1.
-        key_value_mask: shape (B, T) bool, True where there is a token: prompts of unequal length
-            are padded left or right; each needs at least one token. None for no padding.
+        max_tokens: the number of tokens to draw, at least 1.
+        key_value_mask: shape (B, T) bool, True where there is a token, or None for no padding.
+            Prompts of unequal length are padded left or right. Each needs at least one token.
         sampling: how to draw.
-        seed: of the draws, 0 to 2**32 - 1; the same seed gives the same tokens.
-        stop_token: a token, or several, after which a row ends. The stop token itself is given,
-            and again at every later step while other rows go on; once every row has stopped the
-            iterator ends. The other rows draw the same tokens as without it.
+        seed: the seed of the draws, 0 to 2**32 - 1. The same seed gives the same tokens.
+        stop_token: a token, or several, after which a row ends. The stop token itself is yielded,
+            and repeated while other rows go on. The iterator ends once every row has stopped. The
+            tokens of other rows do not depend on it.
 
     Returns:
         An iterator of arrays of shape (B,) int32, at most ``max_tokens`` of them.
 
     Raises:
-        ValueError: an empty prompt, a token outside the vocabulary, a mask of wrong shape,
-            ``max_tokens`` below 1, a prompt that already fills the learned positions, or a seed
-            out of range.
-        TypeError: a prompt, a seed or a stop token that is not integers.
-        FloatingPointError: from the iterator, where the logits of a row that has not stopped are
-            NaN or infinite; the tokens before it have been given.
+        ValueError: if the prompt is empty, a token is outside the vocabulary, the mask has a wrong
+            shape, ``max_tokens`` is below 1, the prompt is longer than the learned positions, or
+            the seed is out of range.
+        TypeError: if the prompt, the seed or a stop token is not an integer.
+        FloatingPointError: if the logits of a row that has not stopped are NaN or infinite. The
+            iterator raises it, after it has yielded the tokens before.
 
     Example:
         >>> import numpy as np
@@ -172,9 +174,9 @@ def stream(
 
 
 def generate(model: TransformerLM, prompt: np.ndarray, **options: Any) -> np.ndarray:
-    """All of `stream` at once: the continuations, shape (B, n) int32.
+    """Returns the continuations that `stream` yields, as one array of shape (B, n) int32.
 
-    A row that stopped before others is filled up with its stop token.
+    A row that stops before others is filled with its stop token.
 
     Example:
         >>> import numpy as np
@@ -190,10 +192,10 @@ def generate(model: TransformerLM, prompt: np.ndarray, **options: Any) -> np.nda
 
 
 def remaining_positions(model: TransformerLM, length: int) -> int | None:
-    """Tokens that can be drawn after `length` tokens; None where positions set no end.
+    """Returns how many tokens can be drawn after `length` tokens, or None if there is no limit.
 
     Raises:
-        ValueError: the learned positions leave no room for another token.
+        ValueError: if the learned positions leave no room for another token.
     """
     limit = model.trunk.max_length
     if limit is None:
@@ -254,14 +256,14 @@ def _checked_key(seed: int) -> jax.Array:
         raise TypeError(f"seed must be an integer; got {seed!r}.") from None
     if not 0 <= seed < 2**32:
         raise ValueError(
-            f"seed={seed} must lie from 0 to 2**32 - 1: JAX's keys hold 32 bits of a seed, so that "
-            "another would draw what one of these draws."
+            f"seed={seed} must lie from 0 to 2**32 - 1, because JAX's keys hold 32 bits of a "
+            "seed, and another seed would draw the same tokens as one of these."
         )
     return jax.random.key(seed)
 
 
 def _until_stopped(tokens: Iterator[np.ndarray], stops: np.ndarray) -> Iterator[np.ndarray]:
-    """Rows that stopped repeat their stop token; ends when all have, raises at a failed draw."""
+    """Yields tokens until all rows have stopped, and raises FloatingPointError for token -1."""
     last = stopped = None
     for index, drawn in enumerate(tokens):
         if last is not None:
@@ -270,8 +272,8 @@ def _until_stopped(tokens: Iterator[np.ndarray], stops: np.ndarray) -> Iterator[
         if failed.size:
             raise FloatingPointError(
                 f"the model's logits are NaN or infinite for row(s) {failed.tolist()} at token "
-                f"{index} of the continuation: look for NaN in its parameters (did training "
-                "diverge?), or, with bfloat16, for an overflow that dtype='float32' avoids."
+                f"{index} of the continuation; look for NaN in its parameters, which training may "
+                "have left, or use dtype='float32' if bfloat16 overflows."
             )
         yield drawn
         last, stopped = drawn, np.isin(drawn, stops)
@@ -311,7 +313,7 @@ def _step(graph, variables, tokens, state, key, i, sampling):
 
 def _read_again(model, prompt, mask, count, sampling, key) -> Iterator[np.ndarray]:
     graph, variables = nnx.split(model)
-    # One buffer of the final length, its unwritten end masked: every token runs the same program.
+    # The buffer has the final length and a masked end, so that every token runs the same program.
     room = ((0, 0), (0, count - 1))
     buffer = jnp.pad(jnp.asarray(prompt), room)
     mask = jnp.pad(jnp.asarray(mask), room)
@@ -327,7 +329,7 @@ def _reread(graph, variables, buffer, mask, key, i, slot, sampling):
     model = nnx.merge(graph, variables)
     last = _last_hidden(model.hidden(buffer, key_value_mask=mask, deterministic=True), mask)
     tokens = sample(model.logits(last), jax.random.fold_in(key, i), sampling)
-    # The last of `count` tokens falls beyond the buffer and is dropped: nothing reads it.
+    # The last of `count` tokens is never read. It lies beyond the buffer and is dropped.
     return (
         tokens,
         buffer.at[:, slot].set(tokens, mode="drop"),
@@ -336,6 +338,6 @@ def _reread(graph, variables, buffer, mask, key, i, slot, sampling):
 
 
 def _last_hidden(hidden: jax.Array, mask: jax.Array) -> jax.Array:
-    """The hidden state (B, D) of each row's last unpadded token."""
+    """Returns the hidden state (B, D) of each row's last unpadded token."""
     last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]

@@ -1,7 +1,10 @@
-"""What stands on the trunk: the language-model head with the tied embedding.
+"""The language model, which is a transformer trunk and a head with the tied embedding.
 
-In: token ids (B, T). Out: logits (B, T, vocab) float32, or the hidden states for a chunked loss.
-Equation: logits = hidden E^T, with E the table that embedded the tokens.
+It maps token ids (B, T) to logits (B, T, vocab) in float32. With the embedding table E,
+
+    logits = hidden E^T
+
+A chunked loss takes the hidden states instead.
 """
 
 from typing import Any
@@ -18,14 +21,15 @@ class TransformerLM(nnx.Module):
     r"""Causal language model: :math:`p(x_{t+1} \mid x_{\le t}) = softmax(h_t E^\top)`.
 
     Args:
-        config: sizes and choices.
-        vocab_size: number of tokens.
-        rngs: streams "params", for the hash planes "planes", and with dropout "dropout".
-        keep_rngs: keep a fork of the dropout stream, where there is dropout and a stream, as
-            Flax's modules do.
+        config: the sizes and options.
+        vocab_size: the number of tokens.
+        rngs: the random streams "params", "planes" for the hash planes, and "dropout" if there is
+            dropout.
+        keep_rngs: whether the model keeps a fork of the dropout stream, as Flax's modules do, if
+            there are dropout and such a stream.
 
     Raises:
-        ValueError: as `ModelConfig.validate`, or an empty vocabulary.
+        ValueError: if `ModelConfig.validate` raises it, or the vocabulary is empty.
 
     Example:
         >>> import jax.numpy as jnp
@@ -37,11 +41,11 @@ class TransformerLM(nnx.Module):
         >>> model(tokens).shape
         (1, 3, 10)
         >>> logits, state = model(tokens[:, :2], state=model.init_state(1))
-        >>> logits, state = model(tokens[:, 2:], state=state)  # reads on where it stopped
+        >>> logits, state = model(tokens[:, 2:], state=state)  # continues where it stopped
         >>> bool(jnp.allclose(logits, model(tokens)[:, 2:], atol=1e-5))
         True
 
-    Source: tied tables after Press and Wolf 2017; the rest is `Transformer`.
+    Source: the tied tables are those of Press and Wolf 2017.
     """
 
     def __init__(
@@ -55,24 +59,24 @@ class TransformerLM(nnx.Module):
         return self.trunk.embedding.tokens
 
     def init_state(self, batch: int) -> TransformerState:
-        """The state before the first token; see `Transformer.init_state`."""
+        """Returns the state before any token, as `Transformer.init_state` does."""
         return self.trunk.init_state(batch)
 
     def hidden(self, tokens: jax.Array, **options: Any) -> jax.Array | tuple:
-        """Hidden states (B, T, D) after the last norm; arguments of `Transformer.__call__`."""
+        """Returns hidden states (B, T, D), with the arguments of `Transformer.__call__`."""
         return self.trunk(tokens, **options)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states (..., D) to logits (..., vocab), summed in float32."""
+        """Maps hidden states (..., D) to logits (..., vocab), summed in float32."""
         table = self.embedding[...].astype(hidden.dtype)
         with jax.named_scope("transformer/logits"):
             return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def __call__(self, tokens: jax.Array, **options: Any) -> jax.Array | tuple:
-        """Logits (B, T, vocab) float32, or (logits, state) where a state is given.
+        """Returns logits (B, T, vocab) float32, or (logits, state) if a state is given.
 
-        Takes the arguments of `Transformer.__call__`: segment_ids, positions, key_value_mask,
-        state, deterministic, rngs.
+        The arguments are those of `Transformer.__call__`: segment_ids, positions, key_value_mask,
+        state, deterministic and rngs.
         """
         out = self.hidden(tokens, **options)
         if isinstance(out, tuple):

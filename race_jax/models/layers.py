@@ -1,7 +1,8 @@
-"""The parts of a transformer that are not attention: embedding, positions, MLP.
+"""The parts of a transformer other than attention: the embedding, positions and the MLP.
 
-In: token ids and vectors of positions and masks, or hidden states (B, T, D). Out: (B, T, D).
-Equation: MLP(x) = W_down gelu(W_up x).
+They map token ids, with vectors of positions and masks, or hidden states (B, T, D) to (B, T, D).
+
+    MLP(x) = W_down gelu(W_up x)
 """
 
 import functools
@@ -30,18 +31,19 @@ def token_positions(
     segment_ids: jax.Array | None = None,
     start_segment: jax.Array | None = None,
 ) -> jax.Array:
-    """Each token's place in its own sequence: padding does not count, a new segment starts at 0.
+    """Returns the position of each token in its own segment, where padding is not counted.
 
     Args:
-        length: number of tokens T.
-        start: shape (B,) int32, how many tokens came before the first one.
+        length: the number of tokens T.
+        start: shape (B,) int32, the number of tokens before the first one.
         key_value_mask: shape (B, T) bool, or None for no padding.
         segment_ids: shape (B, T) integers, or None for one segment.
-        start_segment: shape (B,) int32, the segment that ``start`` counts; needed with
+        start_segment: shape (B,) int32, the segment that ``start`` counts. It is needed with
             ``segment_ids``.
 
     Returns:
-        Shape (B, T) int32; a padded slot repeats the place of the token before it.
+        Shape (B, T) int32. The first token of a new segment has position 0, and a padded slot has
+        the position of the token before it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -75,7 +77,7 @@ def _counted(
     ids = masking.fill_segments(segment_ids, key_value_mask, start_segment)
     first = jnp.arange(ids.shape[1]) == 0
     previous = jnp.where(first, start_segment[:, None], jnp.roll(ids, 1, axis=1))
-    # Tokens before the run that a slot stands in; -1 while the run is the one `start` counts.
+    # The number of tokens before the run of each slot, or -1 in the run that `start` counts.
     before = jax.lax.cummax(jnp.where(present & (ids != previous), count - 1, -1), axis=1)
     return jnp.maximum(count - 1 + jnp.where(before >= 0, -before, start[:, None]), 0)
 
@@ -104,16 +106,18 @@ def per_row(numbers: jax.typing.ArrayLike, tokens: jax.Array) -> jax.Array:
 
 
 class TokenEmbedding(nnx.Module):
-    """Token vectors, plus learned vectors of absolute positions where they are asked for.
+    """Token vectors and, if they are wanted, learned vectors of absolute positions.
+
+    Both tables are drawn from N(0, 0.02^2).
 
     Args:
-        vocab_size: number of tokens.
-        width: width D.
-        max_length: number of learned positions, or None for none.
-        dtype: dtype of the output; the tables are float32.
-        rngs: streams "params".
+        vocab_size: the number of tokens.
+        width: the width D.
+        max_length: the number of learned positions, or None for none.
+        dtype: the dtype of the output. The tables are float32.
+        rngs: random streams; "params" is needed.
 
-    Source: both tables are drawn N(0, 0.02^2), as GPT-2's (Radford et al. 2019).
+    Source: the initial values are those of GPT-2 (Radford et al. 2019).
     """
 
     def __init__(
@@ -135,9 +139,9 @@ class TokenEmbedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """Token ids and positions, both (B, T) int32, to (B, T, D).
+        """Maps token ids and positions, both (B, T) int32, to (B, T, D).
 
-        An id or a position outside its table gives NaN: loud, where clamping would be silent.
+        An id or a position outside its table gives NaN, because a clamped index would go unnoticed.
         """
         x = _look_up(self.tokens[...], tokens)
         if self.positions is not None:
@@ -146,23 +150,23 @@ class TokenEmbedding(nnx.Module):
 
 
 def _look_up(table: jax.Array, rows: jax.Array) -> jax.Array:
-    """Rows of a table ``(number, D)``, NaN outside it; sharded as the row numbers are."""
+    """Returns rows of a table ``(number, D)``, or NaN outside it, sharded as the numbers are."""
     sharding = jax.typeof(rows).sharding
     sharded = None
-    if any(sharding.spec):  # on an Explicit mesh JAX asks for the sharding of the result
+    if any(sharding.spec):  # JAX needs the sharding of the result on an Explicit mesh
         sharded = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, None))
     return table.at[rows].get(mode="fill", fill_value=jnp.nan, out_sharding=sharded)
 
 
 class MLP(nnx.Module):
-    """Two layers with a GELU between: (B, T, D) to (B, T, D).
+    """Two linear layers with a GELU between them.
 
     Args:
-        width: width D.
-        hidden_width: width between the layers.
-        dtype: dtype of the computation; parameters are float32.
-        out_kernel_init: of the second kernel.
-        rngs: streams "params".
+        width: the width D of inputs and outputs.
+        hidden_width: the width between the layers.
+        dtype: the dtype of the computation. Parameters are float32.
+        out_kernel_init: the initializer of the second kernel.
+        rngs: random streams; "params" is needed.
     """
 
     def __init__(
@@ -180,5 +184,5 @@ class MLP(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x (B, T, D) to (B, T, D)."""
+        """Maps x (B, T, D) to (B, T, D)."""
         return self.down(nnx.gelu(self.up(x)))

@@ -1,7 +1,9 @@
-"""The trunk: an embedding, blocks and a norm, with the state that crosses calls.
+"""The trunk of a model: an embedding, blocks and a norm, with the state between calls.
 
-In: token ids (B, T), masks as vectors, and, to continue a sequence, a state. Out: (B, T, D).
-Equation: hidden = norm(block_n(... block_1(embedding(tokens)))).
+It maps token ids (B, T), with masks as vectors, to hidden states (B, T, D). A state continues a
+sequence.
+
+    hidden = norm(block_n(... block_1(embedding(tokens))))
 """
 
 from typing import NamedTuple
@@ -18,8 +20,8 @@ from race_jax.models.config import ModelConfig
 from race_jax.models.layers import TokenEmbedding, per_row, token_positions
 
 _NO_STATE = (
-    "this model carries no state: it is not causal, or its attention keeps none. It reads the "
-    "whole sequence again for every token (race_jax.models.decode does so)."
+    "this model carries no state, because it is not causal or its attention keeps none; pass the "
+    "whole sequence for every token, as race_jax.models.decode does."
 )
 _TOO_LONG = (
     "position {} is beyond the learned positions, max_length={}; shorten the sequence, or train "
@@ -28,12 +30,12 @@ _TOO_LONG = (
 
 
 class TransformerState(NamedTuple):
-    """What a transformer keeps of the tokens it has read.
+    """The state of a transformer after the tokens that it has read.
 
     Attributes:
-        layers: for each block, the state of its attention.
-        position: shape (B,) int32, tokens read so far of the current segment.
-        segment: shape (B,) int32, the segment of the last token; -1 before any.
+        layers: the state of the attention of each block.
+        position: shape (B,) int32, the number of tokens read of the current segment.
+        segment: shape (B,) int32, the segment of the last token, or -1 before the first token.
     """
 
     layers: tuple
@@ -42,21 +44,22 @@ class TransformerState(NamedTuple):
 
 
 class Transformer(nnx.Module):
-    """Token ids to hidden states: what the heads of `race_jax.models.heads` stand on.
-
-    Args:
-        config: sizes and choices; validated here.
-        vocab_size: number of tokens.
-        is_causal: True for language models, False for encoders (which take no forgetting gate).
-        keep_rngs: keep a fork of the dropout stream, where there is dropout and a stream, as
-            Flax's modules do.
-        rngs: streams "params", "planes" and, with dropout, "dropout", or a default for them.
+    """A transformer without a head, which maps token ids to hidden states.
 
     Dropout is off until ``model.train()``, and off again after ``model.eval()``.
 
+    Args:
+        config: the sizes and options, which are validated here.
+        vocab_size: the number of tokens.
+        is_causal: True for language models, False for encoders, which take no forgetting gate.
+        keep_rngs: whether the model keeps a fork of the dropout stream, as Flax's modules do, if
+            there are dropout and such a stream.
+        rngs: the random streams "params", "planes" and, with dropout, "dropout", or a default
+            stream for them.
+
     Raises:
-        ValueError: a config field is out of range, the vocabulary is empty, or an encoder is
-            given a forgetting gate.
+        ValueError: if a config field is out of range, the vocabulary is empty, or an encoder has a
+            forgetting gate.
     """
 
     def __init__(
@@ -97,10 +100,10 @@ class Transformer(nnx.Module):
         self.remat = config.remat
 
     def init_state(self, batch: int) -> TransformerState:
-        """The state before the first token, for `batch` sequences.
+        """Returns the state before any token, for `batch` sequences.
 
         Raises:
-            NotImplementedError: the model is not causal, or its attention carries no state.
+            NotImplementedError: if the model is not causal, or its attention carries no state.
         """
         if not self.carries_state:
             raise NotImplementedError(_NO_STATE)
@@ -119,26 +122,26 @@ class Transformer(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> jax.Array | tuple[jax.Array, TransformerState]:
-        """Hidden states after the last norm, and the new state where one came in.
+        """Returns the hidden states after the last norm, and the new state if one is given.
 
         Args:
-            tokens: shape (B, T) integers in [0, vocab_size); an id out of range gives NaN.
-            segment_ids: shape (B, T) integers, one contiguous run a packed document; or None.
-            positions: shape (B, T) integers; None counts the unpadded tokens of each segment,
-                from the state's position on.
-            key_value_mask: shape (B, T) bool, True where there is a token; or None.
-            state: what `init_state` or an earlier call returned.
-            deterministic: whether dropout is off; None for what ``train()`` or ``eval()`` said.
-            rngs: stream "dropout"; None for the one that the model keeps.
+            tokens: shape (B, T) integers in [0, vocab_size). An id out of range gives NaN.
+            segment_ids: shape (B, T) integers, one contiguous run per packed document, or None.
+            positions: shape (B, T) integers. If None, the unpadded tokens of each segment are
+                counted, from the state's position on.
+            key_value_mask: shape (B, T) bool, True where there is a token, or None.
+            state: the state from `init_state` or an earlier call.
+            deterministic: whether dropout is off. If None, ``train()`` or ``eval()`` decides.
+            rngs: the stream "dropout". The stream of the model is used if None.
 
         Returns:
-            Shape (B, T, D) of the compute dtype, or that and a `TransformerState`.
+            Shape (B, T, D) in the dtype of the computation, or that and a `TransformerState`.
 
         Raises:
-            ValueError: tokens of wrong rank, vectors of another shape, more tokens than learned
-                positions, or dropout without a stream of random numbers.
-            TypeError: tokens that are not integers.
-            NotImplementedError: a state is given to a model that carries none.
+            ValueError: if tokens have a wrong rank, vectors have another shape, there are more
+                tokens than learned positions, or dropout has no stream of random numbers.
+            TypeError: if tokens are not integers.
+            NotImplementedError: if a state is given to a model that carries none.
         """
         self._check(tokens, segment_ids, positions, key_value_mask, state)
         drop_keys = self._dropout_keys(deterministic, rngs)
@@ -170,10 +173,10 @@ class Transformer(nnx.Module):
         return x, TransformerState(tuple(layers), position, segment)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """Serves ``nnx.view``.
+        """Sets what ``nnx.view`` changes.
 
         Args:
-            deterministic: if given, whether dropout is off.
+            deterministic: whether dropout is off, or None to leave it as it is.
         """
         if deterministic is not None:
             self.deterministic = deterministic
@@ -213,7 +216,8 @@ class Transformer(nnx.Module):
             raise NotImplementedError(_NO_STATE)
         if state is not None and state.position.shape != tokens.shape[:1]:
             raise ValueError(
-                f"state is for a batch of {state.position.shape[0]}, tokens have {tokens.shape}."
+                f"state is for a batch of {state.position.shape[0]}, but tokens have shape "
+                f"{tokens.shape}; make one with init_state({tokens.shape[0]})."
             )
 
     def _check_positions(self, positions: jax.Array) -> None:
@@ -225,7 +229,7 @@ class Transformer(nnx.Module):
 
 
 def parameter_count(model: nnx.Module) -> int:
-    """Number of trainable numbers in a module; fixed hash planes are not counted.
+    """Returns the number of trainable numbers in a module, without fixed hash planes.
 
     Example:
         >>> from flax import nnx
@@ -237,7 +241,7 @@ def parameter_count(model: nnx.Module) -> int:
 
 
 def _next_position(positions, start, key_value_mask) -> jax.Array:
-    """One past each row's last unpadded token; where there is none, the position before."""
+    """Returns the position after each row's last unpadded token, or `start` if it has none."""
     length = positions.shape[1]
     if length == 0:
         return start
