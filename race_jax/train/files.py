@@ -190,6 +190,9 @@ def is_free(name: str, config: Config) -> bool:
     section, _, field = name.removeprefix("config.").partition(".")
     if section in TASKS:  # only the section of the chosen task counts
         return section != config.task or field in TASKS[section].free_fields
+    attention, _, option = field.partition(".")
+    if section == "model" and option and attention != config.model.attention:
+        return True  # an option of an attention that the model does not use
     # A constant learning rate does not depend on the length of the run, so the run may be extended.
     extends = name == "config.run.steps" and config.optimizer.schedule == "constant"
     return name in FREE_FIELDS or extends

@@ -38,6 +38,7 @@ class Program:
         call = self.call
         if mesh and mesh.size > 1:
             splits = {name: random.split for name, random in self.inputs.items()}
+            # With the check, the GPU kernels would run in their slower form (docs/kernels.md).
             call = jax.shard_map(
                 call, mesh=mesh, in_specs=(splits,), out_specs=self.split, check_vma=False
             )

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from race_jax.train.files import check_space, claim, run_directory, write_whole
+from race_jax.train.files import check_space, claim, is_free, run_directory, write_whole
 from tests.train.small import small_config
 
 
@@ -90,6 +90,16 @@ def test_what_does_not_touch_the_result_may_change(tmp_path):
         model__remat=True,
         data__root="elsewhere",
     )
+
+
+def test_options_of_another_attention_do_not_count():
+    """Otherwise a new option of one attention would end the runs of all others."""
+    config = small_config()
+    assert is_free("config.model.linear.any_option", config)
+    assert not is_free("config.model.race.num_tables", config)
+    config.model.attention = "linear"
+    assert is_free("config.model.race.num_tables", config)
+    assert not is_free("config.model.attention", config)
 
 
 def test_only_a_run_at_a_constant_rate_may_be_extended(tmp_path):
