@@ -11,6 +11,9 @@ from tqdm import tqdm
 
 from race_jax.train.console import say
 
+# The least time between two reports of the parts of a step.
+BAR_SECONDS, LINE_SECONDS = 1.0, 60.0
+
 
 class Progress:
     """Shows the progress of a running loop.
@@ -20,6 +23,7 @@ class Progress:
         steps: number of steps of the whole run.
         loss_text: a function that describes a loss in words.
         unit: what the speed counts, such as "tokens".
+        parts: about how many calls of `part` a step makes, if it is made of parts.
         terminal: whether to draw a bar; None asks whether standard error is a terminal.
     """
 
@@ -30,10 +34,12 @@ class Progress:
         loss_text: Callable[[float], str],
         unit: str,
         *,
+        parts: int = 0,
         terminal: bool | None = None,
     ):
         self._step, self._steps, self._loss_text, self._unit = start, steps, loss_text, unit
         self._trained_steps, self._trained_seconds = 0, 0.0
+        self._parts, self._parts_done, self._part_shown = parts, 0, time.monotonic()
         terminal = sys.stderr.isatty() if terminal is None else terminal
         form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
         self._bar = (
@@ -61,6 +67,8 @@ class Progress:
         now = time.monotonic()
         steps, seconds = step - self._step, max(now - self._mark, 1e-9)
         self._step, self._mark = step, now
+        self._parts = max(self._parts_done // steps, 1) if self._parts_done else self._parts
+        self._parts_done, self._part_shown = 0, now
         self._trained_steps += steps
         self._trained_seconds += seconds
         rate = count / seconds
@@ -74,6 +82,20 @@ class Progress:
             self._bar.set_postfix_str(text, refresh=False)
             self._draw(lambda: self._bar.update(steps))
         return rate
+
+    def part(self) -> None:
+        """Shows that one more part of a long step is done: in the bar, or as a line a minute."""
+        self._parts_done += 1
+        now = time.monotonic()
+        if now - self._part_shown < (LINE_SECONDS if self._bar is None else BAR_SECONDS):
+            return
+        self._part_shown = now
+        steps, parts = divmod(self._parts_done - 1, max(self._parts, 1))
+        text = f"step {self._step + steps + 1}: {min(100 * (parts + 1) // max(self._parts, 1), 99)} % done"
+        if self._bar is None:
+            say(text)
+        else:
+            self._draw(lambda: self._bar.set_postfix_str(text))
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""

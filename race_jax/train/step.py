@@ -31,6 +31,9 @@ from race_jax.train.state import TrainState
 Batch = dict[str, jax.Array]
 
 
+MOST_STATES = 2**29  # bytes of states that a device keeps at the borders of segments
+
+
 @dataclasses.dataclass(frozen=True)
 class Segments:
     """How the sequences of a batch are read, segment by segment (`race_jax.streaming`).
@@ -38,10 +41,13 @@ class Segments:
     Attributes:
         length: number of tokens of a segment on one device.
         truncated: whether the gradient stops at the borders of segments.
+        report: a function without arguments, which is called on the host whenever a device has read
+            a segment of a training step, in any of its passes; or None.
     """
 
     length: int
     truncated: bool = False
+    report: Callable[[], None] | None = None
 
 
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
@@ -137,7 +143,7 @@ def make_eval_step(
             model = functools.partial(_whole_model, graph, fixed, specs)
             if segments is None:
                 return task.score_sums(model(params), batch)
-            run = streaming.fold(_segment_sums(task, model, None), segment_length=segments.length)
+            run = streaming.fold(_segment_sums(task, model), segment_length=segments.length)
             _, (loss, weight) = run(params, _before(task, model, params, batch), batch)
             return {"loss": loss, "weight": weight}
 
@@ -181,12 +187,17 @@ def _accumulate(
 
 def _streamed(task, model, params, batch, key, segments: Segments) -> tuple[Any, Any, Any]:
     """Returns the same sums for one part, whose sequences are read segment by segment."""
+    before = _before(task, model, params, batch)
+    count = -(-jax.tree.leaves(batch)[0].shape[1] // segments.length)
+    all_states = count * sum(x.nbytes for x in jax.tree.leaves(before))
     run = streaming.value_and_grad(
-        _segment_sums(task, model, key),
+        _segment_sums(task, model, key, segments.report),
         segment_length=segments.length,
         truncated=segments.truncated,
+        # If the states at all borders fit, one pass over the segments is saved.
+        group_size=1 if all_states <= MOST_STATES else None,
     )
-    found = run(params, _before(task, model, params, batch), batch)
+    found = run(params, before, batch)
     return *found.sums, found.d_params
 
 
@@ -195,11 +206,13 @@ def _before(task, model, params, batch) -> tuple[jax.Array, Any]:
     return per_device((jnp.zeros((), jnp.int32), task.init_state(model(params), batch)))
 
 
-def _segment_sums(task, model, key) -> Callable:
+def _segment_sums(task, model, key=None, report=None) -> Callable:
     """Returns the function of one segment; `key` is that of dropout, or None for no dropout."""
 
     def sums(params, carry, segment):
         count, state = carry
+        if report is not None:
+            jax.debug.callback(report)
         rngs = None if key is None else nnx.Rngs(dropout=jax.random.fold_in(key, count))
         state, (loss, weight) = task.segment_sums(model(params), segment, state, rngs)
         return per_device((count + 1, state)), per_device((loss, weight))

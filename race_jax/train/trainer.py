@@ -91,6 +91,7 @@ class Trainer:
                         config.run.steps,
                         task.loss_text,
                         task.weight_name,
+                        parts=self._parts(),
                     )
                 )
             )
@@ -271,7 +272,19 @@ class Trainer:
                 f"config.optimizer.segment_length needs a state that is carried on: {error}"
             ) from None
         length = min(options.segment_length, self._config.data.sequence_length)
-        return Segments(length // self._mesh.shape[SEQ], options.truncate_gradient)
+        return Segments(
+            length // self._mesh.shape[SEQ],
+            options.truncate_gradient,
+            report=lambda: self._progress.part(),
+        )
+
+    def _parts(self) -> int:
+        """Returns about how many segments the devices read in a training step, in all passes."""
+        options, length = self._config.optimizer, self._config.data.sequence_length
+        if options.segment_length is None:
+            return 0
+        segments = -(-length // options.segment_length) * options.accumulation_steps
+        return segments * self._mesh.size * (1 if options.truncate_gradient else 2)
 
     def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Moves a batch to the devices."""
