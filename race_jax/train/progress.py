@@ -90,8 +90,10 @@ class Progress:
         if now - self._part_shown < (LINE_SECONDS if self._bar is None else BAR_SECONDS):
             return
         self._part_shown = now
-        steps, parts = divmod(self._parts_done - 1, max(self._parts, 1))
-        text = f"step {self._step + steps + 1}: {min(100 * (parts + 1) // max(self._parts, 1), 99)} % done"
+        parts = max(self._parts, 1)
+        steps, done = divmod(self._parts_done - 1, parts)
+        percent = min(100 * (done + 1) // parts, 99)
+        text = f"step {self._step + steps + 1}: {percent} % done"
         if self._bar is None:
             say(text)
         else:

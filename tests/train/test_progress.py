@@ -6,7 +6,7 @@ from race_jax.train.progress import Progress
 
 
 def test_a_long_step_reports_its_parts(monkeypatch, capsys):
-    """A line a minute at most, without a terminal. The first step tells how many parts there are."""
+    """There is at most a line a minute. The first step tells how many parts there are."""
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     shown = Progress(0, 4, "loss {:.2f}".format, "tokens", parts=8, terminal=False)
