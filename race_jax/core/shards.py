@@ -51,13 +51,19 @@ def over_shards(
 
     Returns:
       What ``run`` returns, sharded as the batch and the heads of the arguments are.
+
+    Raises:
+      ValueError: if there is no ``jax.shard_map`` with the axis ``axis_name`` around the call.
     """
+    _check_inside(axis_name)
     mesh = _explicit_mesh(arrays)
     if mesh is None:
         return run(vary_alike(arrays, axes, axis_name), axis_name)
     batch, stretch, heads = _sharded_axes(arrays, axes, mesh, kv_heads)
     if not splits_sequence or not _divides(stretch, mesh, arrays, axes):
         stretch = None
+    # The caller's axis is split first, because the Explicit axes split what each of its devices has.
+    splits = (*_names(axis_name), *_names(stretch)) or None
     specs = {
         TOKENS: PartitionSpec(batch, stretch, heads),
         SLOTS: PartitionSpec(batch, stretch),
@@ -68,7 +74,7 @@ def over_shards(
     in_specs, out_specs = (jax.tree.map(specs.get, tree) for tree in (axes, out_axes))
     place = lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec))  # noqa: E731
     local = jax.shard_map(
-        lambda arrays: run(vary_alike(arrays, axes, stretch), stretch),
+        lambda arrays: run(vary_alike(arrays, axes, splits), splits),
         mesh=mesh,
         in_specs=(in_specs,),
         out_specs=out_specs,
@@ -142,6 +148,16 @@ def _sharded_axes(arrays: Any, axes: Any, mesh: Any, kv_heads: int) -> tuple[Any
     if kv_heads % math.prod(mesh.shape[name] for name in heads):
         heads = ()
     return batch or None, stretch or None, heads or None
+
+
+def _check_inside(axis_name: Any) -> None:
+    """Checks that the axes of the caller are those of a ``jax.shard_map`` around the call."""
+    bound = jax.sharding.get_abstract_mesh().manual_axes
+    if not set(_names(axis_name)) <= set(bound):
+        raise ValueError(
+            f"axis_name={axis_name!r} must name axes of a jax.shard_map around the call, which has "
+            f"{bound or 'none'}; leave axis_name out, or call inside jax.shard_map"
+        )
 
 
 def _divides(stretch: Any, mesh: Any, arrays: Any, axes: Any) -> bool:

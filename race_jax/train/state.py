@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from race_jax.train.mesh import on_every_device, put_parameters, split_sequences
+from race_jax.train.mesh import on_every_device, put_parameters
 
 
 @jax.tree_util.register_dataclass
@@ -55,7 +55,7 @@ def init_state(
         The graph definition and the state.
     """
     # This is not under jit, so that layers of the same shapes are compiled only once.
-    model = split_sequences(make_model(fresh_rngs(seed)), mesh)
+    model = make_model(fresh_rngs(seed))
     graph, params, fixed = nnx.split(model, nnx.Param, ...)
     state = TrainState(
         params=put_parameters(mesh, params),

@@ -24,6 +24,7 @@ from race_jax.train.mesh import (
     gather,
     parameter_specs,
     per_device,
+    split_sequences,
     sum_over_devices,
 )
 from race_jax.train.state import TrainState
@@ -92,7 +93,7 @@ def make_train_step(
 
         def device_sums(batch, params, fixed, key):
             key = jax.random.fold_in(key, jax.lax.axis_index(AXES))
-            model = functools.partial(_whole_model, graph, fixed, specs)
+            model = functools.partial(_whole_model, graph, fixed, specs, mesh)
             return _accumulate(task, model, params, batch, key, accumulation_steps, segments)
 
         batch_sums = sum_over_devices(
@@ -140,7 +141,7 @@ def make_eval_step(
         specs = parameter_specs(params, mesh)
 
         def device_sums(batch, params, fixed):
-            model = functools.partial(_whole_model, graph, fixed, specs)
+            model = functools.partial(_whole_model, graph, fixed, specs, mesh)
             if segments is None:
                 return task.score_sums(model(params), batch)
             run = streaming.fold(_segment_sums(task, model), segment_length=segments.length)
@@ -153,9 +154,9 @@ def make_eval_step(
     return jax.jit(score)
 
 
-def _whole_model(graph, fixed, specs, params) -> nnx.Module:
+def _whole_model(graph, fixed, specs, mesh, params) -> nnx.Module:
     """Returns the model, from the parameters that this device holds."""
-    return nnx.merge(graph, gather(params, specs), fixed)
+    return split_sequences(nnx.merge(graph, gather(params, specs), fixed), mesh)
 
 
 def _accumulate(

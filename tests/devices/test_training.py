@@ -103,3 +103,16 @@ def stop_after(steps):
 
         patch.setattr(Trainer, "take_step", take_step)
         yield
+
+
+def test_a_run_with_split_sequences_shows_its_sample(tmp_path, capsys):
+    """The sample is drawn on one device, by the model as it is without a mesh."""
+    config = small_config()
+    config.run.directory, config.run.tensorboard = str(tmp_path / "run"), False
+    config.run.steps, config.optimizer.warmup_steps, config.run.batch_size = 2, 1, 32
+    config.language_model.sample_length = 3
+    config.mesh.seq = 2
+    train(config)
+    shown = capsys.readouterr()
+    text = shown.out + shown.err
+    assert "3 tokens after" in text and "left out" not in text
