@@ -41,7 +41,7 @@ def test_sizes_are_filled_in_as_flax_fills_them():
         ({"sharpness": 0.0}, "sharpness must be > 0 and finite, got 0.0"),
         ({"planes_scale": -1.0}, "planes_scale must be > 0 and finite, got -1.0"),
         ({"dropout_rate": 1.0}, r"dropout_rate must lie in \[0, 1\), got 1.0"),
-        ({"fold_planes": True, "normalize_qk": True}, "turn one of them off"),
+        ({"fold_planes": True, "normalize_qk": True}, "turn one of the two off"),
     ],
 )
 def test_bad_settings_are_refused_in_words(options, message):

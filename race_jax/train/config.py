@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from race_jax.data.config import DataConfig
-from race_jax.layers.registry import splits_sequences
+from race_jax.layers.registry import ATTENTIONS, splits_sequences
 from race_jax.models.config import ModelConfig
 from race_jax.records import above_zero, at_least, check_fields, fill, one_of
 from race_jax.tasks import registry
@@ -268,15 +268,16 @@ class Config:
         if (run.batch_size // parts) % shares:
             raise ValueError(
                 f"config.mesh.data must divide the {run.batch_size // parts} sequences of one "
-                f"accumulation part, together with fsdp: got data={self.mesh.data}, "
-                f"fsdp={self.mesh.fsdp}"
+                f"accumulation part, and so must config.mesh.fsdp times it ({shares}), got "
+                f"{self.mesh.data}"
             )
         if self.mesh.seq > 1:
             self._validate_stretches()
         if self.optimizer.warmup_steps >= run.steps:
             raise ValueError(
-                f"config.optimizer.warmup_steps must be < config.run.steps {run.steps}, "
-                f"got {self.optimizer.warmup_steps}"
+                f"config.optimizer.warmup_steps must be < config.run.steps {run.steps}, got "
+                f"{self.optimizer.warmup_steps}; add --config.optimizer.warmup_steps="
+                f"{run.steps // 4}"
             )
         if self.model.positions == "learned" and self.data.sequence_length > self.model.max_length:
             raise ValueError(
@@ -285,8 +286,17 @@ class Config:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the record as nested dicts of JSON values. Tuples become lists."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """Returns the record as nested dicts of JSON values. Tuples become lists.
+
+        The sections of tasks and attentions that were not chosen are left out. So a run does not
+        depend on what else is registered.
+        """
+        values = dataclasses.asdict(self)
+        for name in set(registry.TASKS) - {self.task}:
+            del values[name]
+        for name in set(ATTENTIONS) - {self.model.attention}:
+            del values["model"][name]
+        return json.loads(json.dumps(values))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from race_jax.layers.registry import ATTENTIONS
 from race_jax.tasks.registry import TASKS
 from race_jax.train.config import Config
 from race_jax.train.console import say
@@ -191,8 +192,8 @@ def is_free(name: str, config: Config) -> bool:
     if section in TASKS:  # only the section of the chosen task counts
         return section != config.task or field in TASKS[section].free_fields
     attention, _, option = field.partition(".")
-    if section == "model" and option and attention != config.model.attention:
-        return True  # an option of an attention that the model does not use
+    if section == "model" and attention in ATTENTIONS:  # likewise for attentions
+        return not option or attention != config.model.attention
     # A constant learning rate does not depend on the length of the run, so the run may be extended.
     extends = name == "config.run.steps" and config.optimizer.schedule == "constant"
     return name in FREE_FIELDS or extends

@@ -186,6 +186,7 @@ class Trainer:
             The last evaluation, or None if `stop` ended the work.
         """
         self._progress.close()
+        say("scoring all held-out data")
         final = self._score("final", "valid", None, stop)
         test = None
         if final is not None and "test" in self._task.held_out:

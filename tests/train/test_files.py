@@ -95,7 +95,11 @@ def test_what_does_not_touch_the_result_may_change(tmp_path):
 def test_options_of_another_attention_do_not_count():
     """Otherwise a new option of one attention would end the runs of all others."""
     config = small_config()
+    values = config.to_dict()
+    assert values["model"].keys() & {"race", "softmax", "linear"} == {"race"}
+    assert values.keys() & {"language_model", "copy"} == {"language_model"}
     assert is_free("config.model.linear.any_option", config)
+    assert is_free("config.model.softmax", config)
     assert not is_free("config.model.race.num_tables", config)
     config.model.attention = "linear"
     assert is_free("config.model.race.num_tables", config)
