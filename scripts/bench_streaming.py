@@ -1,0 +1,147 @@
+"""What streaming costs: time and memory of one gradient of a whole model, by length.
+
+    python scripts/bench_streaming.py --lengths 16k,64k,256k --segment_length 8k
+    python scripts/bench_streaming.py --file 1M --segment_length 8k
+
+The first compares the gradient over a sequence in memory with that of the whole at once. The second
+writes a file of random bytes, computes one gradient from it, and tells the peak memory of the
+process.
+"""
+
+import argparse
+import functools
+import pathlib
+import resource
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from bench_kernels import lengths, positive
+from benchmarks.text import header, length_name, markdown, progress_bar
+from benchmarks.timing import wall_clock
+from race_jax import streaming
+from race_jax.models import ModelConfig, TransformerLM
+from race_jax.tasks.losses import chunked_cross_entropy
+
+GIB = 2**30
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
+COLUMNS = {"tokens": 6, "gradient": 32, "s": 8, "µs a token": 10, "temporaries, GiB": 16}
+
+
+def byte_model(options: argparse.Namespace) -> tuple[Callable, nnx.State, object]:
+    """A step over bytes, its parameters and the state before the first byte."""
+    config = ModelConfig(num_layers=options.layers, width=options.width)
+    model = TransformerLM(config, vocab_size=256, keep_rngs=False, rngs=nnx.Rngs(0))
+    graph, params, fixed = nnx.split(model, nnx.Param, ...)
+
+    def step(params, state, segment):
+        model = nnx.merge(graph, params, fixed)
+        hidden, state = model.hidden(segment["inputs"], state=state)
+        table, weights = model.embedding[...], np.ones(hidden.shape[:2], np.float32)
+        return state, chunked_cross_entropy(hidden, table, segment["targets"], weights)
+
+    return step, params, model.init_state(1)
+
+
+def shifted(tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Inputs and targets (1, T) of T + 1 tokens."""
+    return {"inputs": tokens[None, :-1], "targets": tokens[None, 1:]}
+
+
+def random_bytes(count: int) -> np.ndarray:
+    """The same bytes every time."""
+    return np.random.default_rng(0).integers(0, 256, count, np.uint8)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Prints a line for each length and each way to the gradient."""
+    step, params, state = byte_model(options)
+    cut = functools.partial(streaming.value_and_grad, step, segment_length=options.segment_length)
+
+    def whole(params, state, sequence):
+        return jax.value_and_grad(lambda params: step(params, state, sequence)[1][0])(params)
+
+    ways = {
+        "whole": whole,
+        "streamed": cut(),
+        "streamed, every state kept": cut(group_size=1),
+        "streamed, truncated": cut(truncated=True),
+    }
+    print(*header(COLUMNS), sep="\n")
+    bar = progress_bar(len(options.lengths) * len(ways) * options.repeats)
+    for length in options.lengths:
+        arguments = params, state, shifted(random_bytes(length + 1).astype(np.int32))
+        runs = {}
+        for name, way in ways.items():
+            compiled = jax.jit(way).lower(*arguments).compile()
+            memory = compiled.memory_analysis().temp_size_in_bytes / GIB
+            if memory <= options.memory:
+                runs[name] = functools.partial(lambda run, x: run(*x), compiled), memory
+        found = {name: [] for name in runs}
+        for _ in range(options.repeats):
+            for name, (run, _) in runs.items():
+                found[name].append(wall_clock(run, arguments) / 1e3)
+                bar.update()
+        for name, (_, memory) in runs.items():
+            seconds = statistics.median(found[name])
+            figures = f"{seconds:.2f}", f"{seconds / length * 1e6:.2f}", f"{memory:.3f}"
+            bar.write(markdown([length_name(length), name, *figures], COLUMNS))
+    bar.close()
+
+
+def from_file(options: argparse.Namespace) -> None:
+    """Prints the time and the peak memory of one gradient over the bytes of a file."""
+    step, params, state = byte_model(options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "tokens.bin")
+        random_bytes(options.file + 1).tofile(path)
+        tokens = np.memmap(path, np.uint8, mode="r")
+        segments = streaming.Segments(shifted(tokens), options.segment_length)
+        bar = progress_bar(0)
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        run = streaming.host_value_and_grad(step, truncated=options.truncated, progress=show)
+        seconds = wall_clock(lambda segments: run(params, state, segments), segments) / 1e3
+        bar.close()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / GIB
+    print(
+        f"{options.file:,} tokens from a file: {seconds:.1f} s with compilation, "
+        f"{seconds / options.file * 1e6:.2f} µs a token; at most {peak:.2f} GiB in memory"
+    )
+
+
+def one_length(text: str) -> int:
+    """1M -> 1048576."""
+    return lengths(text)[-1]
+
+
+def main(words: Sequence[str]) -> None:
+    """Prints what was asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add, count = parser.add_argument, positive(int)
+    add("--lengths", type=lengths, default="16k,64k", help="by commas; k is 1024, M is 1024 k")
+    add("--segment_length", type=one_length, default="8k", help="tokens of a segment")
+    add("--file", type=one_length, help="tokens of a file to read, in place of the comparison")
+    add("--truncated", action="store_true", help="with --file: stop gradients at borders")
+    add("--layers", type=count, default=2, help="blocks of the model")
+    add("--width", type=count, default=64, help="width of the model")
+    add("--repeats", type=count, default=3, help="runs, of which the median counts")
+    add("--memory", type=positive(float), default=8.0, help="GiB that temporaries may take")
+    options = parser.parse_args(words)
+    (from_file if options.file else compare)(options)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
