@@ -8,6 +8,7 @@ milliseconds.
 import dataclasses
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -158,9 +159,11 @@ def time_in_turn(
     A busy moment of the machine so hits all runs. None is sampled for longer than `seconds`, but
     each at least once.
     """
-    # The first call warms up and tells how often a short run is repeated within a sample.
-    calls = [math.ceil(SHORTEST_SAMPLE / wall_clock(*run)) for run in runs]
-    samples: list[list[float]] = [[] for _ in runs]
+    # The first call warms up and tells how often a short run is repeated within a sample. A first
+    # call that took so long that no warming up could show is the only sample of its run.
+    first = [wall_clock(*run) for run in runs]
+    calls = [math.ceil(SHORTEST_SAMPLE / ms) for ms in first]
+    samples = [[ms] if ms >= seconds * 1e3 else [] for ms in first]
     for _ in range(repeats):
         for run, number, found in zip(runs, calls, samples, strict=True):
             if sum(found) < seconds * 1e3:
@@ -242,6 +245,21 @@ def matmul_peak(mesh: Mesh, dtype: str, size: int = 2048) -> float:
 def memory_limit() -> int:
     """Bytes that JAX may use of the device; a CPU does not say, and is for trials only."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 8 * GIB)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far.
+
+    On a GPU these are the bytes that JAX has allocated on the first device at once. On a CPU it is
+    the peak resident memory of the whole process, Python and the compiler included.
+    """
+    held = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if held is not None:
+        return held
+    import resource  # Windows has none
+
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def words(error: Exception) -> str:
