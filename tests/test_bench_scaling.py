@@ -169,8 +169,8 @@ def test_the_time_left_counts_what_is_not_known_yet(tmp_path):
     assert left(1024) == start  # at 64, and nothing is known of the rest
     record.add(series, 64, {"seconds": 0.5, "estimated_bytes": 2**20})
     assert left(64) == 0
-    # 128 tokens take 2 s: once, and three samples. 256 take 8 s, sampled for 10. 512 would take 32.
-    assert left(1024) == (start + 2 + 6) + (start + 8 + 10)
+    # 128 tokens take 2 s: once, and three samples. 256 take 8 s, sampled for 20. 512 would take 32.
+    assert left(1024) == (start + 2 + 6) + (start + 8 + 20)
 
 
 @pytest.mark.parametrize(

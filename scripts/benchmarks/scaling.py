@@ -40,6 +40,7 @@ from benchmarks.timing import (
 GROWTH = {"race": 1, "softmax": 2, "race_streamed": 1}  # the power of T that a method's time has
 ON_GPU = {"softmax": "cudnn softmax"}  # names in benchmarks/attention.py, where they differ
 START_SECONDS = 10.0  # to start a process and compile a program; for the time left
+SAMPLING_SECONDS = 20.0  # for all samples of a point; a longer run is its own only sample
 TICK = 0.5  # seconds between two looks at a running point
 POINT = dict.fromkeys(("seconds", "peak_bytes", "estimated_bytes"), None) | {"stopped": ""}
 
@@ -61,7 +62,7 @@ class Limits:
     """Where a method stops.
 
     Attributes:
-      seconds: for one run; the samples of a point also stop after so many.
+      seconds: for one run.
       memory: GiB that a run may hold, by the compiler's account.
       repeats: samples, of which the median counts.
     """
@@ -194,7 +195,7 @@ def measure(series: Series, length: int, setting: Setting, limits: Limits) -> di
             clock: Clock = find_clock()
             ms = time_run(run, inputs, clock, limits.repeats).ms
         else:
-            [ms] = time_in_turn([(run, inputs)], limits.repeats, limits.seconds)
+            [ms] = time_in_turn([(run, inputs)], limits.repeats, SAMPLING_SECONDS)
     except Exception as error:  # noqa: BLE001 - whatever it is, the other series go on
         return {"stopped": words(error)}
     return found | {"seconds": ms * 1e-3, "peak_bytes": peak_bytes()}
@@ -253,7 +254,7 @@ def seconds_left(
                 break
             if now not in lengths:
                 run = series.expected("seconds", before[-1], now) if before else 0.0
-                total += START_SECONDS + run + min(limits.repeats * run, limits.seconds)
+                total += START_SECONDS + run + min(limits.repeats * run, SAMPLING_SECONDS)
             if not known:
                 break  # nothing is known yet of this series
             now *= 2

@@ -15,7 +15,9 @@ from benchmarks.timing import GIB
 COLORS = {"race": "#0072b2", "softmax": "#d55e00", "race_streamed": "#009e73"}
 WORDS = {"race": "RACE", "softmax": "softmax", "race_streamed": "RACE, streamed"}
 LINES = {"causal": "-", "bidirectional": (0, (4, 2))}
-PANELS = (("seconds", 1.0, "time, s"), ("peak_bytes", GIB, "peak memory, GiB"))
+# A field of the points, its unit, the name of the axis, and the base of its ticks.
+PANELS = (("seconds", 1.0, "time, s", 10), ("peak_bytes", GIB, "peak memory, GiB", 2))
+MOST_TICKS = 6  # with a label, on the axis of lengths
 POWERS = range(6, 33)
 LABEL_GAP = 13.0  # points between two labels
 
@@ -32,11 +34,12 @@ def draw(content: dict, path: pathlib.Path) -> None:
 
     with matplotlib.rc_context(STYLE | {"font.size": 10}):
         figure = matplotlib.figure.Figure(figsize=(11, 4.6), layout="constrained")
-        for axes, (field, unit, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
+        for axes, (field, unit, label, base) in zip(figure.subplots(1, 2), PANELS, strict=True):
             ends = panel(axes, content["points"], field, unit)
             axes.set(xscale="log", yscale="log", xlabel="length, tokens", ylabel=label)
             if ends:
-                style_axes(axes, [p["length"] for p in content["points"] if not p["stopped"]])
+                lengths = [p["length"] for p in content["points"] if not p["stopped"]]
+                style_axes(axes, lengths, base)
                 name_lines(figure, axes, ends)
         figure.suptitle(title(content), fontsize=11)
         figure.savefig(path, format="svg", metadata={"Date": None})
@@ -45,11 +48,13 @@ def draw(content: dict, path: pathlib.Path) -> None:
 def title(content: dict) -> str:
     """What was measured where."""
     setting, machine = content["setting"], content["machine"]
-    number = f"{machine['devices']} x " if machine["devices"] > 1 else ""
+    device = f"{machine['devices']} CPU devices"
+    if machine["platform"] != "cpu":
+        device = machine["device"]
     return (
         f"One attention operation, forward and backward: {setting['heads']} heads of "
         f"{setting['head_dim']}, P = {setting['planes']}, L = {setting['tables']}, "
-        f"{setting['dtype']}, {number}{machine['device']}"
+        f"{setting['dtype']}, {device}"
     )
 
 
@@ -75,20 +80,21 @@ def panel(axes: Any, points: Sequence[dict], field: str, unit: float) -> list[tu
     return ends
 
 
-def style_axes(axes: Any, lengths: Sequence[int]) -> None:
-    """Ticks at powers of two and ten, a light grid, and room for the names on the right."""
+def style_axes(axes: Any, lengths: Sequence[int], base: int) -> None:
+    """Ticks at powers, a light grid, and room for the names on the right."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     shortest, longest = min(lengths), max(lengths)
     wide = (longest / shortest) ** 0.42 if longest > shortest else 4.0
     axes.set_xlim(shortest / 1.4, longest * max(4.0, wide))
     powers = [2**power for power in POWERS if shortest <= 2**power <= longest]
-    major = [tick for tick in powers if tick.bit_length() % 4 == 3] or powers
-    axes.set_xticks(major, [length_name(tick) for tick in major])
-    axes.set_xticks([tick for tick in powers if tick not in major], minor=True)
+    step = next(step for step in (1, 2, 4, 8) if len(powers[::step]) <= MOST_TICKS)
+    axes.set_xticks(powers[::step], [length_name(tick) for tick in powers[::step]])
+    axes.set_xticks(powers, minor=True)
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_locator(LogLocator(10, numticks=20))
-    axes.yaxis.set_minor_locator(LogLocator(10, subs=range(2, 10), numticks=200))
+    axes.yaxis.set_major_locator(LogLocator(base, numticks=20))
+    between = [1.5] if base == 2 else range(2, 10)
+    axes.yaxis.set_minor_locator(LogLocator(base, subs=between, numticks=200))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(which="major", color="0.85", linewidth=0.8)
