@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import os
+import pathlib
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +117,19 @@ def test_what_needs_too_much_memory_is_refused_before_it_runs():
 
 def test_a_process_that_dies_is_a_word():
     assert scaling.in_own_process(os._exit, 3) == {"stopped": "its process ended with exit code 3"}
+
+
+def test_a_measuring_process_ends_when_its_parent_is_killed():
+    script = f"""
+        import sys; sys.path.insert(0, {str(pathlib.Path(scaling.__file__).parents[1])!r})
+        from benchmarks.scaling import in_own_process
+        in_own_process(exec, "import time; print('here', flush=True); time.sleep(600)")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "here\n"
+        parent.kill()
+        assert parent.communicate(timeout=60)[0] == ""  # both have closed their output
 
 
 def test_a_method_stops_at_its_limits_and_the_others_go_on(monkeypatch, tmp_path, capsys):

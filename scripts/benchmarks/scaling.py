@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pathlib
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -223,8 +224,15 @@ def in_own_process(
 
 
 def send(sender: Connection, call: Callable[..., dict], arguments: Sequence[object]) -> None:
-    """Runs in the new process."""
+    """Runs in the new process, which ends with the one that started it."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     sender.send(call(*arguments))
+
+
+def end_with_parent() -> None:
+    """Waits for the parent process to end, however that comes, and ends this one."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def refusal(series: Series, length: int, known: Sequence[dict], limits: Limits) -> str:
