@@ -59,7 +59,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--from", dest="first", type=one_length, default="1k", help="the shortest sequence")
     add("--to", dest="longest", type=one_length, default="1024M", help="the longest sequence")
     add("--seconds", type=amount, default=Limits.seconds, help="a longer run is not started")
-    add("--memory", type=amount, help="GiB that a run may hold (default: the GPU's, or 8 on a CPU)")
+    add("--memory", type=amount, help="GiB that a run may hold; without it: the GPU's, or 8")
     add("--repeats", type=count, default=Limits.repeats, help="samples, of which the median counts")
     add("--heads", type=count, default=Setting.heads, help="N")
     add("--head_dim", type=count, default=Setting.head_dim, help="H and V")
@@ -67,8 +67,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add(
         "--planes", type=int, choices=range(1, 11), default=Setting.planes, help="P, planes a table"
     )
-    add("--dtype", choices=("float32", "bfloat16"), help="(default: bfloat16 on a GPU, or float32)")
-    add("--segment_length", type=one_length, help="streamed (default: 256k on a GPU, or 16k)")
+    add(
+        "--dtype", choices=("float32", "bfloat16"), help="without it: bfloat16 on a GPU, or float32"
+    )
+    add("--segment_length", type=one_length, help="without it: 256k on a GPU, or 16k")
     add("--out", type=output(".json"), default="scaling.json", help="the points; .svg beside it")
     add("--fresh", action="store_true", help="drop the points that --out has")
     add("--draw", action="store_true", help="measure nothing: draw and print what --out has")
