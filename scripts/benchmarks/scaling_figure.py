@@ -122,6 +122,7 @@ def name_lines(figure: Any, axes: Any, ends: Sequence[tuple]) -> None:
             color=color,
             verticalalignment="center",
             fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
         )
 
 
