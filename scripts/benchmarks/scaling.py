@@ -41,7 +41,7 @@ from benchmarks.timing import (
 GROWTH = {"race": 1, "softmax": 2, "race_streamed": 1}  # the power of T that a method's time has
 ON_GPU = {"softmax": "cudnn softmax"}  # names in benchmarks/attention.py, where they differ
 START_SECONDS = 10.0  # to start a process and compile a program; for the time left
-SAMPLING_SECONDS = 20.0  # for all samples of a point; a longer run is its own only sample
+SAMPLING_SECONDS = 20.0  # for all samples of a point, of which there is at least one
 TICK = 0.5  # seconds between two looks at a running point
 POINT = dict.fromkeys(("seconds", "peak_bytes", "estimated_bytes"), None) | {"stopped": ""}
 
@@ -262,7 +262,7 @@ def seconds_left(
                 break
             if now not in lengths:
                 run = series.expected("seconds", before[-1], now) if before else 0.0
-                total += START_SECONDS + run + min(limits.repeats * run, SAMPLING_SECONDS)
+                total += START_SECONDS + run + max(run, min(limits.repeats * run, SAMPLING_SECONDS))
             if not known:
                 break  # nothing is known yet of this series
             now *= 2
