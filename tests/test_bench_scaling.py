@@ -163,6 +163,9 @@ def test_a_method_stops_at_its_limits_and_the_others_go_on(monkeypatch, tmp_path
     scaling.fill(again, series[:1], 64, 1024, SETTING, Limits(seconds=9))
     assert calls == [("race causal", 512)]
     assert [point["length"] for point in again.measured(series[0])] == [64, 128, 256, 512]
+    places = [(point["series"], point["length"]) for point in again.content["points"]]
+    assert len(places) == len(set(places))  # the new point took the place of the old one
+    assert {("softmax causal", 256), ("race bidirectional", 128)} < set(places)
 
 
 def test_points_of_another_device_or_setting_are_not_mixed(tmp_path):

@@ -109,7 +109,8 @@ class Record:
     """The points of one machine and one setting, in a JSON file that is written after each point.
 
     Args:
-      path: the file; what it holds already is kept, and is not measured again.
+      path: the file. A point with a time that it holds already is not measured again; one that was
+        stopped is tried again, because the limits may be others now.
       machine: the device and the versions.
       setting: the sizes of the problem.
       fresh: whether to start with no points.
@@ -131,8 +132,7 @@ class Record:
                         f"{path} has points with {name} = {old[part].get(name)}, and this run has "
                         f"{name} = {value}; give another --out, or --fresh to drop the old points"
                     )
-        # What was stopped is tried again: the limits may be others now.
-        self.content["points"] = [point for point in old["points"] if not point["stopped"]]
+        self.content["points"] = old["points"]
 
     def measured(self, series: Series) -> list[dict]:
         """The points of a series that have a time, in the order of their lengths."""
@@ -140,11 +140,13 @@ class Record:
         return sorted((p for p in own if not p["stopped"]), key=lambda point: point["length"])
 
     def add(self, series: Series, length: int, figures: dict) -> dict:
-        """Adds a point and writes the file, which is whole at any moment."""
+        """Adds a point, in place of an old one, and writes the file, which is always whole."""
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         point = {"series": series.name, "length": length} | POINT | figures
         point |= {"date": today, "commit": commit()}
-        self.content["points"].append(point)
+        place = series.name, length
+        others = [p for p in self.content["points"] if (p["series"], p["length"]) != place]
+        self.content["points"] = [*others, point]
         draft = self.path.with_name(self.path.name + ".tmp")
         draft.write_text(json.dumps(self.content, indent=1) + "\n", "utf-8")
         os.replace(draft, self.path)
