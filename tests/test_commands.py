@@ -57,6 +57,8 @@ def in_small(command: str) -> str | None:
         return None
     if "bench_kernels.py" in command:
         return f"{command} --lengths 64 --repeats 1"
+    if "bench_scaling.py" in command:
+        return f"{command} --tiny --fresh"
     if "--config.run.steps" in command and not command.startswith("make"):
         command += " --config.run.steps=4 --config.optimizer.warmup_steps=1"
     return command.replace("FOLDER", "data")

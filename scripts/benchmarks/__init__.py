@@ -6,7 +6,9 @@ timing       `time_program`: time and memory of a program; the only module that 
 attention    attention operations as programs
 peak_table   RACE and softmax on any machine, in percent of its matrix product peak
 floor_table  RACE and softmax on a GPU, in percent of the time that moving the bytes takes
-text, plot   tables as markdown, and figures of time and memory over length
+streamed     RACE over a sequence whose queries, keys and values would not fit
+scaling      time and memory over length, each point in a process of its own, until a limit
+text, plot, scaling_figure   tables as markdown, and figures of time and memory over length
 
 A new benchmark is one file here that makes programs and prints what `time_program` returns, and one
 command in scripts/ that reads its options.

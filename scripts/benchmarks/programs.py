@@ -21,7 +21,8 @@ class Program:
       inputs: how each input is drawn.
       floor_bytes: the fewest bytes that it could read and write; 0 where nobody counted.
       floor_operations: the fewest additions and multiplications; 0 where nobody counted.
-      split: how its outputs are spread over the devices of a mesh.
+      split: how its outputs are spread over the devices of a mesh: one spec for all of them, or a
+        tree of specs.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Program:
     inputs: Mapping[str, Random]
     floor_bytes: int = 0
     floor_operations: float = 0.0
-    split: PartitionSpec = REPLICATED
+    split: PartitionSpec | Mapping[str, PartitionSpec] = REPLICATED
 
     def compile(self, mesh: Mesh | None = None) -> jax.stages.Compiled:
         """Compiles the program, and what draws its inputs, for a mesh or for one device."""

@@ -8,6 +8,7 @@ milliseconds.
 import dataclasses
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -242,6 +243,21 @@ def matmul_peak(mesh: Mesh, dtype: str, size: int = 2048) -> float:
 def memory_limit() -> int:
     """Bytes that JAX may use of the device; a CPU does not say, and is for trials only."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 8 * GIB)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far.
+
+    On a GPU these are the bytes that JAX has allocated on the first device at once. On a CPU it is
+    the peak resident memory of the whole process, Python and the compiler included.
+    """
+    held = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if held is not None:
+        return held
+    import resource  # Windows has none
+
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def words(error: Exception) -> str:
