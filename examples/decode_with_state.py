@@ -1,6 +1,6 @@
 """Read a prompt once, then decode token by token with a state of fixed size.
 
-    python examples/decode_with_state.py
+    .venv/bin/python examples/decode_with_state.py
 
 Causal RACE attention carries running sums from one call to the next. Their size does not depend on
 how many tokens they have seen. The state is a value: keeping an old one is all it takes to go back,

@@ -1,6 +1,6 @@
 """Replace softmax attention in a Flax model by RACE attention.
 
-    python examples/drop_in.py
+    .venv/bin/python examples/drop_in.py
 
 The encoder below is an ordinary Flax NNX module. The only line that changes is the one that makes
 the attention. Both models are trained for a few steps on the same toy task: every token must report

@@ -1,6 +1,6 @@
 """Classify long documents of different lengths, with padding.
 
-    python examples/long_documents.py
+    .venv/bin/python examples/long_documents.py
 
 Documents have up to 2,048 tokens and are padded to one length. A document belongs to class 1 if it
 contains token 1 more often than token 2. The mask is a vector with one boolean per token: RACE

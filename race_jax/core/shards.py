@@ -62,7 +62,7 @@ def over_shards(
     batch, stretch, heads = _sharded_axes(arrays, axes, mesh, kv_heads)
     if not splits_sequence or not _divides(stretch, mesh, arrays, axes):
         stretch = None
-    # The caller's axis comes first, because the Explicit axes split what each of its devices has.
+    # The Explicit axes split what each device of the caller's axis has.
     splits = (*_names(axis_name), *_names(stretch)) or None
     specs = {
         TOKENS: PartitionSpec(batch, stretch, heads),

@@ -1,6 +1,6 @@
 """An axis of the caller's ``jax.shard_map`` beside axes over which JAX shards the arrays itself.
 
-JAX 0.10 and 0.12 cannot differentiate one ``jax.shard_map`` inside another. So outputs are compared.
+JAX 0.10 and 0.12 cannot differentiate nested calls of ``jax.shard_map``. Outputs are compared.
 """
 
 import jax

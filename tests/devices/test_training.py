@@ -115,4 +115,5 @@ def test_a_run_with_split_sequences_shows_its_sample(tmp_path, capsys):
     train(config)
     shown = capsys.readouterr()
     text = shown.out + shown.err
-    assert "3 tokens after" in text and "left out" not in text
+    assert "3 tokens after" in text
+    assert "left out" not in text
