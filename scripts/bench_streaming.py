@@ -1,7 +1,7 @@
 """What streaming costs: time and memory of one gradient of a whole model, by length.
 
-    python scripts/bench_streaming.py --lengths 16k,64k,256k --segment_length 8k
-    python scripts/bench_streaming.py --file 1M --segment_length 8k
+    .venv/bin/python scripts/bench_streaming.py --lengths 16k,64k,256k --segment_length 8k
+    .venv/bin/python scripts/bench_streaming.py --file 1M --segment_length 8k
 
 The first compares the gradient over a sequence in memory with that of the whole at once. The second
 writes a file of random bytes, computes one gradient from it, and tells the peak memory of the

@@ -14,8 +14,8 @@ from_config    ``(config, *, is_causal, kernel_init, out_kernel_init, rngs)`` ma
                raises ValueError if the config does not go with ``is_causal``.
 __call__       ``(x, *, positions, mask, segment_ids, is_causal, state, deterministic, rngs)``
                returns ``(B, T, D)``, or that and the next state if a state is given.
-set_view       only of a method that can work on a stretch of a sequence that is split over devices. It
-               has an argument ``axis_name``, which ``nnx.view`` gives it.
+set_view       only of a method that can work on a stretch of a sequence that is split over
+               devices. It has an argument ``axis_name``, which ``nnx.view`` gives it.
 init_state     ``(batch)`` returns the state before any token, a pytree whose leaves keep their
                shapes, or None if the method carries no state.
 """
