@@ -1,6 +1,6 @@
 """How fast is attention: one command, one table.
 
-    .venv/bin/python scripts/bench_kernels.py --lengths 256,4k,64k --json bench.json --plot bench.png
+    .venv/bin/python scripts/bench_kernels.py --lengths 256,4k,64k --plot bench.png
     XLA_PYTHON_CLIENT_MEM_FRACTION=.97 python scripts/bench_kernels.py --json bench.json
 
 The first, without a GPU: RACE against softmax, in percent of the machine's matrix product peak

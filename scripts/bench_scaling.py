@@ -1,7 +1,7 @@
 """Time and memory of one attention operation over length: one command, one figure.
 
     .venv/bin/python scripts/bench_scaling.py --out runs/scaling.json
-    .venv/bin/python scripts/bench_scaling.py --methods race_streamed --from 75M --to 75M --seconds 600
+    .venv/bin/python scripts/bench_scaling.py --methods race_streamed --from 75M --to 75M
 
 Measures RACE, softmax and RACE streamed, forward and backward, at lengths that double until a
 method reaches a limit. The points go to the file --out as they are measured, and the figure to the
