@@ -30,7 +30,7 @@ SOURCES = {
     "core.state": "core.shapes core.masking core.scan",
     "core.xla": "core.hashing core.masking core.state",
     "core.passes": "core.xla",
-    "core.sequence": "core.masking",
+    "core.sequence": "core.masking core.shapes",
     "core.dispatch": "",
     "core.implementations": "core.dispatch core.passes core.sequence",
     "core.linear": "core.state core.shards",

@@ -384,7 +384,9 @@ def _operands(
     entering = Sums(start.numerator, start.mass), start.segment
     if plan.axis_name is not None:
         axis_name = plan.axis_name
-        segment = sequence.entering_segment(segment_ids, mask, start.segment, axis_name)
+        segment = sequence.entering_segment(
+            segment_ids, mask, start.segment, value.shape[1], axis_name
+        )
         entering = sequence.on_first(entering[0], axis_name), segment
     if is_causal:
         z_q = masking.select_tokens(z_q, mask)

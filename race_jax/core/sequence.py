@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from race_jax.core import masking
+from race_jax.core.shapes import Size
 
 Axis = str | tuple[str, ...]
 
@@ -32,7 +33,11 @@ def from_last(tree: Any, axis_name: Axis) -> Any:
 
 
 def entering_segment(
-    segment_ids: jax.Array | None, mask: jax.Array | None, initial: jax.Array, axis_name: Axis
+    segment_ids: jax.Array | None,
+    mask: jax.Array | None,
+    initial: jax.Array,
+    length: Size,
+    axis_name: Axis,
 ) -> jax.Array:
     """Returns the segment of the last token before each device's stretch, ``(B,)`` int32.
 
@@ -40,8 +45,11 @@ def entering_segment(
       segment_ids: ``(B, T)`` int, the ids of this stretch, or None.
       mask: ``(B, T)`` bool, True where there is a token, or None.
       initial: ``(B,)`` int32, the segment of the state before the whole sequence.
+      length: T, the number of slots of this stretch.
       axis_name: the mesh axis that splits the sequence.
     """
+    if length == 0:
+        return initial
     if segment_ids is None:
         own = jnp.maximum(initial, 0)  # the tokens continue the segment of the state
         has_token = jnp.ones_like(initial, bool)

@@ -149,6 +149,9 @@ def race_layer(
             kernel = params["out_gate_kernel"]
             heads = gates.output_gate(heads, x_q, kernel, settings.precision)
         out = _project(heads, "out", params, settings)
+        if dropout_key is not None and axis_name is not None:
+            # Every stretch of the sequence has its own mask.
+            dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
         out = _dropout(out, settings.dropout_rate, dropout_key)
     return out if state is None else (out, LayerState(race, taps))
 

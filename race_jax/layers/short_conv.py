@@ -89,7 +89,7 @@ def _convolve_stretch(
     """``short_convolution`` of one device's stretch of the sequence, and of its rows."""
     if axis_name is None:
         return _convolve(x, kernel, taps, segment, mask, segment_ids)
-    entering = sequence.entering_segment(segment_ids, mask, segment, axis_name)
+    entering = sequence.entering_segment(segment_ids, mask, segment, x.shape[1], axis_name)
     _, own = _convolve(x, kernel, jnp.zeros_like(taps), entering, mask, segment_ids)
     filled = masking.fill_segments(segment_ids, mask, entering)
     last = entering if filled is None else filled[:, -1]

@@ -236,6 +236,7 @@ class Config:
                 f"config.mesh.seq must divide config.data.sequence_length {length}, got {seq}"
             )
         segment = self.optimizer.segment_length
+        segment = None if segment is None else min(segment, length)
         if segment is not None and (segment % seq or length % segment):
             raise ValueError(
                 f"config.optimizer.segment_length must be a multiple of config.mesh.seq {seq} and "
@@ -264,12 +265,12 @@ class Config:
                 f"config.run.batch_size must be divisible by accumulation_steps {parts}, "
                 f"got {run.batch_size}"
             )
-        shares = (self.mesh.data or 1) * self.mesh.fsdp
-        if (run.batch_size // parts) % shares:
+        data, fsdp = self.mesh.data or 1, self.mesh.fsdp
+        if (run.batch_size // parts) % (data * fsdp):
+            name, got = ("data", data) if fsdp == 1 else ("data * fsdp", f"{data} * {fsdp}")
             raise ValueError(
-                f"config.mesh.data must divide the {run.batch_size // parts} sequences of one "
-                f"accumulation part, and so must config.mesh.fsdp times it ({shares}), got "
-                f"{self.mesh.data}"
+                f"config.mesh.{name} must divide the {run.batch_size // parts} sequences of one "
+                f"accumulation part, got {got}"
             )
         if self.mesh.seq > 1:
             self._validate_stretches()

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from race_jax import RACEAttention
 from race_jax.models import ModelConfig, TransformerLM
 
 RACE = {"num_tables": 2, "num_planes": 2, "short_conv": True, "output_gate": True}
@@ -35,3 +37,20 @@ def test_loss_and_gradients_are_those_of_one_device(packed, assert_close):
         batch = jax.device_put(batch, P("data", "seq"))
         got = jax.device_get(step(params, fixed, batch))
     assert_close("language model", got, want, kind="gradients")
+
+
+def test_stretches_of_a_layer_drop_different_entries():
+    layer = RACEAttention(
+        2, 16, dropout_rate=0.5, deterministic=False, axis_name="seq", rngs=nnx.Rngs(0)
+    )
+    layer.out.bias[...] += 1.0
+    mesh = jax.make_mesh((4,), ("seq",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+
+    def stretch(x):
+        return layer(x, is_causal=True, rngs=nnx.Rngs(dropout=1))
+
+    x = jnp.ones((1, 32, 16))
+    run = jax.shard_map(stretch, mesh=mesh, in_specs=P(None, "seq"), out_specs=P(None, "seq"))
+    dropped = (run(x) == 0).reshape(4, -1)
+    assert 0.3 < dropped.mean() < 0.7
+    assert not any((dropped[0] == other).all() for other in dropped[1:])

@@ -1,0 +1,64 @@
+"""Training steps that read sequences segment by segment, on one device."""
+
+import jax
+import pytest
+
+from race_jax.tasks.language_model import LanguageModel
+from race_jax.train.loop import train
+from race_jax.train.optimizer import make_schedule
+from race_jax.train.step import Segments, make_eval_step, make_train_step
+from tests.train.small import small_config, small_parts
+
+
+@pytest.fixture(scope="module")
+def parts():
+    config = small_config()
+    config.model.race.short_conv, config.model.race.forget_gate = True, "data"
+    return config, small_parts(config)
+
+
+def measure(parts, segments, accumulation_steps=1):
+    """The metrics of one step, the optimizer's state after it, and the scores before it."""
+    config, (mesh, optimizer, graph, state, batch) = parts
+    scores = make_eval_step(LanguageModel, graph, mesh, segments)(state.params, state.fixed, batch)
+    schedule = make_schedule(config.optimizer, config.run.steps)
+    step = make_train_step(
+        LanguageModel, graph, optimizer, schedule, mesh,
+        accumulation_steps=accumulation_steps, segments=segments,
+    )  # fmt: skip
+    state, metrics = step(jax.tree.map(jax.numpy.copy, state), batch, jax.random.key(0))
+    return jax.device_get((metrics, state.opt_state, scores))
+
+
+def test_segments_of_any_length_give_the_step_of_the_whole(parts, assert_close):
+    want = measure(parts, None)
+    assert_close("7 of 24", measure(parts, Segments(7)), want, kind="gradients")
+    assert_close("two parts", measure(parts, Segments(12), 2), want, kind="gradients")
+
+
+def test_a_truncated_gradient_has_the_loss_of_the_whole(parts, assert_close):
+    (metrics, _, scores), (want, _, want_scores) = (
+        measure(parts, segments) for segments in (Segments(6, truncated=True), None)
+    )
+    assert_close("loss", metrics["loss"], want["loss"], kind="outputs")
+    assert_close("scores", scores, want_scores, kind="outputs")
+    # In this small model the state changes the gradient by 1e-4. Rounding would change it by 1e-6.
+    assert abs(metrics["grad_norm"] - want["grad_norm"]) > 2e-5 * want["grad_norm"]
+
+
+def test_every_segment_is_reported(parts):
+    calls = []
+    measure(parts, Segments(6, truncated=True, report=lambda: calls.append(1)))
+    jax.effects_barrier()
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("attention", ["race", "softmax"])
+def test_what_reads_whole_sequences_is_refused(tmp_path, attention):
+    config = small_config()
+    config.task, config.model.attention = "copy", attention
+    config.run.directory = str(tmp_path / "run")
+    config.optimizer.segment_length = 6
+    message = rf"segment_length needs .* config\.task='copy' with .*'{attention}' reads whole"
+    with pytest.raises(ValueError, match=message):
+        train(config)
