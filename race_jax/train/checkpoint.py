@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,25 @@ class Checkpoints:
         self._directory = directory.absolute()
         self._read_only = read_only
         self._say = say
+        if not read_only:
+            self._remove_unfinished()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             create=not read_only,
             read_only=read_only,
-            cleanup_tmp_directories=not read_only,  # what a killed or failed save left
             enable_async_checkpointing=False,
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def _remove_unfinished(self) -> None:
+        """Removes what saves that were killed or failed have left.
+
+        Orbax would do it in a thread, which may still run when the process ends.
+        """
+        if self._directory.is_dir():
+            for path in self._directory.iterdir():
+                if ocp.path.step.TMP_DIR_SUFFIX in path.name:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Returns the steps that have a folder here, damaged or not, the oldest first."""

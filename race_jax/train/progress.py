@@ -39,7 +39,7 @@ class Progress:
     ):
         self._step, self._steps, self._loss_text, self._unit = start, steps, loss_text, unit
         self._trained_steps, self._trained_seconds = 0, 0.0
-        self._parts, self._parts_done, self._part_shown = parts, 0, time.monotonic()
+        self._parts, self._parts_done = parts, 0
         terminal = sys.stderr.isatty() if terminal is None else terminal
         form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
         self._bar = (
@@ -47,7 +47,7 @@ class Progress:
             if terminal
             else None
         )
-        self._mark = time.monotonic()
+        self._mark = self._part_shown = time.monotonic()
 
     def resume(self) -> None:
         """Starts the clock again, so that only the time of training counts."""

@@ -64,6 +64,16 @@ def test_nothing_to_restore_is_none(tmp_path, parts):
     checkpoints.close()
 
 
+def test_what_a_killed_save_left_is_removed(tmp_path, parts):
+    directory = tmp_path / "checkpoints"
+    left = directory / "4.orbax-checkpoint-tmp-12"
+    (left / "model").mkdir(parents=True)
+    Checkpoints(directory, read_only=True).close()
+    assert left.is_dir()
+    Checkpoints(directory).close()
+    assert not left.exists()
+
+
 def test_saving_a_step_again_changes_nothing(tmp_path, parts):
     checkpoints = saved(tmp_path, parts[1], (4, 4))
     assert checkpoints.steps() == [4]

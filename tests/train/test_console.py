@@ -69,8 +69,18 @@ def test_a_reader_that_leaves_changes_no_exit_status():
     assert "goes on without it" in said
 
 
+@pytest.fixture
+def heard_signals():
+    """Signals as a terminal has them: a job in the background of a script ignores Ctrl-C."""
+    names = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    former = {name: signal.signal(name, signal.SIG_DFL) for name in names}
+    yield
+    for name, handler in former.items():
+        signal.signal(name, handler)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_signal_is_a_request_and_is_acknowledged(name, capsys):
+def test_a_signal_is_a_request_and_is_acknowledged(name, capsys, heard_signals):
     number = getattr(signal, name)
     former = signal.getsignal(number)
     with StopRequest() as stop:
@@ -104,7 +114,9 @@ def test_a_second_signal_ends_a_step_that_does_not_return(name):
     number = getattr(signal, name)
     # The lock is never free, and a wait for it goes on after a signal.
     program = (
-        "import threading, ctypes\nfrom race_jax.train.interrupt import StopRequest\n"
+        "import ctypes, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # also if it was ignored
+        "from race_jax.train.interrupt import StopRequest\n"
         "lock = (ctypes.c_char * 256)()\nlibc = ctypes.CDLL(None)\n"
         "libc.pthread_mutex_lock(lock)\n"
         "with StopRequest(exit_at_once=True):\n"

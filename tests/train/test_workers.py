@@ -61,11 +61,11 @@ def test_the_trainer_reads_while_a_step_runs(tmp_path, monkeypatch):
     placed, steps, compile_step, put = [], [], trainer.Trainer._compile, trainer.put_batch
     more = threading.Condition()
 
-    def put_batch(mesh, batch):
+    def put_batch(mesh, batch, *rest):
         with more:
             placed.append(batch)
             more.notify_all()
-        return put(mesh, batch)
+        return put(mesh, batch, *rest)
 
     def compiled(self, optimizer):
         step = compile_step(self, optimizer)
