@@ -257,8 +257,8 @@ class Config:
         run, parts = self.run, self.optimizer.accumulation_steps
         if run.batch_size * self.data.sequence_length >= 2**31:
             raise ValueError(
-                "config.run.batch_size times config.data.sequence_length must be < 2**31 "
-                f"tokens, got {run.batch_size} x {self.data.sequence_length}"
+                "config.run.batch_size times config.data.sequence_length must be < 2**31, "
+                f"got {run.batch_size} x {self.data.sequence_length}"
             )
         if run.batch_size % parts:
             raise ValueError(
