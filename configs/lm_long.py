@@ -1,8 +1,8 @@
 """A language model of bytes on whole books: every book is one sequence of up to 4 million tokens.
 
 Sequences are read in segments of 65,536 tokens. The state of the model is carried from segment to
-segment, so the loss and the gradient are those of the whole book, in constant memory. The model has
-a data gate, whose half-lives start at up to a million tokens.
+segment, so the loss and the gradient are those of the whole book. The model has a data gate,
+whose half-lives start at up to a million tokens.
 
 Command:  RACE_JAX_DATA=FOLDER .venv/bin/python scripts/train_lm.py --config configs/lm_long.py
 Data:     books/ under FOLDER: 11 books to train on, 2 held out, 2 for the test

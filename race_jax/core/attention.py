@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from race_jax.core import checks, dispatch, hashing, implementations, masking, sequence, shards
-from race_jax.core.sequence import Axis
+from race_jax.core.shapes import Axis
 from race_jax.core.state import RACEState, check_normalization
 from race_jax.core.xla import bidirectional, causal, rescan
 from race_jax.core.xla.chunk import Sums

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 
 from race_jax.core import dispatch, passes
 from race_jax.core.dispatch import BY_PLATFORM, PALLAS_ASKED, Choice, kernels
-from race_jax.core.sequence import Axis
-from race_jax.core.shapes import Size
+from race_jax.core.shapes import Axis, Size
 from race_jax.core.xla import bidirectional, causal
 from race_jax.core.xla.chunk import Sums
 from race_jax.core.xla.sweep import Tiling, is_known

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import jax
 
 from race_jax.core import scan
-from race_jax.core.shapes import Size
+from race_jax.core.shapes import Axis, Size
 from race_jax.core.xla import bidirectional, causal
 from race_jax.core.xla.chunk import Sums
 
@@ -99,7 +99,7 @@ class BidirectionalSteps(Protocol):
 
 
 def causal_forward(
-    steps: CausalSteps, operands: causal.Operands, axis_name: str | None = None
+    steps: CausalSteps, operands: causal.Operands, axis_name: Axis | None = None
 ) -> tuple[jax.Array, Sums, Sums]:
     """Returns the outputs, the sums after the last token, and those that enter every span."""
     starts, final = scan.exclusive(
@@ -119,7 +119,7 @@ def causal_backward(
     starts: Sums,
     d_out: jax.Array,
     d_final: Sums,
-    axis_name: str | None = None,
+    axis_name: Axis | None = None,
 ) -> causal.Operands:
     """Returns the cotangents of the operands, from what ``causal_forward`` returned."""
     adjoints, last, kept = steps.adjoints(operands, starts, final, d_out, d_final)
@@ -135,7 +135,7 @@ def causal_backward(
 
 
 def bidirectional_forward(
-    steps: BidirectionalSteps, operands: bidirectional.Operands, axis_name: str | None = None
+    steps: BidirectionalSteps, operands: bidirectional.Operands, axis_name: Axis | None = None
 ) -> tuple[jax.Array, Sums]:
     """Returns the outputs and the total sums."""
     totals = scan.total(steps.sums(operands), operands.sums, axis_name=axis_name)
@@ -148,7 +148,7 @@ def bidirectional_backward(
     totals: Sums,
     d_out: jax.Array,
     d_totals: Sums,
-    axis_name: str | None = None,
+    axis_name: Axis | None = None,
 ) -> bidirectional.Operands:
     """Returns the cotangents of the operands, from what ``bidirectional_forward`` returned."""
     adjoint, last, kept = steps.adjoints(operands, totals, d_out, d_totals)

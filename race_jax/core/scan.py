@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from race_jax.core.shapes import Size
+from race_jax.core.shapes import Axis, Size
 
 SPANS = 2  # the axis of the spans: factors are (B, K, spans), and leaves of X (B, K, spans, ...)
 
@@ -77,7 +77,7 @@ def exclusive(
     *,
     reverse: bool = False,
     by: str = "scan",
-    axis_name: str | None = None,
+    axis_name: Axis | None = None,
 ) -> tuple[Any, Any]:
     """Returns the sums that enter every span, and those that leave the last one.
 
@@ -90,7 +90,7 @@ def exclusive(
       reverse: whether time runs backwards, as for adjoints. ``first`` then enters the last span,
         and what leaves the first span is returned.
       by: ``"scan"``, an associative scan, or ``"product"``, one product with the matrix of the
-        decay between any two spans. The product is faster on a GPU for a few hundred spans.
+        decay between any two spans, as the GPU kernels use it.
       axis_name: the mesh axis over whose devices the sequence is split, inside ``jax.shard_map``.
         Every device gives the spans of its own stretch, and what its own ``first`` adds to what
         the stretches before it send. The stretches' totals are gathered, and nothing else.
@@ -106,7 +106,7 @@ def exclusive(
     return run(factors, sums, first, reverse)
 
 
-def total(sums: Any, first: Any, *, axis_name: str | None = None) -> Any:
+def total(sums: Any, first: Any, *, axis_name: Axis | None = None) -> Any:
     """Returns ``first + sums``, added over the devices of a mesh axis if it is given."""
     whole = jax.tree.map(jnp.add, first, sums)
     if axis_name is None:
@@ -117,7 +117,7 @@ def total(sums: Any, first: Any, *, axis_name: str | None = None) -> Any:
 
 
 def _from_other_devices(
-    factor: jax.Array, total: Any, first: Any, reverse: bool, axis_name: str
+    factor: jax.Array, total: Any, first: Any, reverse: bool, axis_name: Axis
 ) -> Any:
     """Returns the sums that the other devices' stretches send to this one.
 

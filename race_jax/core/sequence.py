@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from race_jax.core import masking
-from race_jax.core.shapes import Size
-
-Axis = str | tuple[str, ...]
+from race_jax.core.shapes import Axis, Size
 
 
 def on_first(tree: Any, axis_name: Axis) -> Any:

@@ -33,4 +33,5 @@ Numerator = Float[jax.Array, "B K F V"]
 Mass = Float[jax.Array, "B K F"]
 Sharpness = Float[jax.Array, "K"]
 
+Axis = str | tuple[str, ...]  # the mesh axis, or axes, that split a sequence
 Size = Any  # the size of an axis: an int, or a symbolic size of jax.export

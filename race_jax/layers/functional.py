@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from race_jax.core import hashing, masking
 from race_jax.core.attention import Options, attend
-from race_jax.core.sequence import Axis
+from race_jax.core.shapes import Axis
 from race_jax.core.state import RACEState
 from race_jax.layers import gates
 from race_jax.layers.attention_fn import key_padding

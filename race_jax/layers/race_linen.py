@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 import race_jax.layers.serialization  # noqa: F401  (flax.serialization of states)
-from race_jax.core.sequence import Axis
+from race_jax.core.shapes import Axis
 from race_jax.layers.functional import LayerState, check_static, init_state, race_layer
 from race_jax.layers.race_config import PAPER, RACEConfig, warn_of_shared_planes
 

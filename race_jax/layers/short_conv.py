@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from race_jax.core import masking, sequence, shards
+from race_jax.core.shapes import Axis
 
 WIDTH = 4  # tokens that an output depends on, its own included
 TAPS = WIDTH - 1  # tokens that a later call needs
@@ -31,7 +32,7 @@ def short_convolution(
     segment: jax.Array,
     mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
-    axis_name: sequence.Axis | None = None,
+    axis_name: Axis | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Applies a depthwise causal convolution over the real tokens of a segment.
 
@@ -78,7 +79,7 @@ def short_convolution(
 
 
 def _convolve_stretch(
-    axis_name: sequence.Axis | None,
+    axis_name: Axis | None,
     x: jax.Array,
     kernel: jax.Array,
     taps: jax.Array,

@@ -17,7 +17,7 @@ from race_jax.train.config import Config
 
 DATA, SEQ, FSDP = AXES = ("data", "seq", "fsdp")
 SHARES = (DATA, FSDP)  # the axes that share the sequences of a batch
-# A smaller parameter is kept whole on every device: sending it costs more than its memory.
+# Parameters with fewer numbers are kept whole on every device.
 LEAST_SHARDED = 2**12
 BATCH = P(SHARES, SEQ)  # arrays (B, T, ...)
 WHOLE = P()  # arrays that every device holds whole
@@ -127,7 +127,7 @@ def put_parameters(mesh: Mesh, parameters: Any) -> Any:
 
 
 def put_batch(
-    mesh: Mesh, batch: dict[str, Any], segment_length: int | None = None
+    mesh: Mesh, batch: dict[str, Any], stretch: int | None = None
 ) -> dict[str, jax.Array]:
     """Spreads a batch of host arrays (B, T, ...) over the devices.
 
@@ -137,13 +137,12 @@ def put_batch(
     Args:
         mesh: the mesh of the run.
         batch: the arrays.
-        segment_length: number of tokens of a segment on all devices together, or None.
+        stretch: number of tokens of a segment on one device, or None if sequences are read whole.
     """
     devices = mesh.shape[SEQ]
-    if segment_length is not None and devices > 1:
+    if stretch is not None and devices > 1:
 
         def by_device(x: np.ndarray) -> np.ndarray:
-            stretch = segment_length // devices
             x = np.asarray(x)
             parts = x.reshape(x.shape[0], -1, devices, stretch, *x.shape[2:])
             return np.moveaxis(parts, 2, 1).reshape(x.shape)

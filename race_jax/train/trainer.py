@@ -66,35 +66,28 @@ class Trainer:
         )
         # If a later line fails, all that was opened is closed, so that no thread is left over.
         with contextlib.ExitStack() as opened:
-            self._batches = opened.enter_context(
-                contextlib.closing(read_ahead(task.train, self._place))
+            self._segments = self._make_segments()
+            self._batches = read_ahead(task.train, self._place)
+            opened.callback(self._batches.close)
+            self._checkpoints = Checkpoints(
+                checkpoint_folder(directory), keep=config.run.keep_checkpoints
             )
-            self._checkpoints = opened.enter_context(
-                contextlib.closing(
-                    Checkpoints(checkpoint_folder(directory), keep=config.run.keep_checkpoints)
-                )
-            )
+            opened.callback(self._checkpoints.close)
             self._resume()
-            self._log = opened.enter_context(
-                contextlib.closing(
-                    MetricsLog(directory, self.step, tensorboard=config.run.tensorboard)
-                )
-            )
+            self._log = MetricsLog(directory, self.step, tensorboard=config.run.tensorboard)
+            opened.callback(self._log.close)
             self._pending: list[tuple[int, dict[str, jax.Array]]] = []
             self._key = jax.device_put(jax.random.key(config.run.seed), on_every_device(self._mesh))
-            self._eval_step = make_eval_step(type(task), self._graph, self._mesh, self._segments())
+            self._eval_step = make_eval_step(type(task), self._graph, self._mesh, self._segments)
             self._train_step = self._compile(optimizer)
-            self._progress = opened.enter_context(
-                contextlib.closing(
-                    Progress(
-                        self.step,
-                        config.run.steps,
-                        task.loss_text,
-                        task.weight_name,
-                        parts=self._parts(),
-                    )
-                )
+            self._progress = Progress(
+                self.step,
+                config.run.steps,
+                task.loss_text,
+                task.weight_name,
+                parts=self._parts(),
             )
+            opened.callback(self._progress.close)
             self._opened = opened.pop_all()
 
     def __enter__(self) -> "Trainer":
@@ -246,7 +239,7 @@ class Trainer:
             make_schedule(self._config.optimizer, self._config.run.steps),
             self._mesh,
             accumulation_steps=self._config.optimizer.accumulation_steps,
-            segments=self._segments(),
+            segments=self._segments,
         )
         spread = batch_sharding(self._mesh)
         batch = {
@@ -260,7 +253,7 @@ class Trainer:
         say("\n".join(report.compiled_lines(compiled, seconds, cache)))
         return compiled
 
-    def _segments(self) -> Segments | None:
+    def _make_segments(self) -> Segments | None:
         """Returns how sequences are read, or None if they are read whole."""
         options = self._config.optimizer
         if options.segment_length is None:
@@ -292,7 +285,7 @@ class Trainer:
 
     def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Moves a batch to the devices."""
-        return put_batch(self._mesh, batch, self._config.optimizer.segment_length)
+        return put_batch(self._mesh, batch, self._segments and self._segments.length)
 
     def _score(
         self,

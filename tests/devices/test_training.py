@@ -37,8 +37,8 @@ def run_steps(sizes, segment_length=None, steps=3):
     devices, optimizer, graph, state, batch = small_parts(config)
     segments = None
     if segment_length is not None:
-        batch = put_batch(devices, jax.device_get(batch), segment_length)
         segments = Segments(segment_length // sizes[1])
+        batch = put_batch(devices, jax.device_get(batch), segments.length)
     schedule = make_schedule(config.optimizer, config.run.steps)
     step = make_train_step(LanguageModel, graph, optimizer, schedule, devices, segments=segments)
     metrics = []
@@ -68,6 +68,28 @@ def test_steps_are_those_of_one_device(name, monkeypatch, assert_close):
     assert_close("optimizer", got, want, kind="gradients")
     spread = [x for x in jax.tree.leaves(state.params) if not x.sharding.is_fully_replicated]
     assert bool(spread) == (MESHES[name][0][2] > 1)
+
+
+@pytest.mark.parametrize("segment_length", [None, 8])
+def test_steps_without_the_check_of_devices_are_the_same(segment_length, monkeypatch, assert_close):
+    """On GPUs the trainer turns JAX's check off, which changes how JAX differentiates sums."""
+    monkeypatch.setattr(mesh, "LEAST_SHARDED", 64)
+    monkeypatch.setattr(mesh, "checks_devices", lambda mesh: False)
+    metrics, scores, state = run_steps((2, 2, 2), segment_length)
+    wanted, wanted_scores, one = one_device()
+    got, want = jax.device_get((state.opt_state, one.opt_state))
+    assert_close("metrics", metrics, wanted, kind="gradients")
+    assert_close("scores", scores, wanted_scores, kind="outputs")
+    assert_close("optimizer", got, want, kind="gradients")
+
+
+def test_a_segment_may_be_longer_than_the_sequence(tmp_path):
+    (tmp_path / "t.txt").write_text("the cat sees the dog\n" * 99)
+    config = small_config()
+    config.data.source, config.data.train_files = "files", (str(tmp_path / "t.txt"),)
+    config.run.directory, config.run.steps, config.run.tensorboard = str(tmp_path / "r"), 3, False
+    config.optimizer.segment_length, config.mesh.seq = 100, 2
+    assert train(config).step == 3
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path, assert_close):
