@@ -34,6 +34,8 @@ ATTENTIONS = {
     "race": "race_jax.layers.race.RACEAttention",
     "softmax": "race_jax.layers.softmax.SoftmaxAttention",
     "linear": "race_jax.layers.linear.LinearAttention",
+    "gated_linear": "race_jax.layers.gated_linear.GatedLinearAttention",
+    "gated_delta": "race_jax.layers.gated_delta.GatedDeltaAttention",
 }
 SHARED = (
     *("num_heads", "in_features", "num_kv_heads", "head_dim"),
@@ -95,9 +97,23 @@ def options_class(name: str) -> type:
     draft = dataclasses.make_dataclass(
         f"{record.__name__}Options", fields, namespace={"__module__": __name__}
     )
-    draft.__doc__ = re.sub(r"\nRaises:.*", "", inspect.getdoc(record), flags=re.DOTALL)
+    draft.__doc__ = _documentation(record)
     globals()[draft.__name__] = draft  # pickle looks it up by this name
     return draft
+
+
+def _documentation(record: type) -> str:
+    """Returns a record's docstring, with the attributes of the records that it extends as well."""
+    parts = [
+        re.sub(r"\nRaises:.*", "", inspect.cleandoc(kind.__doc__), flags=re.DOTALL)
+        .rstrip()
+        .partition("Attributes:\n")
+        for kind in record.__mro__
+        if dataclasses.is_dataclass(kind)
+    ]
+    # A record comes after those that it extends, so that its words on a field are the last.
+    texts = (text for _, _, text in reversed(parts))
+    return "\n".join([parts[0][0].rstrip(), "", "Attributes:", *texts])
 
 
 def add_options(model_config: type) -> type:
