@@ -19,7 +19,12 @@ import jax.numpy as jnp
 from race_jax.core.gated_delta import gated_delta_attention
 from race_jax.core.matrix_state import MatrixState
 from race_jax.layers import gates
-from race_jax.layers.self_attention import AttentionConfig, Call, SelfAttention
+from race_jax.layers.self_attention import (
+    AttentionConfig,
+    Call,
+    SelfAttention,
+    unit_vectors,
+)
 
 LARGEST_RATE = 16.0  # exp(A) starts between 0 and it
 STEPS = (1e-3, 1e-1)  # softplus(c) starts between them, evenly in its logarithm
@@ -96,8 +101,8 @@ class GatedDeltaAttention(SelfAttention):
     ) -> jax.Array | tuple[jax.Array, MatrixState]:
         """Returns the heads' outputs, and the matrices if the call has some."""
         return gated_delta_attention(
-            _unit(query),
-            _unit(key),
+            unit_vectors(query),
+            unit_vectors(key),
             value,
             jax.nn.sigmoid(_logits(call.x, self.rate_kernel[...])),
             call.log_decay,
@@ -117,9 +122,3 @@ def _initial_bias(key: jax.Array, heads: int) -> jax.Array:
 
 def _logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.tensordot(x, kernel.astype(x.dtype), axes=1, preferred_element_type=jnp.float32)
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    """Divides vectors by their lengths, in float32 or wider."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + EPSILON)

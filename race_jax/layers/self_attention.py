@@ -77,12 +77,12 @@ class AttentionConfig(parts.Parts):
 
     def check_direction(self, is_causal: bool) -> None:
         """Raises ValueError if the method or its gate does not go with the direction."""
-        gates.check_direction(self.forget_gate, is_causal)
         if self.ONLY_CAUSAL and not is_causal:
             raise ValueError(
                 f"{self.NAME} attention reads tokens in their order and needs a causal model; use "
                 "another attention for an encoder, such as 'linear'."
             )
+        gates.check_direction(self.forget_gate, is_causal)
 
     def own_parameters(self) -> dict[str, Any]:
         """Returns the initializers of the parameters besides the projections."""
@@ -137,6 +137,12 @@ class Call(NamedTuple):
             "key_value_mask": self.mask,
             "segment_ids": self.segment_ids,
         }
+
+
+def unit_vectors(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """Divides vectors (..., H) by their lengths, in float32 or wider."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
 
 
 class SelfAttention(nnx.Module):

@@ -36,6 +36,14 @@ CONFIGS = {
         "num_kv_heads": 2,
         "linear": {"short_conv": "qkv", "output_norm": "rms", "output_gate": "sigmoid"},
     },
+    "performer": {"attention": "performer", "num_kv_heads": 2, "performer": {"num_features": 6}},
+    "sigmoid": {"attention": "sigmoid", "num_kv_heads": 2, "positions": "alibi"},
+    "angular": {
+        "attention": "angular",
+        "num_kv_heads": 2,
+        "positions": "rope",
+        "angular": {"forget_gate": "data"},
+    },
     "gated linear": {"attention": "gated_linear", "num_kv_heads": 2},
     "gated delta": {"attention": "gated_delta", "num_kv_heads": 2},
     "softmax": {"attention": "softmax", "num_kv_heads": 2},
@@ -50,7 +58,7 @@ CONFIGS = {
 # The models of CONFIGS whose attention carries a state, each kind of state once.
 STATEFUL = (
     *("race", "race with everything", "race, convolutions on q, k, v"),
-    *("linear", "linear with every part", "gated linear", "gated delta"),
+    *("linear", "linear with every part", "performer", "gated linear", "gated delta"),
 )
 
 
