@@ -31,8 +31,7 @@ from race_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
 
-
-MOST_STATES = 2**29  # bytes of states that a device keeps at the borders of segments
+MOST_STATES = 2**31  # bytes of states that a device keeps at the borders of segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +92,7 @@ def make_train_step(
 
         def device_sums(batch, params, fixed, key):
             key = jax.random.fold_in(key, jax.lax.axis_index(AXES))
-            model = functools.partial(_whole_model, graph, fixed, specs, mesh)
+            model = functools.partial(whole_model, graph, fixed, specs, mesh)
             return _accumulate(task, model, params, batch, key, accumulation_steps, segments)
 
         batch_sums = sum_over_devices(
@@ -104,20 +103,44 @@ def make_train_step(
         )
         key = jax.random.fold_in(key, state.step)
         total, weight, grads = batch_sums(batch, state.params, state.fixed, key)
-        grads = jax.tree.map(lambda grad: grad / jnp.maximum(weight, 1e-30), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        loss, grad_norm = total / weight, optax.tree.norm(grads)
-        metrics = {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "learning_rate": schedule(state.step),
-            "weight": weight,
-            "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
-        }
-        return TrainState(params, state.fixed, opt_state, state.step + 1), metrics
+        return updated(state, optimizer, schedule, total, weight, grads)
 
     return jax.jit(step, donate_argnums=0)
+
+
+def updated(
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    total: jax.Array,
+    weight: jax.Array,
+    grads: Any,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Takes one step of the optimizer, from sums over the whole batch.
+
+    Args:
+        state: the state before the step.
+        optimizer: as for `make_train_step`.
+        schedule: as for `make_train_step`.
+        total: the sum of all losses.
+        weight: the sum of all weights.
+        grads: the gradient of `total`.
+
+    Returns:
+        The state after the step and the metrics that `make_train_step` describes.
+    """
+    grads = jax.tree.map(lambda grad: grad / jnp.maximum(weight, 1e-30), grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    loss, grad_norm = total / weight, optax.tree.norm(grads)
+    metrics = {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "learning_rate": schedule(state.step),
+        "weight": weight,
+        "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
+    }
+    return TrainState(params, state.fixed, opt_state, state.step + 1), metrics
 
 
 def make_eval_step(
@@ -141,11 +164,11 @@ def make_eval_step(
         specs = parameter_specs(params, mesh)
 
         def device_sums(batch, params, fixed):
-            model = functools.partial(_whole_model, graph, fixed, specs, mesh)
+            model = functools.partial(whole_model, graph, fixed, specs, mesh)
             if segments is None:
                 return task.score_sums(model(params), batch)
-            run = streaming.fold(_segment_sums(task, model), segment_length=segments.length)
-            _, (loss, weight) = run(params, _before(task, model, params, batch), batch)
+            run = streaming.fold(segment_sums_of(task, model), segment_length=segments.length)
+            _, (loss, weight) = run(params, state_before(task, model, params, batch), batch)
             return {"loss": loss, "weight": weight}
 
         batch_sums = sum_over_devices(device_sums, mesh, specs=(specs, WHOLE), out_specs=WHOLE)
@@ -154,7 +177,9 @@ def make_eval_step(
     return jax.jit(score)
 
 
-def _whole_model(graph, fixed, specs, mesh, params) -> nnx.Module:
+def whole_model(
+    graph: nnx.GraphDef, fixed: nnx.State, specs: Any, mesh: Mesh, params: nnx.State
+) -> nnx.Module:
     """Returns the model, from the parameters that this device holds."""
     return split_sequences(nnx.merge(graph, gather(params, specs), fixed), mesh)
 
@@ -188,26 +213,39 @@ def _accumulate(
 
 def _streamed(task, model, params, batch, key, segments: Segments) -> tuple[Any, Any, Any]:
     """Returns the same sums for one part, whose sequences are read segment by segment."""
-    before = _before(task, model, params, batch)
+    before = state_before(task, model, params, batch)
     count = -(-jax.tree.leaves(batch)[0].shape[1] // segments.length)
-    all_states = count * sum(x.nbytes for x in jax.tree.leaves(before))
     run = streaming.value_and_grad(
-        _segment_sums(task, model, key, segments.report),
+        segment_sums_of(task, model, key, segments.report),
         segment_length=segments.length,
         truncated=segments.truncated,
-        # If the states at all borders fit, one pass over the segments is saved.
-        group_size=1 if all_states <= MOST_STATES else None,
+        group_size=group_size(count, sum(x.nbytes for x in jax.tree.leaves(before))),
     )
     found = run(params, before, batch)
     return *found.sums, found.d_params
 
 
-def _before(task, model, params, batch) -> tuple[jax.Array, Any]:
-    """Returns what `_segment_sums` carries: the number of segments read, and the task's state."""
+def group_size(segments: int, state_bytes: int) -> int | None:
+    """Returns how many segments form a group, of whose states only the first is kept.
+
+    If the states at all borders fit, one pass over the segments is saved.
+    """
+    return 1 if segments * state_bytes <= MOST_STATES else None
+
+
+def state_before(
+    task: type[Task], model: Callable[[Any], nnx.Module], params: Any, batch: Batch
+) -> tuple[jax.Array, Any]:
+    """Returns what `segment_sums_of` carries: the number of segments read, and the task's state."""
     return per_device((jnp.zeros((), jnp.int32), task.init_state(model(params), batch)))
 
 
-def _segment_sums(task, model, key=None, report=None) -> Callable:
+def segment_sums_of(
+    task: type[Task],
+    model: Callable[[Any], nnx.Module],
+    key: jax.Array | None = None,
+    report: Callable[[], None] | None = None,
+) -> Callable:
     """Returns the function of one segment; `key` is that of dropout, or None for no dropout."""
 
     def sums(params, carry, segment):

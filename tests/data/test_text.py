@@ -12,9 +12,9 @@ from race_jax.data.workers import read_ahead
 
 T = 8
 DTYPES = {
-    "inputs": np.int32,
-    "targets": np.int32,
-    "weights": np.float32,
+    "inputs": np.uint8,
+    "targets": np.uint8,
+    "weights": np.uint8,
 }
 
 
