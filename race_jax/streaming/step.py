@@ -64,8 +64,12 @@ def next_state(f: Step, params: Any, state: Any, segment: Any) -> tuple[Any, jax
     Its sums are not asked for, so the compiler leaves out what only they need.
     """
     after, _ = advance(f, params, state, segment)
-    finite = [jnp.all(jnp.isfinite(x)) for x in floats(after)]
-    return after, jnp.all(jnp.array([True, *finite]))
+    return after, is_finite(after)
+
+
+def is_finite(state: Any) -> jax.Array:
+    """Returns whether all floating-point numbers of a state are finite."""
+    return jax.tree.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in floats(state)], True)
 
 
 def pull_back(

@@ -27,6 +27,7 @@ from race_jax.train.mesh import (
     BATCH,
     SEQ,
     WHOLE,
+    add_over_axes,
     checks_devices,
     parameter_specs,
     per_device,
@@ -270,12 +271,8 @@ class _Programs:
 
         def on_device(grads, like):
             found = one_segment.rounded(_entry(grads))
-
-            def add(spec: P, grad: jax.Array, x: jax.Array) -> jax.Array:
-                axes = tuple(name for name in AXES if name not in spec)
-                return jax.lax.psum(per_device(grad.astype(x.dtype)), axes)
-
-            return jax.tree.map(add, self._specs, found, like, is_leaf=lambda x: isinstance(x, P))
+            found = jax.tree.map(lambda grad, x: grad.astype(x.dtype), found, like)
+            return add_over_axes(self._specs, found)
 
         return self._shard_map(on_device, (OWN, self._specs), self._specs)(grads, params)
 
@@ -297,9 +294,8 @@ class _Programs:
         def on_device(params, whole, batches, own):
             results = function(*per_device((params, *whole)), *batches, *_entry(own))
             kept, sums = results if batches else (results, ())
-            add = functools.partial(jax.lax.psum, axis_name=AXES)
             kept = jax.tree.map(lambda x: x[None], per_device(kept))
-            return kept, jax.tree.map(add, per_device(sums))
+            return kept, add_over_axes(WHOLE, sums)
 
         in_specs, out_specs = (self._specs, WHOLE, BATCH, OWN), (OWN, WHOLE)
         return self._shard_map(on_device, in_specs, out_specs)(params, whole, batches, own)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from race_jax import streaming
 from race_jax.tasks.task import Task
@@ -31,6 +32,7 @@ from race_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
 
+NO_SEGMENT = 2**31 - 1
 MOST_STATES = 2**31  # bytes of states that a device keeps at the borders of segments
 
 
@@ -81,8 +83,9 @@ def make_train_step(
 
     Returns:
         The step. It takes the run's own key. Dropout uses that key folded with step, device and
-        part. The metrics are the float32 scalars loss, grad_norm, learning_rate and weight, and the
-        bool finite, which is False if the loss or the gradient is not finite.
+        part. The metrics are the float32 scalars loss, grad_norm, learning_rate and weight, the
+        bool finite, which is False if the loss or the gradient is not finite, and the int32
+        bad_segment: the first segment after which the state is not finite, or NO_SEGMENT.
 
     Source: beyond the paper.
     """
@@ -99,11 +102,11 @@ def make_train_step(
             device_sums,
             mesh,
             specs=(specs, WHOLE, WHOLE),
-            out_specs=(WHOLE, WHOLE, specs),
+            out_specs=((WHOLE, WHOLE, specs), P(AXES)),
         )
         key = jax.random.fold_in(key, state.step)
-        total, weight, grads = batch_sums(batch, state.params, state.fixed, key)
-        return updated(state, optimizer, schedule, total, weight, grads)
+        sums, bad = batch_sums(batch, state.params, state.fixed, key)
+        return updated(state, optimizer, schedule, *sums, bad.min())
 
     return jax.jit(step, donate_argnums=0)
 
@@ -115,6 +118,7 @@ def updated(
     total: jax.Array,
     weight: jax.Array,
     grads: Any,
+    bad_segment: jax.typing.ArrayLike = NO_SEGMENT,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Takes one step of the optimizer, from sums over the whole batch.
 
@@ -125,6 +129,7 @@ def updated(
         total: the sum of all losses.
         weight: the sum of all weights.
         grads: the gradient of `total`.
+        bad_segment: one of the metrics.
 
     Returns:
         The state after the step and the metrics that `make_train_step` describes.
@@ -139,6 +144,7 @@ def updated(
         "learning_rate": schedule(state.step),
         "weight": weight,
         "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
+        "bad_segment": jnp.int32(bad_segment),
     }
     return TrainState(params, state.fixed, opt_state, state.step + 1), metrics
 
@@ -186,8 +192,11 @@ def whole_model(
 
 def _accumulate(
     task, model, params, batch, key, parts: int, segments: Segments | None
-) -> tuple[Any, Any, Any]:
-    """Returns the sums of losses, weights and gradients over the parts of one device's share."""
+) -> tuple[tuple[Any, Any, Any], jax.Array]:
+    """Returns the sums over the parts of one device's share, and the first bad segment, (1,).
+
+    The sums are those of losses, weights and gradients.
+    """
 
     def part_sums(part, index):
         part_key = jax.random.fold_in(key, index)
@@ -198,21 +207,23 @@ def _accumulate(
             return task.loss_sums(model(params), part, nnx.Rngs(dropout=part_key))
 
         (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return per_device((total, weight, grads))
+        return per_device(((total, weight, grads), jnp.full(1, NO_SEGMENT, jnp.int32)))
 
     if parts == 1:
         return part_sums(batch, 0)
     shares = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-    zeros = per_device((jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)))
+    zeros = jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    zeros = per_device((zeros, jnp.full(1, NO_SEGMENT, jnp.int32)))
 
-    def add(sums, share):
-        return jax.tree.map(jnp.add, sums, part_sums(*share)), None
+    def add(before, share):
+        (sums, bad), (part, part_bad) = before, part_sums(*share)
+        return (jax.tree.map(jnp.add, sums, part), jnp.minimum(bad, part_bad)), None
 
     return jax.lax.scan(add, zeros, (shares, jnp.arange(parts)))[0]
 
 
-def _streamed(task, model, params, batch, key, segments: Segments) -> tuple[Any, Any, Any]:
-    """Returns the same sums for one part, whose sequences are read segment by segment."""
+def _streamed(task, model, params, batch, key, segments: Segments) -> tuple[Any, jax.Array]:
+    """Returns the same for one part, whose sequences are read segment by segment."""
     before = state_before(task, model, params, batch)
     count = -(-jax.tree.leaves(batch)[0].shape[1] // segments.length)
     run = streaming.value_and_grad(
@@ -222,7 +233,7 @@ def _streamed(task, model, params, batch, key, segments: Segments) -> tuple[Any,
         group_size=group_size(count, sum(x.nbytes for x in jax.tree.leaves(before))),
     )
     found = run(params, before, batch)
-    return *found.sums, found.d_params
+    return (*found.sums, found.d_params), found.state[1][None]
 
 
 def group_size(segments: int, state_bytes: int) -> int | None:
@@ -235,9 +246,14 @@ def group_size(segments: int, state_bytes: int) -> int | None:
 
 def state_before(
     task: type[Task], model: Callable[[Any], nnx.Module], params: Any, batch: Batch
-) -> tuple[jax.Array, Any]:
-    """Returns what `segment_sums_of` carries: the number of segments read, and the task's state."""
-    return per_device((jnp.zeros((), jnp.int32), task.init_state(model(params), batch)))
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Returns what `segment_sums_of` carries.
+
+    These are the number of segments read, the first one after which the state was not finite, and
+    the task's state.
+    """
+    carry = jnp.int32(0), jnp.int32(NO_SEGMENT), task.init_state(model(params), batch)
+    return per_device(carry)
 
 
 def segment_sums_of(
@@ -249,11 +265,12 @@ def segment_sums_of(
     """Returns the function of one segment; `key` is that of dropout, or None for no dropout."""
 
     def sums(params, carry, segment):
-        count, state = carry
+        count, bad, state = carry
         if report is not None:
             jax.debug.callback(report)
         rngs = None if key is None else nnx.Rngs(dropout=jax.random.fold_in(key, count))
         state, (loss, weight) = task.segment_sums(model(params), segment, state, rngs)
-        return per_device((count + 1, state)), per_device((loss, weight))
+        bad = jnp.where(streaming.is_finite(state), bad, jnp.minimum(bad, count))
+        return per_device((count + 1, bad, state)), per_device((loss, weight))
 
     return sums

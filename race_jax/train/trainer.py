@@ -32,7 +32,16 @@ from race_jax.train.optimizer import make_optimizer, make_schedule
 from race_jax.train.plot import plot_losses
 from race_jax.train.progress import Progress
 from race_jax.train.state import init_state
-from race_jax.train.step import EvalStep, Segments, TrainStep, make_eval_step, make_train_step
+from race_jax.train.step import (
+    NO_SEGMENT,
+    EvalStep,
+    Segments,
+    TrainStep,
+    make_eval_step,
+    make_train_step,
+)
+
+MOST_AHEAD = 2**28  # bytes of a batch that is moved to the devices before it is needed
 
 
 class Trainer:
@@ -112,7 +121,7 @@ class Trainer:
         if self._pending:
             # At most one step is in flight. A request to stop would have to wait for more of them.
             jax.block_until_ready(self._pending[-1][1])
-        batch = next(self._batches)  # already on the devices
+        batch = self._on_devices(next(self._batches))
         try:
             self._state, metrics = self._train_step(self._state, batch, self._key)
         except FloatingPointError as error:
@@ -300,9 +309,16 @@ class Trainer:
 
     def _place(
         self, batch: dict[str, np.ndarray] | RowsOnDisk
+    ) -> dict[str, np.ndarray] | dict[str, jax.Array] | RowsOnDisk:
+        """Moves a batch to the devices before it is needed, unless that would take much memory."""
+        is_large = isinstance(batch, dict) and sum(x.nbytes for x in batch.values()) > MOST_AHEAD
+        return batch if is_large else self._on_devices(batch)
+
+    def _on_devices(
+        self, batch: dict[str, np.ndarray] | dict[str, jax.Array] | RowsOnDisk
     ) -> dict[str, jax.Array] | RowsOnDisk:
-        """Moves a batch to the devices, unless it is read from the disk segment by segment."""
-        if isinstance(batch, RowsOnDisk):
+        """Moves a batch to the devices, unless it is there, or is read from the disk."""
+        if isinstance(batch, RowsOnDisk) or isinstance(next(iter(batch.values())), jax.Array):
             return batch
         return put_batch(self._mesh, batch, self._segments and self._segments.length)
 
@@ -323,6 +339,7 @@ class Trainer:
             for batch in itertools.islice(batches, limit):
                 if stop():
                     return None
+                batch = self._on_devices(batch)
                 sums = self._eval_step(self._state.params, self._state.fixed, batch)
                 for name, value in jax.device_get(sums).items():
                     totals[name] = totals.get(name, 0.0) + float(value)
@@ -332,9 +349,11 @@ class Trainer:
         return record
 
     def _not_finite(self, step: int, value: dict[str, np.ndarray]) -> str:
+        segment = int(value["bad_segment"])
+        where = "" if segment == NO_SEGMENT else f", from segment {segment} (counted from 0) on"
         return (
             f"loss {value['loss']} and gradient norm {value['grad_norm']} are not both finite at "
-            f"step {step}; {self._advice()}"
+            f"step {step}{where}; {self._advice()}"
         )
 
     def _advice(self) -> str:
@@ -346,8 +365,11 @@ class Trainer:
         )
 
 
+FLAGS = ("finite", "bad_segment")  # metrics that are not written
+
+
 def _train_record(step: int, values: dict[str, np.ndarray], weight_name: str) -> Record:
     """Returns the record of one step, in which the weight has the name that the task gives it."""
-    numbers = {name: float(value) for name, value in values.items() if name != "finite"}
+    numbers = {name: float(value) for name, value in values.items() if name not in FLAGS}
     numbers[weight_name] = numbers.pop("weight")
     return {"kind": "train", "step": step, **numbers}
