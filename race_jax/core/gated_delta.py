@@ -92,12 +92,51 @@ def _step(state: MatrixState, chunk: dict[str, Any]) -> tuple[jax.Array, jax.Arr
     overlap = jnp.einsum("bkth,bksh->bkts", key, key)
     system = jnp.tril(rate * decay * overlap, -1)
     held = entering * jnp.einsum("bkth,bkhv->bktv", key, state.matrix)
-    added = jax.scipy.linalg.solve_triangular(
-        system, rate * (chunk["value"] - held), lower=True, unit_diagonal=True
-    )
+    added = _solve(system, rate * (chunk["value"] - held))
     weights = jnp.einsum("bkgth,bksh->bkgts", query, key) * decay[:, :, None]
     rows = jnp.einsum("bkgth,bkhv->bkgtv", query * entering[:, :, None], state.matrix)
     rows += jnp.einsum("bkgts,bksv->bkgtv", weights, added)
     # The last token sees what stays.
     matrix = entering[:, :, -1:] * state.matrix
     return rows, matrix + jnp.einsum("bksh,bksv->bkhv", key * decay[:, :, -1, :, None], added)
+
+
+def _solve(lower: jax.Array, right: jax.Array) -> jax.Array:
+    """Returns x of ``(I + lower) x = right``, for strictly lower matrices ``(..., C, C)``.
+
+    The matrices are inverted by products only, which take far less time than substitution row by
+    row. The gradient comes from the equation and not from the steps of the inversion.
+    """
+    inverse = _inverse(jax.lax.stop_gradient(lower))
+    return jax.lax.custom_linear_solve(
+        lambda x: x + _product(lower, x),
+        right,
+        solve=lambda _, right: _product(inverse, right),
+        transpose_solve=lambda _, right: _product(inverse.swapaxes(-1, -2), right),
+    )
+
+
+def _inverse(lower: jax.Array) -> jax.Array:
+    """Returns ``(I + lower)^-1``, from the inverses of blocks on the diagonal that double in size.
+
+    The inverse of [[A, 0], [C, B]] is [[X, 0], [-Y C X, Y]], with X and Y those of A and B.
+    """
+    *batch, size, _ = lower.shape
+    blocks = jnp.ones((*batch, size, 1, 1), lower.dtype)
+    while (width := blocks.shape[-1]) < size:
+        count = size // (2 * width)
+        corners = lower.reshape(*batch, count, 2, width, count, 2, width)[..., 1, :, :, 0, :]
+        corners = jnp.moveaxis(jnp.diagonal(corners, axis1=-4, axis2=-2), -1, -3)
+        first, second = blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]
+        corners = -_product(_product(second, corners), first)
+        rows = [
+            jnp.concatenate([first, jnp.zeros_like(first)], axis=-1),
+            jnp.concatenate([corners, second], axis=-1),
+        ]
+        blocks = jnp.concatenate(rows, axis=-2)
+    return blocks[..., 0, :, :]
+
+
+def _product(one: jax.Array, other: jax.Array) -> jax.Array:
+    # Errors grow from block to block, so TF32, the default on a GPU, would not do.
+    return jnp.matmul(one, other, precision=jax.lax.Precision.HIGHEST)
