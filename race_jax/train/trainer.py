@@ -13,7 +13,7 @@ from flax import nnx
 
 from race_jax.data.workers import read_ahead
 from race_jax.tasks.task import Task
-from race_jax.train import report
+from race_jax.train import report, summary
 from race_jax.train.checkpoint import Checkpoints, checkpoint_folder
 from race_jax.train.config import Config
 from race_jax.train.console import decorate, say
@@ -169,7 +169,7 @@ class Trainer:
         )
 
     def finish(self, stop: Callable[[], object] = lambda: None) -> Record | None:
-        """Scores all held-out data, prints the result and draws the losses.
+        """Scores all held-out data, prints the result, writes its summary and draws the losses.
 
         Args:
             stop: a function that is called between two batches. If it returns a true value, the
@@ -187,9 +187,21 @@ class Trainer:
         if final is None or stop():
             return None
         say("\n".join(report.end_lines(self._task, final, test)))
+        decorate("the summary", self._summarize)
         decorate("the picture", self._draw)
         decorate("the sample", self._show_sample)
         return final
+
+    def _summarize(self) -> None:
+        planned = report.planned_memory(self._train_step)
+        summary.write(
+            self._directory,
+            self._task,
+            self._mesh,
+            self._state,
+            None if planned is None else sum(planned),
+            self._log.records,
+        )
 
     def _draw(self) -> None:
         picture = self._directory / "loss.png"
@@ -218,6 +230,7 @@ class Trainer:
         self.step = int(self._state.step)
         run = self._config.run
         if self.step < run.steps:
+            summary.path(self._directory).unlink(missing_ok=True)  # of an earlier, shorter run
             # A new checkpoint is written before the oldest one is removed. Those that are there
             # already need no more space.
             more = max(1 + run.keep_checkpoints - len(self._checkpoints.steps()), 1)
