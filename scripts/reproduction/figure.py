@@ -83,7 +83,7 @@ def _lines(axes: Any, table: Table, data: Sequence[Data], records: Sequence[dict
                 [size for size, _ in known],
                 [found.mean * metric.scale for _, found in known],
                 [(found.deviation or 0.0) * metric.scale for _, found in known],
-                fmt="-o",
+                marker="o",
                 capsize=3,
                 color=f"C{index % 10}",
                 linestyle="-" if index < 10 else "--",

@@ -71,7 +71,9 @@ def make_runs(
     data: Sequence[str],
     out: Path,
 ) -> list[Run]:
-    """Returns the runs of a table: the seeds of a method after one another, then the next method.
+    """Returns the runs of a table: everything with the first seed, then with the next one.
+
+    So the table is soon whole, and later seeds find programs that are compiled already.
 
     Args:
         table: the table.
@@ -86,11 +88,11 @@ def make_runs(
     """
     return [
         _make_run(table.settings(d, m, budget), d, m, seed, out)
+        for seed in seeds
         for d in table.data
         if d.name in data
         for m in table.methods
         if m.name in methods
-        for seed in seeds
     ]
 
 

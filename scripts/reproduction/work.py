@@ -247,7 +247,7 @@ def _end(started: Started, jobs: int, keep: bool) -> dict[str, Any]:
     outcome = {
         "status": status,
         "exit_status": code,
-        "error": _last_words(run.log) if status == "failed" else "",
+        "error": _why(run, code) if status == "failed" else "",
         "seconds": earlier.get("seconds", 0.0) + time.monotonic() - started.since,
         "starts": earlier.get("starts", 0) + 1,
         "jobs": jobs,
@@ -258,9 +258,12 @@ def _end(started: Started, jobs: int, keep: bool) -> dict[str, Any]:
     return outcome
 
 
-def _last_words(log: Path) -> str:
-    """Returns what a run that failed said last: its own message, or else its last line."""
-    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+def _why(run: Run, code: int) -> str:
+    """Returns why a run failed: the signal, its own message, or else its last line."""
+    if code < 0:
+        return f"its process was ended by {signal.Signals(-code).name}"
+    text = run.log.read_text("utf-8", "replace")
+    lines = [line for line in text.splitlines() if line.strip()]
     own = [line for line in lines if line.startswith("train_lm: ")]
     return (own or lines)[-1].removeprefix("train_lm: ")[:300]
 
