@@ -39,6 +39,7 @@ SOURCES = {
     "core.attention": "core.implementations core.checks core.sequence core.shards",
     "core.reference": "core.shapes",
     "streaming": "core.state",
+    "diagnostics": "core.hashing extras",
     "layers.attention_fn": "core.attention",
     "layers.gates": "core.shapes",
     "layers.short_conv": "core.shapes core.sequence core.shards",
@@ -69,7 +70,7 @@ LIBRARIES = {
     "layers.race_linen": CORE_LIBRARIES | {"flax"},
     "models": CORE_LIBRARIES | {"flax"},
 }
-ANY_LIBRARY = {"data", "tasks", "train", "scripts"}
+ANY_LIBRARY = {"diagnostics", "data", "tasks", "train", "scripts"}
 
 
 def left_of(part: str) -> set[str]:
