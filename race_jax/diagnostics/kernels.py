@@ -25,7 +25,7 @@ from race_jax.core import hashing
 # E[a b] depends on w only through its part in the plane that q and k span, a normal vector with
 # polar coordinates (r, t). In r, the rule of Gauss and Legendre is used; in t, where the integrand
 # is periodic, equal steps. For projections of order one the error is below 1e-5. The paper's planes
-# give projections of order ten and nearly hard signs. An angle is then known to a step, pi / ANGLES.
+# give projections of order ten and nearly hard signs, where an angle is known to a step only.
 RADII, LONGEST_RADIUS, ANGLES = 16, 6.0, 512
 
 
