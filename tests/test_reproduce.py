@@ -4,6 +4,7 @@ Most tests let a small script stand for the training script. It writes the files
 a step every hundredth of a second. One test trains real models.
 """
 
+import doctest
 import json
 import math
 import os
@@ -104,6 +105,11 @@ def train(tmp_path, monkeypatch):
         return runs, display, work.work(runs, slots, display, keep=keep)
 
     return run
+
+
+@pytest.mark.parametrize("module", [plan, work, results, figure, experiments.table])
+def test_the_examples_of_the_docstrings_run(module):
+    assert doctest.testmod(module).failed == 0
 
 
 def test_every_table_is_made_of_valid_runs_with_different_folders(tmp_path):
@@ -310,6 +316,19 @@ def test_a_series_of_data_is_drawn_as_lines(tmp_path):
     assert figure.draw(table, {"budget": "small", "runs": runs}, tmp_path / "t.svg")
     assert "pairs" in (tmp_path / "t.svg").read_text()
     assert not figure.draw(table, {"budget": "small", "runs": []}, tmp_path / "none.svg")
+
+
+def test_a_number_far_away_is_written_at_the_edge(tmp_path):
+    methods = tuple(Method(f"m{n}", f"row {n}", {}) for n in range(5))
+    table = Table("t", "t", TABLE.data, methods)
+    runs = [
+        {"data": "copy", "method": f"m{n}", "scores": {"valid": {"loss": loss}}}
+        for n, loss in enumerate((1.0, 1.1, 1.2, 1.3, 9.0))
+    ]
+    assert figure.draw(table, {"budget": "small", "runs": runs}, tmp_path / "t.svg")
+    drawn = (tmp_path / "t.svg").read_text()
+    assert "9.000 →" in drawn
+    assert "1.300 →" not in drawn
 
 
 def test_several_runs_share_the_cards_and_their_memory():

@@ -4,6 +4,7 @@ In a panel every row is a point with its deviation. If the data sets form a seri
 sequences of growing length, there is one panel with a line for each row.
 """
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,21 +56,40 @@ def _panel(axes: Any, methods: Sequence[Method], data: Data, records: Sequence[d
     metric = data.metrics[0]
     measured = {record["method"] for record in records}
     rows = [method for method in methods if method.name in measured]
-    for height, method in enumerate(reversed(rows)):
-        found = cells(records, data.name, method.name, metric.path)
-        if found is not None:
-            axes.errorbar(
-                found.mean * metric.scale,
-                height,
-                xerr=(found.deviation or 0.0) * metric.scale,
-                fmt="o",
-                capsize=3,
-                color=_color(method),
-            )
+    found = [cells(records, data.name, method.name, metric.path) for method in reversed(rows)]
+    means = [one.mean * metric.scale for one in found if one is not None]
+    lowest, highest = usual_range(means)
+    for height, (method, one) in enumerate(zip(reversed(rows), found, strict=True)):
+        if one is None:
+            continue
+        mean, style = one.mean * metric.scale, {"color": _color(method)}
+        if lowest <= mean <= highest:
+            deviation = (one.deviation or 0.0) * metric.scale
+            axes.errorbar(mean, height, xerr=deviation, fmt="o", capsize=3, **style)
+        else:  # far away from the others, which would be drawn on top of each other
+            left = mean < lowest
+            text = f"← {mean:.{metric.digits}f}" if left else f"{mean:.{metric.digits}f} →"
+            place = {"ha": "left" if left else "right", "va": "center"}
+            x = 0.02 if left else 0.98
+            axes.text(x, height, text, transform=axes.get_yaxis_transform(), **place, **style)
     axes.set_yticks(range(len(rows)), [method.label for method in reversed(rows)])
     axes.set(title=data.label, xlabel=metric.label, ylim=(-0.6, len(rows) - 0.4))
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def usual_range(numbers: Sequence[float], factor: float = 5.0) -> tuple[float, float]:
+    """Returns the ends of the range around the median that the axis of a panel shows.
+
+    Half of the numbers are not further from the median than the range's half length / `factor`.
+
+    Example:
+        >>> usual_range([1.0, 2.0, 3.0, 4.0, 99.0])
+        (-2.0, 8.0)
+    """
+    middle = statistics.median(numbers)
+    spread = factor * statistics.median(abs(number - middle) for number in numbers)
+    return (middle - spread, middle + spread) if spread else (min(numbers), max(numbers))
 
 
 def _lines(axes: Any, table: Table, data: Sequence[Data], records: Sequence[dict]) -> None:
