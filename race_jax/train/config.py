@@ -265,7 +265,7 @@ class Config:
         if gate is not None and not registry.task_named(self.task).is_causal:
             raise ValueError(
                 f"config.model.{name}.forget_gate must be none with config.task={self.task!r}, "
-                f"whose tokens also see later ones; got {gate!r}"
+                f"whose model reads in both directions; got {gate!r}"
             )
 
     def _validate_together(self) -> None:
