@@ -6,10 +6,12 @@ from race_jax.records import one_of
 from race_jax.tasks.copy import Copy
 from race_jax.tasks.language_model import LanguageModel
 from race_jax.tasks.task import Task
+from race_jax.tasks.text_classification import TextClassification
 
 TASKS: dict[str, type[Task]] = {
     "language_model": LanguageModel,
     "copy": Copy,
+    "text_classification": TextClassification,
 }
 DEFAULT = "language_model"
 
