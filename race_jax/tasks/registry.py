@@ -11,8 +11,8 @@ from race_jax.tasks.text_classification import TextClassification
 
 TASKS: dict[str, type[Task]] = {
     "language_model": LanguageModel,
-    "masked_lm": MaskedLM,
     "copy": Copy,
+    "masked_lm": MaskedLM,
     "text_classification": TextClassification,
 }
 DEFAULT = "language_model"
