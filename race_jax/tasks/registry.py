@@ -5,11 +5,15 @@ import dataclasses
 from race_jax.records import one_of
 from race_jax.tasks.copy import Copy
 from race_jax.tasks.language_model import LanguageModel
+from race_jax.tasks.needle import Needle
+from race_jax.tasks.recall import Recall
 from race_jax.tasks.task import Task
 
 TASKS: dict[str, type[Task]] = {
     "language_model": LanguageModel,
     "copy": Copy,
+    "recall": Recall,
+    "needle": Needle,
 }
 DEFAULT = "language_model"
 
