@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 
 from race_jax.data.workers import read_ahead
@@ -20,7 +22,7 @@ from race_jax.train.console import decorate, say
 from race_jax.train.files import check_space, claim
 from race_jax.train.mesh import (
     SEQ,
-    batch_sharding,
+    batch_shapes,
     make_mesh,
     on_every_device,
     put_batch,
@@ -30,7 +32,7 @@ from race_jax.train.optimizer import make_optimizer, make_schedule
 from race_jax.train.plot import plot_losses
 from race_jax.train.progress import Progress
 from race_jax.train.state import init_state
-from race_jax.train.step import Segments, make_eval_step, make_train_step
+from race_jax.train.step import Segments, TrainStep, make_eval_step, make_train_step
 
 
 class Trainer:
@@ -79,7 +81,9 @@ class Trainer:
             self._pending: list[tuple[int, dict[str, jax.Array]]] = []
             self._key = jax.device_put(jax.random.key(config.run.seed), on_every_device(self._mesh))
             self._eval_step = make_eval_step(type(task), self._graph, self._mesh, self._segments)
-            self._train_step = self._compile(optimizer)
+            self._train_step = self._make_step(optimizer)
+            self._programs: dict[tuple, jax.stages.Compiled] = {}
+            self._compile()
             self._progress = Progress(
                 self.step,
                 config.run.steps,
@@ -111,7 +115,7 @@ class Trainer:
             # At most one step is in flight. A request to stop would have to wait for more of them.
             jax.block_until_ready(self._pending[-1][1])
         batch = next(self._batches)  # already on the devices
-        self._state, metrics = self._train_step(self._state, batch, self._key)
+        self._state, metrics = self._program(batch)(self._state, batch, self._key)
         self.step += 1
         self._pending.append((self.step, metrics))
 
@@ -224,15 +228,8 @@ class Trainer:
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
             check_space(self._directory, size * more)
 
-    def _compile(self, optimizer) -> jax.stages.Compiled:
-        """Prints a description of the run, and then compiles the training step."""
-        lines = report.start_lines(
-            self._config, self._task, self._mesh, self._state, self._directory
-        )
-        if self.step:
-            lines.append(f"{'resuming':10} after step {self.step}")
-        say("\n".join(lines))
-        step = make_train_step(
+    def _make_step(self, optimizer: optax.GradientTransformation) -> TrainStep:
+        return make_train_step(
             type(self._task),
             self._graph,
             optimizer,
@@ -241,17 +238,29 @@ class Trainer:
             accumulation_steps=self._config.optimizer.accumulation_steps,
             segments=self._segments,
         )
-        spread = batch_sharding(self._mesh)
-        batch = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread)
-            for name, x in self._task.batch.items()
-        }
+
+    def _program(self, batch: dict[str, Any]) -> jax.stages.Compiled:
+        """Returns the training step for batches of this shape. It is compiled when first needed."""
+        shapes = tuple(sorted((name, x.shape) for name, x in batch.items()))
+        if shapes not in self._programs:
+            arrays = batch_shapes(self._mesh, batch)
+            lowered = self._train_step.lower(self._state, arrays, self._key)
+            self._programs[shapes] = lowered.compile()
+        return self._programs[shapes]
+
+    def _compile(self) -> None:
+        """Prints a description of the run, and compiles the step for the largest batches."""
+        lines = report.start_lines(
+            self._config, self._task, self._mesh, self._state, self._directory
+        )
+        if self.step:
+            lines.append(f"{'resuming':10} after step {self.step}")
+        say("\n".join(lines))
         start = time.monotonic()
-        compiled = step.lower(self._state, batch, self._key).compile()
+        compiled = self._program(self._task.batch)
         seconds = time.monotonic() - start
         cache = self._config.run.compilation_cache
         say("\n".join(report.compiled_lines(compiled, seconds, cache)))
-        return compiled
 
     def _make_segments(self) -> Segments | None:
         """Returns how sequences are read, or None if they are read whole."""
