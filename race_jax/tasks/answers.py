@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from race_jax.data.windows import SYNCHRONOUS
 from race_jax.tasks.losses import chunked_cross_entropy
 from race_jax.tasks.task import Batch, Task, shapes_of
 
-# Rows are drawn in the caller's thread. The trainer has a thread of its own that reads ahead.
-_SYNCHRONOUS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 _ENDLESS = 1 << 62
 TRAIN, VALID, TEST = 0, 1, 2
 
@@ -38,7 +37,7 @@ def drawn_batches(
         return draw(np.random.default_rng((seed if split == TRAIN else 0, split, index)))
 
     numbers = grain.MapDataset.range(_ENDLESS if count is None else count)
-    return numbers.map(batch).to_iter_dataset(_SYNCHRONOUS)
+    return numbers.map(batch).to_iter_dataset(SYNCHRONOUS)
 
 
 class AnswerTask(Task):

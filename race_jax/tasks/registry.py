@@ -4,7 +4,10 @@ import dataclasses
 
 from race_jax.records import one_of
 from race_jax.tasks.copy import Copy
+from race_jax.tasks.images import ImageClassification
 from race_jax.tasks.language_model import LanguageModel
+from race_jax.tasks.listops import ListOps
+from race_jax.tasks.long_documents import LongDocuments
 from race_jax.tasks.needle import Needle
 from race_jax.tasks.recall import Recall
 from race_jax.tasks.task import Task
@@ -14,6 +17,9 @@ TASKS: dict[str, type[Task]] = {
     "copy": Copy,
     "recall": Recall,
     "needle": Needle,
+    "listops": ListOps,
+    "images": ImageClassification,
+    "long_documents": LongDocuments,
 }
 DEFAULT = "language_model"
 
