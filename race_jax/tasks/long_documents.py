@@ -12,7 +12,7 @@ import numpy as np
 from race_jax.data.documents import Corpus, Document
 from race_jax.data.examples import Examples
 from race_jax.data.regions import SPLITS, Windows, author_of, regions, without_header
-from race_jax.data.sources import named_paths, read_file
+from race_jax.data.sources import read_documents
 from race_jax.records import at_least, one_of
 from race_jax.tasks.classification import Classification, ClassificationConfig
 
@@ -71,10 +71,7 @@ class LongDocuments(Classification):
                 'config.data.source must be files for config.task="long_documents", got '
                 f"{data.source!r}"
             )
-        documents = {
-            name: [Document(str(path), read_file(path)) for path in named_paths(data, field)]
-            for name, field in ((name, f"{name}_files") for name in SPLITS)
-        }
+        documents = {name: read_documents(data, f"{name}_files") for name in SPLITS}
         length = data.sequence_length
         stride = options.train_stride or max(1, length // 8)
         make = _by_book if options.target == "book" else _by_author
