@@ -24,7 +24,7 @@ def get_config() -> Config:
     config.model.num_heads = 2
     config.model.race.short_conv = True
 
-    config.optimizer.learning_rate = 3e-3
+    config.optimizer.learning_rate = 1e-3
     config.run.batch_size = 256
     config.run.steps = 4000
     config.run.eval_every = 500

@@ -108,7 +108,10 @@ def _read(data, grey: bool) -> dict[str, Images]:
     if "valid" not in images:
         order = np.random.default_rng(0).permutation(len(first))
         count = max(1, round(data.valid_fraction * len(first)))
-        images["train"], images["valid"] = first.take(order[count:]), first.take(order[:count])
+        kept, held_out = first.take(order[count:]), first.take(order[:count])
+        images = {"train": kept, "valid": held_out} | {
+            name: split for name, split in images.items() if name != "train"
+        }
     if grey:
         images = {
             name: dataclasses.replace(split, pixels=greyscale(split.pixels))
