@@ -28,7 +28,7 @@ from tests.models.small import draw
 B, T, D, N, K = 2, 12, 8, 4, 2
 ROWS, WHOLE = PartitionSpec("shards"), PartitionSpec()
 HASH = {"num_tables": 2, "num_planes": 2}
-OWN = HASH | {"short_conv": True, "output_gate": True}
+OWN = HASH | {"short_conv": "before", "output_norm": "rms", "output_gate": "silu"}
 
 
 class Case(NamedTuple):
@@ -113,7 +113,7 @@ def cases() -> dict[str, Callable[[], Case]]:
     by_flax = {"mask": MASK[:, None, None]}
 
     # An output gate normalizes the heads, and the gradient of the state's mass would cancel.
-    gated = HASH | {"short_conv": True, "is_causal": True, "forget_gate": "data"}
+    gated = HASH | {"short_conv": "before", "is_causal": True, "forget_gate": "data"}
     layer = race_jax.linen.RACEAttention(N, num_kv_heads=K, **gated)
     stateful = PACKED | {"state": drawn(lambda: layer.init_state(B, D), least=0.1)}
     plain = race_jax.linen.RACEAttention(N, num_kv_heads=K, **HASH, learn_planes=True)

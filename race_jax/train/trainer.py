@@ -197,7 +197,7 @@ class Trainer:
         return final
 
     def _summarize(self) -> None:
-        planned = report.planned_memory(self._train_step)
+        planned = report.planned_memory(self._program(self._task.batch))
         summary.write(
             self._directory,
             self._task,

@@ -10,7 +10,13 @@ from jax.sharding import PartitionSpec as P
 from race_jax import RACEAttention
 from race_jax.models import ModelConfig, TransformerLM
 
-RACE = {"num_tables": 2, "num_planes": 2, "short_conv": True, "output_gate": True}
+RACE = {
+    "num_tables": 2,
+    "num_planes": 2,
+    "short_conv": "before",
+    "output_norm": "rms",
+    "output_gate": "silu",
+}
 
 
 @pytest.mark.parametrize("packed", [False, True])
