@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 
 from race_jax.data.rows import RowsOnDisk
@@ -22,7 +24,7 @@ from race_jax.train.disk_step import DiskStep, make_disk_eval_step
 from race_jax.train.files import check_space, claim
 from race_jax.train.mesh import (
     SEQ,
-    batch_sharding,
+    batch_shapes,
     make_mesh,
     on_every_device,
     put_batch,
@@ -90,7 +92,9 @@ class Trainer:
             self._pending: list[tuple[int, dict[str, jax.Array]]] = []
             self._key = jax.device_put(jax.random.key(config.run.seed), on_every_device(self._mesh))
             self._eval_step = self._make_eval_step()
-            self._train_step = self._compile(optimizer)
+            self._train_step = self._make_step(optimizer)
+            self._programs: dict[tuple, jax.stages.Compiled] = {}
+            self._compile()
             self._progress = Progress(
                 self.step,
                 config.run.steps,
@@ -123,7 +127,7 @@ class Trainer:
             jax.block_until_ready(self._pending[-1][1])
         batch = self._on_devices(next(self._batches))
         try:
-            self._state, metrics = self._train_step(self._state, batch, self._key)
+            self._state, metrics = self._program(batch)(self._state, batch, self._key)
         except FloatingPointError as error:
             self.log()
             raise FloatingPointError(
@@ -241,40 +245,47 @@ class Trainer:
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
             check_space(self._directory, size * more)
 
-    def _compile(self, optimizer) -> TrainStep:
-        """Prints a description of the run, and then compiles the training step."""
+    def _make_step(self, optimizer: optax.GradientTransformation) -> TrainStep | DiskStep:
+        schedule = make_schedule(self._config.optimizer, self._config.run.steps)
+        parts = self._config.optimizer.accumulation_steps
+        makes = type(self._task), self._graph, optimizer, schedule, self._mesh
+        if self._config.reads_from_disk():
+            return DiskStep(*makes, self._state.params, self._task.batch, self._segments, parts)
+        return make_train_step(*makes, accumulation_steps=parts, segments=self._segments)
+
+    def _make_eval_step(self) -> EvalStep:
+        makes = type(self._task), self._graph, self._mesh
+        if self._config.reads_from_disk():
+            return make_disk_eval_step(*makes, self._state.params, self._task.batch, self._segments)
+        return make_eval_step(*makes, self._segments)
+
+    def _program(self, batch: dict[str, Any] | RowsOnDisk) -> jax.stages.Compiled | DiskStep:
+        """Returns the training step for batches of this shape. It is compiled when first needed."""
+        if isinstance(self._train_step, DiskStep):
+            return self._train_step
+        shapes = tuple(sorted((name, x.shape) for name, x in batch.items()))
+        if shapes not in self._programs:
+            arrays = batch_shapes(self._mesh, batch)
+            lowered = self._train_step.lower(self._state, arrays, self._key)
+            self._programs[shapes] = lowered.compile()
+        return self._programs[shapes]
+
+    def _compile(self) -> None:
+        """Prints a description of the run, and compiles the step for the largest batches."""
         lines = report.start_lines(
             self._config, self._task, self._mesh, self._state, self._directory
         )
         if self.step:
             lines.append(f"{'resuming':10} after step {self.step}")
         say("\n".join(lines))
-        schedule = make_schedule(self._config.optimizer, self._config.run.steps)
-        parts = self._config.optimizer.accumulation_steps
-        makes = type(self._task), self._graph, optimizer, schedule, self._mesh
         start = time.monotonic()
-        if self._config.reads_from_disk():
-            step = DiskStep(*makes, self._state.params, self._task.batch, self._segments, parts)
-            compiled = step.compile(self._state, self._key)
+        if isinstance(self._train_step, DiskStep):
+            compiled = self._train_step.compile(self._state, self._key)
         else:
-            spread = batch_sharding(self._mesh)
-            batch = {
-                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread)
-                for name, x in self._task.batch.items()
-            }
-            program = make_train_step(*makes, accumulation_steps=parts, segments=self._segments)
-            step = compiled = program.lower(self._state, batch, self._key).compile()
+            compiled = self._program(self._task.batch)
         seconds = time.monotonic() - start
         cache = self._config.run.compilation_cache
         say("\n".join(report.compiled_lines(compiled, seconds, cache)))
-        return step
-
-    def _make_eval_step(self) -> EvalStep:
-        """Returns the evaluation step, for batches in memory or on the disk."""
-        makes = type(self._task), self._graph, self._mesh
-        if self._config.reads_from_disk():
-            return make_disk_eval_step(*makes, self._state.params, self._task.batch, self._segments)
-        return make_eval_step(*makes, self._segments)
 
     def _make_segments(self) -> Segments | None:
         """Returns how sequences are read, or None if they are read whole."""
