@@ -22,7 +22,7 @@ def get_config() -> Config:
     config.model.num_layers = 2
     config.model.width = 128
     config.model.num_heads = 2
-    config.model.race.short_conv = True
+    config.model.race.short_conv = "before"
 
     config.optimizer.learning_rate = 1e-3
     config.run.batch_size = 256

@@ -70,6 +70,21 @@ def load_corpus(config: DataConfig) -> Corpus:
     return _READERS[config.source](config)
 
 
+def the_file(config: DataConfig, field: str) -> Path:
+    """Returns the path of the one token file that a field names.
+
+    Raises:
+        ValueError: the field does not name one file.
+    """
+    paths = list(_resolve(config, field, getattr(config, field)))
+    if len(paths) != 1:
+        raise ValueError(
+            f'config.data.{field} must name one token file for source="tokens", got '
+            f"{getattr(config, field)!r}; scripts/write_tokens.py joins several texts in one"
+        )
+    return paths[0]
+
+
 def refuse_ignored(config: DataConfig, choice: str, owners: dict[str, tuple[str, ...]]) -> None:
     """Raises ValueError if a field is set that would be ignored.
 

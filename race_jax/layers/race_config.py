@@ -28,6 +28,7 @@ PAPER = {
     "sharpness": 1.0,
     "learn_sharpness": True,
     "shared_sharpness": True,
+    "use_tanh": True,
     "normalize_qk": False,
     "forget_gate": None,
     "short_conv": None,
@@ -69,6 +70,7 @@ class RACEConfig(Parts):
         sharpness: the initial sharpness beta, positive.
         learn_sharpness: whether beta is trained, through its logarithm.
         shared_sharpness: whether the layer has one beta, instead of one per key/value head.
+        use_tanh: whether hash projections go through tanh before they are sharpened.
         fold_planes: whether the hash is computed straight from the hidden state, without queries
             and keys. It has no effect if a convolution or an activation stands between the two.
         normalization: "global" or "bucket".
@@ -112,6 +114,7 @@ class RACEConfig(Parts):
     sharpness: float = 2.0
     learn_sharpness: bool = True
     shared_sharpness: bool = False
+    use_tanh: bool = True
     fold_planes: bool = False
     normalization: str = "global"
     implementation: str | None = None

@@ -196,13 +196,8 @@ def sum_over_devices(
     Source: beyond the paper.
     """
 
-    def add(spec: P, results: Any) -> Any:
-        axes = tuple(name for name in AXES if name not in spec)
-        return jax.lax.psum(per_device(results), axes)
-
     def on_device(batch, *others):
-        results = function(batch, *per_device(others))
-        return jax.tree.map(add, out_specs, results, is_leaf=lambda x: isinstance(x, P))
+        return add_over_axes(out_specs, function(batch, *per_device(others)))
 
     def run(batch, *others):
         return jax.shard_map(
@@ -214,6 +209,21 @@ def sum_over_devices(
         )(batch, *others)
 
     return run
+
+
+def add_over_axes(specs: Any, values: Any) -> Any:
+    """Adds values of the devices, inside `jax.shard_map`, over all axes that a spec does not name.
+
+    Args:
+        specs: a pytree of `PartitionSpec`, one for each value or for a part of the tree of values.
+        values: what every device has.
+    """
+
+    def add(spec: P, part: Any) -> Any:
+        names = [name for entry in spec for name in (entry if type(entry) is tuple else [entry])]
+        return jax.lax.psum(per_device(part), tuple(name for name in AXES if name not in names))
+
+    return jax.tree.map(add, specs, values, is_leaf=lambda x: isinstance(x, P))
 
 
 def per_device(values: Any) -> Any:
