@@ -11,7 +11,10 @@ import importlib
 
 from experiments.table import Table
 
-NAMES = ("causal_lm",)
+NAMES = (
+    *("causal_lm", "race_forms", "masked_lm", "text", "images", "listops"),
+    *("long_documents", "recall"),
+)
 
 
 def find(name: str) -> Table:

@@ -2,7 +2,7 @@
 
 A setting is a field of `race_jax.train.config.Config` by its dotted name without "config.", such as
 `{"model.attention": "softmax"}`. A run takes the configuration file of its data. The settings of
-the budget come on top of it, and the settings of the method come last.
+the data and of the budget come on top of it, and the settings of the method come last.
 """
 
 from __future__ import annotations
@@ -14,6 +14,17 @@ from typing import Any
 Settings = Mapping[str, Any]
 
 BUDGETS = ("tiny", "small", "paper")
+
+# A model and a run that take seconds on a CPU, for the budget "tiny".
+TINY: Settings = {
+    "model.num_layers": 1,
+    "model.width": 16,
+    "model.num_heads": 2,
+    "optimizer.warmup_steps": 1,
+    "run.batch_size": 4,
+    "run.steps": 6,
+    "mesh.data": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +89,7 @@ class Data:
         config: the configuration file.
         metrics: the columns. The figure shows the first one.
         budgets: the settings of each budget. A budget that is missing sets nothing.
+        settings: what it sets in every budget, such as a length.
         size: its place on the axis of the figure, if the data sets of the table form a series.
     """
 
@@ -86,6 +98,7 @@ class Data:
     config: str
     metrics: tuple[Metric, ...]
     budgets: Mapping[str, Settings] = dataclasses.field(default_factory=dict)
+    settings: Settings = dataclasses.field(default_factory=dict)
     size: int | None = None
 
 
@@ -112,6 +125,6 @@ class Table:
     size_label: str = ""
 
     def settings(self, data: Data, method: Method, budget: str) -> dict[str, Any]:
-        """Returns everything that a run sets, the last word being the method's."""
+        """Returns everything that a run sets; the method has the last word."""
         common, own = self.budgets.get(budget, {}), data.budgets.get(budget, {})
-        return {**common, **own, **method.settings}
+        return {**data.settings, **common, **own, **method.settings}
