@@ -1,7 +1,6 @@
 """Runs whose sequences are read from a token file, segment by segment."""
 
 import dataclasses
-import json
 import pathlib
 
 import jax
@@ -10,7 +9,7 @@ import pytest
 from flax import nnx
 
 from race_jax.data.rows import RowsOnDisk
-from race_jax.data.token_file import open_token_file, write_token_file
+from race_jax.data.token_file import write_token_file
 from race_jax.data.tokenizer import ByteTokenizer
 from race_jax.train.checkpoint import load_for_inference
 from race_jax.train.config import Config
@@ -133,29 +132,6 @@ def test_a_loss_that_is_not_finite_names_its_segment(files, tmp_path, monkeypatc
         FloatingPointError, match=r"segment \d .*in step 2; the checkpoint of step 1"
     ):
         train(config)
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "not a whole file of NumPy"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"), "its ids are not those"),
-        (lambda path: path.with_name("t.npy.json").unlink(), r"t\.npy\.json beside it is missing"),
-        (lambda path: path.with_name("t.npy.json").write_text("{}"), "is missing or damaged"),
-        (lambda path: np.save(path, np.zeros((2, 2))), r"holds float64 of shape \(2, 2\)"),
-        (lambda path: path.unlink(), "cannot be read"),
-    ],
-)
-def test_a_damaged_token_file_is_refused(tmp_path, damage, words):
-    path = tmp_path / "t.npy"
-    write_token_file(path, [TEXT], ByteTokenizer())
-    assert json.loads((tmp_path / "t.npy.json").read_text())["tokens"] == len(TEXT)
-    np.testing.assert_array_equal(open_token_file(path).ids, TEXT)
-    with pytest.raises(ValueError, match="exists already"):
-        write_token_file(path, [TEXT], ByteTokenizer())
-    damage(path)
-    with pytest.raises(ValueError, match=words):
-        open_token_file(path)
 
 
 @pytest.mark.parametrize(
