@@ -28,6 +28,7 @@ PAPER = {
     "sharpness": 1.0,
     "learn_sharpness": True,
     "shared_sharpness": True,
+    "use_tanh": True,
     "normalize_qk": False,
     "forget_gate": None,
     "short_conv": False,
@@ -66,6 +67,7 @@ class RACEConfig:
         sharpness: the initial sharpness beta, positive.
         learn_sharpness: whether beta is trained, through its logarithm.
         shared_sharpness: whether the layer has one beta, instead of one per key/value head.
+        use_tanh: whether hash projections go through tanh before they are sharpened.
         forget_gate: how old tokens decay. None is not at all, "fixed" and "learned" are one
             constant per head, and "data" is a value per token and head. A gate needs a causal
             model.
@@ -116,6 +118,7 @@ class RACEConfig:
     sharpness: float = 2.0
     learn_sharpness: bool = True
     shared_sharpness: bool = False
+    use_tanh: bool = True
     forget_gate: str | None = None
     half_life: float | None = None
     short_conv: bool = False
