@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from race_jax.data.rows import RowsOnDisk, row
+from race_jax.data.rows import UnreadRows, row
 from race_jax.data.token_file import open_token_file, write_token_file
 from race_jax.data.tokenizer import ByteTokenizer
 from scripts import write_tokens
@@ -15,7 +15,7 @@ TEXT = np.random.default_rng(0).integers(0, 256, 300).astype(np.uint8)
 
 def test_pieces_of_rows_are_the_rows():
     ids = [TEXT[:25], TEXT[25:32], TEXT[:1], TEXT[:0]]
-    batch = RowsOnDisk(ids, length=24)
+    batch = UnreadRows(ids, length=24)
     want = {name: np.stack([row(x, 24)[name] for x in ids]) for name in row(ids[0], 24)}
     for length in (1, 7, 24):
         pieces = [batch.piece(i, min(i + length, 24)) for i in range(0, 24, length)]

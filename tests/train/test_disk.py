@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from race_jax.data.rows import RowsOnDisk
+from race_jax.data.rows import UnreadRows
 from race_jax.data.token_file import write_token_file
 from race_jax.data.tokenizer import ByteTokenizer
 from race_jax.train.checkpoint import load_for_inference
@@ -76,7 +76,7 @@ def test_a_run_from_the_disk_is_that_from_memory(files, from_disk, tmp_path, ass
 
 def test_a_run_that_dies_in_a_step_loses_that_step_only(files, from_disk, tmp_path, monkeypatch):
     config = configure(files, tmp_path / "killed", "tokens")
-    calls, piece = [], RowsOnDisk.piece
+    calls, piece = [], UnreadRows.piece
 
     def dies(*arguments, **options):
         calls.append(1)
@@ -85,7 +85,7 @@ def test_a_run_that_dies_in_a_step_loses_that_step_only(files, from_disk, tmp_pa
         return piece(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RowsOnDisk, "piece", dies)
+        patch.setattr(UnreadRows, "piece", dies)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert len(losses(tmp_path / "killed")) == 2
@@ -111,7 +111,7 @@ def test_a_file_that_changes_during_a_run_stops_it(files, tmp_path, monkeypatch)
         (tmp_path / name).write_bytes((files / name).read_bytes())
     config = configure(files, tmp_path / "run", "tokens")
     config.data.train_files = (str(tmp_path / "train.npy"),)
-    calls, piece = [], RowsOnDisk.piece
+    calls, piece = [], UnreadRows.piece
 
     def cut_short(*arguments, **options):
         calls.append(1)
@@ -120,7 +120,7 @@ def test_a_file_that_changes_during_a_run_stops_it(files, tmp_path, monkeypatch)
                 stream.truncate(150)
         return piece(*arguments, **options)
 
-    monkeypatch.setattr(RowsOnDisk, "piece", cut_short)
+    monkeypatch.setattr(UnreadRows, "piece", cut_short)
     with pytest.raises(ValueError, match=r"train\.npy had 328 bytes .* 150 bytes now"):
         train(config)
 
