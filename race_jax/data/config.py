@@ -7,7 +7,7 @@ import dataclasses
 
 from race_jax.records import at_least, one_of
 
-SOURCES = ("stdlib", "files", "huggingface")
+SOURCES = ("stdlib", "files", "huggingface", "tokens")
 TOKENIZERS = ("bytes", "words", "characters", "bpe")
 PACKINGS = ("contiguous", "packed")
 MAX_WORKERS = 256
@@ -109,12 +109,36 @@ class DataConfig:
             self.dataset_config = configuration or self.dataset_config
 
     def _validate_source(self) -> None:
-        if self.source == "files" and not self.train_files:
-            raise ValueError('config.data.train_files must name a file for source="files", got ()')
+        if self.source in ("files", "tokens") and not self.train_files:
+            raise ValueError(
+                f'config.data.train_files must name a file for source="{self.source}", got ()'
+            )
+        if self.source == "tokens":
+            self._validate_stored()
         if self.source == "huggingface" and not self.dataset:
             raise ValueError('config.data.dataset must be given for source="huggingface", got ""')
-        if self.tokenizer == "bpe" and not self.tokenizer_file:
+        if self.tokenizer == "bpe" and not self.tokenizer_file and self.source != "tokens":
             raise ValueError(
                 'config.data.tokenizer_file must name a tokenizers JSON file for tokenizer="bpe", '
                 f"got {self.tokenizer_file}"
             )
+
+    def _validate_stored(self) -> None:
+        """Raises ValueError naming a field that has no meaning where ids are on the disk."""
+        unused = {
+            "tokenizer_file": None,
+            "vocab_limit": None,
+            "end_of_line": False,
+            "packing": "contiguous",
+            "document_separator": "",
+            "valid_tail": 0,
+            "num_workers": 0,
+            "dataset": "",
+            "dataset_config": "",
+        }
+        for name, value in unused.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f'config.data.{name} must be {value!r} for source="tokens", whose files hold '
+                    f"one stream of ids each; got {getattr(self, name)!r}"
+                )

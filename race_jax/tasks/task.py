@@ -15,6 +15,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from race_jax.data.rows import UnreadRows
+
 Batch = dict[str, Any]
 
 
@@ -56,7 +58,8 @@ class Task(abc.ABC):
         weight_name: what the weights of a batch count, such as "tokens". The speed of a run is
             given in these per second, and the metrics hold their number by this name.
         train: endless batches, which are dicts of arrays (B, T, ...) or (B,). T may differ from
-            batch to batch, if there are only a few lengths. The state of the iterator is a JSON
+            batch to batch, if there are only a few lengths. They must be `UnreadRows` if
+            `config.reads_from_disk()`, and may be otherwise. The state of the iterator is a JSON
             value.
         held_out: for each split, by its name, one pass over its batches. The split "valid" is
             always there.
@@ -166,6 +169,10 @@ class Task(abc.ABC):
         return []
 
 
-def shapes_of(batch: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shape and dtype of every array of a batch."""
+def shapes_of(batch: dict[str, np.ndarray] | UnreadRows) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shape and dtype of every array of a batch, which may be on the disk."""
+    if isinstance(batch, UnreadRows):
+        one = batch.piece(0, 1)
+        shape = len(batch), batch.length
+        return {name: jax.ShapeDtypeStruct(shape, x.dtype) for name, x in one.items()}
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,26 +14,40 @@ import numpy as np
 import optax
 from flax import nnx
 
+from race_jax.data.rows import UnreadRows
 from race_jax.data.workers import read_ahead
 from race_jax.tasks.task import Task
-from race_jax.train import report
+from race_jax.train import processes, report, summary
 from race_jax.train.checkpoint import Checkpoints, checkpoint_folder
 from race_jax.train.config import Config
 from race_jax.train.console import decorate, say
+from race_jax.train.disk_step import DiskStep, make_disk_eval_step
 from race_jax.train.files import check_space, claim
 from race_jax.train.mesh import (
     SEQ,
     batch_shapes,
+    get_whole,
     make_mesh,
-    on_every_device,
     put_batch,
+    put_rows,
+    put_whole,
 )
 from race_jax.train.metrics import MetricsLog, Record
 from race_jax.train.optimizer import make_optimizer, make_schedule
 from race_jax.train.plot import plot_losses
 from race_jax.train.progress import Progress
 from race_jax.train.state import init_state
-from race_jax.train.step import Segments, TrainStep, make_eval_step, make_train_step
+from race_jax.train.step import (
+    NO_SEGMENT,
+    EvalStep,
+    Segments,
+    TrainStep,
+    make_eval_step,
+    make_train_step,
+)
+
+# Bytes that a device may hold of a batch that is not needed yet.
+MOST_AHEAD = 2**28
 
 
 class Trainer:
@@ -76,11 +91,17 @@ class Trainer:
             )
             opened.callback(self._checkpoints.close)
             self._resume()
-            self._log = MetricsLog(directory, self.step, tensorboard=config.run.tensorboard)
+            self._log = MetricsLog(
+                directory,
+                self.step,
+                tensorboard=config.run.tensorboard,
+                writes=processes.is_first(),
+            )
             opened.callback(self._log.close)
             self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-            self._key = jax.device_put(jax.random.key(config.run.seed), on_every_device(self._mesh))
-            self._eval_step = make_eval_step(type(task), self._graph, self._mesh, self._segments)
+            key = jax.random.key_data(jax.random.key(config.run.seed))
+            self._key = jax.random.wrap_key_data(put_whole(self._mesh, key))
+            self._eval_step = self._make_eval_step()
             self._train_step = self._make_step(optimizer)
             self._programs: dict[tuple, jax.stages.Compiled] = {}
             self._compile()
@@ -90,6 +111,7 @@ class Trainer:
                 task.loss_text,
                 task.weight_name,
                 parts=self._parts(),
+                terminal=None if processes.is_first() else False,
             )
             opened.callback(self._progress.close)
             self._opened = opened.pop_all()
@@ -114,8 +136,14 @@ class Trainer:
         if self._pending:
             # At most one step is in flight. A request to stop would have to wait for more of them.
             jax.block_until_ready(self._pending[-1][1])
-        batch = next(self._batches)  # already on the devices
-        self._state, metrics = self._program(batch)(self._state, batch, self._key)
+        batch = self._on_devices(next(self._batches))
+        try:
+            self._state, metrics = self._program(batch)(self._state, batch, self._key)
+        except FloatingPointError as error:
+            self.log()
+            raise FloatingPointError(
+                f"{error}. This was in step {self.step + 1}; {self._advice()}"
+            ) from None
         self.step += 1
         self._pending.append((self.step, metrics))
 
@@ -139,7 +167,7 @@ class Trainer:
         written = self._log.write(records)
         if len(finite) < len(measured):
             raise FloatingPointError(self._not_finite(*measured[len(finite)]))
-        if not written:
+        if not written and not processes.are_several():
             self._save()  # the disk may be full; save now, while a checkpoint may still fit
 
     def evaluate(self) -> Record:
@@ -173,7 +201,7 @@ class Trainer:
         )
 
     def finish(self, stop: Callable[[], object] = lambda: None) -> Record | None:
-        """Scores all held-out data, prints the result and draws the losses.
+        """Scores all held-out data, prints the result, writes its summary and draws the losses.
 
         Args:
             stop: a function that is called between two batches. If it returns a true value, the
@@ -191,9 +219,22 @@ class Trainer:
         if final is None or stop():
             return None
         say("\n".join(report.end_lines(self._task, final, test)))
-        decorate("the picture", self._draw)
-        decorate("the sample", self._show_sample)
+        whole = get_whole(self._mesh, (self._state.params, self._state.fixed))
+        if processes.is_first():
+            decorate("the summary", self._summarize)
+            decorate("the picture", self._draw)
+            decorate("the sample", lambda: self._show_sample(*whole))
         return final
+
+    def _summarize(self) -> None:
+        summary.write(
+            self._directory,
+            self._task,
+            self._mesh,
+            self._state,
+            self._planned_memory,
+            self._log.records,
+        )
 
     def _draw(self) -> None:
         picture = self._directory / "loss.png"
@@ -202,11 +243,9 @@ class Trainer:
         )
         say(f"{'picture':10} {picture}")
 
-    def _show_sample(self) -> None:
-        params, fixed = jax.device_put(
-            (self._state.params, self._state.fixed), self._mesh.devices.flat[0]
-        )
-        model = nnx.merge(self._graph, params, fixed)
+    def _show_sample(self, params: nnx.State, fixed: nnx.State) -> None:
+        device = jax.local_devices()[0]
+        model = nnx.merge(self._graph, *jax.device_put((params, fixed), device))
         lines = self._task.sample_lines(model, self._directory)
         if lines:
             say("\n".join(lines))
@@ -214,7 +253,9 @@ class Trainer:
     def _resume(self) -> None:
         """Restores the newest whole checkpoint, unless it belongs to another run."""
         resuming = bool(self._checkpoints.steps())
-        claim(self._directory, self._config, self._task.digests, resuming=resuming)
+        if processes.is_first():
+            claim(self._directory, self._config, self._task.digests, resuming=resuming)
+        processes.wait("the run directory belongs to this run")
         restored = self._checkpoints.restore(self._state)
         if restored is not None:
             self._state = restored.state
@@ -222,25 +263,31 @@ class Trainer:
         self.step = int(self._state.step)
         run = self._config.run
         if self.step < run.steps:
+            summary.path(self._directory).unlink(missing_ok=True)  # of an earlier, shorter run
             # A new checkpoint is written before the oldest one is removed. Those that are there
             # already need no more space.
             more = max(1 + run.keep_checkpoints - len(self._checkpoints.steps()), 1)
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
             check_space(self._directory, size * more)
 
-    def _make_step(self, optimizer: optax.GradientTransformation) -> TrainStep:
-        return make_train_step(
-            type(self._task),
-            self._graph,
-            optimizer,
-            make_schedule(self._config.optimizer, self._config.run.steps),
-            self._mesh,
-            accumulation_steps=self._config.optimizer.accumulation_steps,
-            segments=self._segments,
-        )
+    def _make_step(self, optimizer: optax.GradientTransformation) -> TrainStep | DiskStep:
+        schedule = make_schedule(self._config.optimizer, self._config.run.steps)
+        parts = self._config.optimizer.accumulation_steps
+        makes = type(self._task), self._graph, optimizer, schedule, self._mesh
+        if self._config.reads_from_disk():
+            return DiskStep(*makes, self._state.params, self._task.batch, self._segments, parts)
+        return make_train_step(*makes, accumulation_steps=parts, segments=self._segments)
 
-    def _program(self, batch: dict[str, Any]) -> jax.stages.Compiled:
+    def _make_eval_step(self) -> EvalStep:
+        makes = type(self._task), self._graph, self._mesh
+        if self._config.reads_from_disk():
+            return make_disk_eval_step(*makes, self._state.params, self._task.batch, self._segments)
+        return make_eval_step(*makes, self._segments)
+
+    def _program(self, batch: dict[str, Any] | UnreadRows) -> jax.stages.Compiled | DiskStep:
         """Returns the training step for batches of this shape. It is compiled when first needed."""
+        if isinstance(self._train_step, DiskStep):
+            return self._train_step
         shapes = tuple(sorted((name, x.shape) for name, x in batch.items()))
         if shapes not in self._programs:
             arrays = batch_shapes(self._mesh, batch)
@@ -257,10 +304,15 @@ class Trainer:
             lines.append(f"{'resuming':10} after step {self.step}")
         say("\n".join(lines))
         start = time.monotonic()
-        compiled = self._program(self._task.batch)
+        if isinstance(self._train_step, DiskStep):
+            compiled = self._train_step.compile(self._state, self._key)
+        else:
+            compiled = self._program(self._task.batch)
         seconds = time.monotonic() - start
         cache = self._config.run.compilation_cache
         say("\n".join(report.compiled_lines(compiled, seconds, cache)))
+        planned = report.planned_memory(compiled)
+        self._planned_memory = None if planned is None else sum(planned)
 
     def _make_segments(self) -> Segments | None:
         """Returns how sequences are read, or None if they are read whole."""
@@ -290,11 +342,27 @@ class Trainer:
         if options.segment_length is None:
             return 0
         segments = -(-length // options.segment_length) * options.accumulation_steps
-        return segments * self._mesh.size * (1 if options.truncate_gradient else 2)
+        reports = 1 if self._config.reads_from_disk() else self._mesh.size
+        return segments * reports * (1 if options.truncate_gradient else 2)
 
-    def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Moves a batch to the devices."""
-        return put_batch(self._mesh, batch, self._segments and self._segments.length)
+    def _place(
+        self, batch: dict[str, np.ndarray] | UnreadRows
+    ) -> dict[str, np.ndarray] | dict[str, jax.Array] | UnreadRows:
+        """Moves a batch to the devices before it is needed, unless that would take much memory."""
+        size = sum(math.prod(x.shape) * x.dtype.itemsize for x in self._task.batch.values())
+        return batch if size > MOST_AHEAD * self._mesh.size else self._on_devices(batch)
+
+    def _on_devices(
+        self, batch: dict[str, np.ndarray] | dict[str, jax.Array] | UnreadRows
+    ) -> dict[str, jax.Array] | UnreadRows:
+        """Moves a batch to the devices, unless it is there, or is read segment by segment."""
+        stretch = self._segments and self._segments.length
+        if isinstance(batch, UnreadRows):
+            is_whole = not self._config.reads_from_disk()
+            return put_rows(self._mesh, batch, stretch) if is_whole else batch
+        if isinstance(next(iter(batch.values())), jax.Array):
+            return batch
+        return put_batch(self._mesh, batch, stretch)
 
     def _score(
         self,
@@ -313,26 +381,37 @@ class Trainer:
             for batch in itertools.islice(batches, limit):
                 if stop():
                     return None
+                batch = self._on_devices(batch)
                 sums = self._eval_step(self._state.params, self._state.fixed, batch)
                 for name, value in jax.device_get(sums).items():
                     totals[name] = totals.get(name, 0.0) + float(value)
         record = {"kind": kind, "step": self.step, **self._task.metrics(split, totals)}
-        if not self._log.write([record]):
+        if not self._log.write([record]) and not processes.are_several():
             self._save()
         return record
 
     def _not_finite(self, step: int, value: dict[str, np.ndarray]) -> str:
+        segment = int(value["bad_segment"])
+        where = "" if segment == NO_SEGMENT else f", from segment {segment} (counted from 0) on"
+        return (
+            f"loss {value['loss']} and gradient norm {value['grad_norm']} are not both finite at "
+            f"step {step}{where}; {self._advice()}"
+        )
+
+    def _advice(self) -> str:
         saved = self._checkpoints.steps()
         stands = f"the checkpoint of step {saved[-1]} is kept" if saved else "nothing was saved yet"
         return (
-            f"loss {value['loss']} and gradient norm {value['grad_norm']} are not both finite at "
-            f"step {step}; {stands}; try a lower --config.optimizer.learning_rate, a longer "
-            "warm-up, or a smaller clip_norm"
+            f"{stands}; try a lower --config.optimizer.learning_rate, a longer warm-up, or a "
+            "smaller clip_norm"
         )
+
+
+FLAGS = ("finite", "bad_segment")  # metrics that are not written
 
 
 def _train_record(step: int, values: dict[str, np.ndarray], weight_name: str) -> Record:
     """Returns the record of one step, in which the weight has the name that the task gives it."""
-    numbers = {name: float(value) for name, value in values.items() if name != "finite"}
+    numbers = {name: float(value) for name, value in values.items() if name not in FLAGS}
     numbers[weight_name] = numbers.pop("weight")
     return {"kind": "train", "step": step, **numbers}

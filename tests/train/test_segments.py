@@ -13,7 +13,7 @@ from tests.train.small import small_config, small_parts
 @pytest.fixture(scope="module")
 def parts():
     config = small_config()
-    config.model.race.short_conv, config.model.race.forget_gate = True, "data"
+    config.model.race.short_conv, config.model.race.forget_gate = "before", "data"
     return config, small_parts(config)
 
 
@@ -51,6 +51,17 @@ def test_every_segment_is_reported(parts):
     measure(parts, Segments(6, truncated=True, report=lambda: calls.append(1)))
     jax.effects_barrier()
     assert len(calls) == 4
+
+
+def test_the_first_segment_that_is_not_finite_is_named(tmp_path):
+    config = small_config()
+    config.optimizer.segment_length, config.optimizer.learning_rate = 6, 1e30
+    config.optimizer.warmup_steps, config.optimizer.accumulation_steps = 0, 2
+    config.run.directory, config.run.tensorboard = str(tmp_path / "run"), False
+    with pytest.raises(
+        FloatingPointError, match=r"at step 2, from segment 0 \(counted from 0\) on"
+    ):
+        train(config)
 
 
 @pytest.mark.parametrize("attention", ["race", "softmax"])
