@@ -100,6 +100,11 @@ def make_model(**options: Any) -> TransformerLM:
     return draw(lambda: TransformerLM(config, vocab_size=20, rngs=nnx.Rngs(0)))
 
 
+def drawn_state(**options: Any) -> dict[str, Any]:
+    """A state of a small language model, in the middle of its first segments."""
+    return {"state": drawn(lambda: make_model(**options).init_state(B), least=0.1)}
+
+
 def _rest(split: dict, **names: str) -> dict:
     return {names.get(name, name): x for name, x in split.items() if name != "x"}
 
@@ -140,6 +145,15 @@ def cases() -> dict[str, Callable[[], Case]]:
         "linear, bidirectional": lambda: linear_operation(vectors),
         "model of RACE": lambda: language_model(PACKED | fresh, race=OWN, remat=True),
         "model of linear attention": lambda: language_model(PACKED, **linear),
+        "model of gated linear attention": lambda: language_model(
+            PACKED | drawn_state(attention="gated_linear"), attention="gated_linear"
+        ),
+        "model of the gated delta net": lambda: language_model(
+            PACKED | drawn_state(attention="gated_delta"), attention="gated_delta"
+        ),
+        "model of sigmoid attention": lambda: language_model(
+            PACKED, attention="sigmoid", positions="alibi"
+        ),
         "model of softmax": lambda: language_model(PACKED, attention="softmax", positions="alibi"),
     }
 
