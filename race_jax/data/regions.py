@@ -120,3 +120,24 @@ def without_header(document: Document) -> np.ndarray:
             break
         rest = after
     return np.frombuffer(rest, np.uint8)
+
+
+def letters_only(text: np.ndarray) -> np.ndarray:
+    """Returns the small letters a to z of a text, with single spaces between its words, uint8.
+
+    Quotation marks, dashes, accents and headings often tell the files of books apart by
+    themselves, because every file has its own conventions.
+
+    Args:
+        text: bytes, uint8.
+
+    Example:
+        >>> bytes(letters_only(np.frombuffer(b"# Oh -- yes!", np.uint8)))
+        b' oh yes '
+    """
+    table = np.full(256, ord(" "), np.uint8)
+    small = np.arange(ord("a"), ord("z") + 1, dtype=np.uint8)
+    table[small] = table[small - 32] = small
+    letters = table[text]
+    is_space = letters == ord(" ")
+    return letters[~(is_space & np.roll(is_space, 1) & (np.arange(len(letters)) > 0))]

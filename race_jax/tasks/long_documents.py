@@ -11,7 +11,7 @@ import numpy as np
 
 from race_jax.data.documents import Corpus, Document
 from race_jax.data.examples import Examples
-from race_jax.data.regions import SPLITS, Windows, author_of, regions, without_header
+from race_jax.data.regions import SPLITS, Windows, author_of, letters_only, regions, without_header
 from race_jax.data.sources import read_documents
 from race_jax.records import at_least, one_of
 from race_jax.tasks.classification import Classification, ClassificationConfig
@@ -31,6 +31,9 @@ class LongDocumentsConfig(ClassificationConfig):
             held out. "author": the authors of `train_files` are the classes, and `valid_files` and
             `test_files` are other books of them. A line "Author: NAME" at the start of a book says
             who wrote it.
+        letters_only: whether all but letters becomes a space, and capitals become small. Otherwise
+            the typography of a file gives its book away: with the frequencies of bytes alone, 91 %
+            of windows of 16,384 bytes are told apart, and with those of letters 71 %.
         held_out_share: the part of each book that is held out for validation, and the part that is
             held out for the test, if the target is the book.
         train_stride: the bytes from one training window to the next, which may overlap. None is an
@@ -39,6 +42,7 @@ class LongDocumentsConfig(ClassificationConfig):
 
     num_buckets: int = 1
     target: str = "book"
+    letters_only: bool = True
     held_out_share: float = 0.15
     train_stride: int | None = None
 
@@ -97,7 +101,7 @@ def _by_book(
                 f'config.data.{name}_files must be empty with config.long_documents.target="book", '
                 f"which holds out the end of every training file; got {len(documents[name])} files"
             )
-    texts = [without_header(book) for book in books]
+    texts = [_text(book, options) for book in books]
     spans = []
     for book, text in zip(books, texts, strict=True):
         try:
@@ -135,7 +139,7 @@ def _by_author(
     for name in SPLITS:
         labels, texts = [], []
         for book in documents[name]:
-            author, text = author_of(book), without_header(book)
+            author, text = author_of(book), _text(book, options)
             if author not in authors:
                 raise ValueError(
                     f"{book.name}: its author {author!r} wrote none of the training files, whose "
@@ -155,6 +159,11 @@ def _by_author(
             step = stride if name == "train" else length
             splits[name] = _examples(texts, spans, np.array(labels), length, step)
     return splits, authors
+
+
+def _text(book: Document, options: LongDocumentsConfig) -> np.ndarray:
+    text = without_header(book)
+    return letters_only(text) if options.letters_only else text
 
 
 def _examples(texts, spans, labels: np.ndarray, length: int, stride: int) -> Examples:

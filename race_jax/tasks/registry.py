@@ -16,6 +16,7 @@ from race_jax.tasks.text_classification import TextClassification
 
 TASKS: dict[str, type[Task]] = {
     "language_model": LanguageModel,
+    "copy": Copy,
     "masked_lm": MaskedLM,
     "text_classification": TextClassification,
     "listops": ListOps,
@@ -23,7 +24,6 @@ TASKS: dict[str, type[Task]] = {
     "long_documents": LongDocuments,
     "recall": Recall,
     "needle": Needle,
-    "copy": Copy,
 }
 DEFAULT = "language_model"
 

@@ -31,7 +31,7 @@ _TAKEN = errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES  # another process has th
 FREE_FIELDS = frozenset(
     f"config.{name}"
     for name in "model.implementation model.remat data.root data.num_workers mesh.data "
-    "mesh.seq mesh.fsdp "
+    "mesh.seq mesh.fsdp mesh.coordinator mesh.processes mesh.process "
     "run.directory run.max_seconds run.log_every run.eval_every run.eval_batches "
     "run.checkpoint_every run.keep_checkpoints run.tensorboard run.compilation_cache".split()
 )
@@ -69,11 +69,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def run_directory(path: Path) -> Iterator[Path]:
+def run_directory(path: Path, *, is_first: bool = True) -> Iterator[Path]:
     """Opens the folder of a run for this process alone.
 
     Args:
         path: the folder. It is made if it is missing.
+        is_first: False for the other processes of a run of several, which only read there.
 
     Yields:
         The folder.
@@ -82,6 +83,9 @@ def run_directory(path: Path) -> Iterator[Path]:
         ValueError: the folder cannot be made or written, or another process uses it.
     """
     where = f"config.run.directory {path}"
+    if not is_first:
+        yield path
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / ".lock", "a")  # noqa: SIM115 (held for the whole run)

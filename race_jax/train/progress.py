@@ -93,7 +93,8 @@ class Progress:
         parts = max(self._parts, 1)
         steps, done = divmod(self._parts_done - 1, parts)
         percent = min(100 * (done + 1) // parts, 99)
-        text = f"step {self._step + steps + 1}: {percent} % done"
+        left = (now - self._mark) * max(parts - done - 1, 0) / self._parts_done
+        text = f"step {self._step + steps + 1}: {percent} % done, {_duration(left)} left"
         if self._bar is None:
             say(text)
         else:

@@ -1,12 +1,13 @@
 """Regions of texts: windows of different splits share nothing, and headers are not in them."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
 
 from race_jax.data.documents import Document
-from race_jax.data.regions import Windows, author_of, regions, without_header
+from race_jax.data.regions import Windows, author_of, letters_only, regions, without_header
 
 
 @pytest.mark.parametrize(("size", "length", "share"), [(1000, 50, 0.1), (997, 64, 0.15)])
@@ -43,3 +44,11 @@ def test_the_header_is_read_and_left_out():
     assert bytes(without_header(plain)) == b"# Chapter 1\n## Author: X\n"
     with pytest.raises(ValueError, match=r'none\.md: none of .* "Author: NAME"; add one'):
         author_of(Document("none.md", b"One line.\n" * 20 + b"Author: late\n"))
+
+
+@pytest.mark.parametrize(
+    "text", [b"It's 5 o'clock -- \xe2\x80\x9cREADY?\xe2\x80\x9d\n\nNo.", b"  a", b""]
+)
+def test_all_but_letters_becomes_one_space(text):
+    want = re.sub(rb"[^a-z]+", b" ", text.lower())
+    assert bytes(letters_only(np.frombuffer(text, np.uint8))) == want
