@@ -94,7 +94,7 @@ class Progress:
         steps, done = divmod(self._parts_done - 1, parts)
         percent = min(100 * (done + 1) // parts, 99)
         left = (now - self._mark) * max(parts - done - 1, 0) / self._parts_done
-        text = f"step {self._step + steps + 1}: {percent} % done, {_duration(left)} left"
+        text = f"step {self._step + steps + 1}: {percent} % done, {duration(left)} left"
         if self._bar is None:
             say(text)
         else:
