@@ -152,22 +152,23 @@ def main(words: Sequence[str]) -> int:
     if options.budget == "tiny" and not options.data:
         options.data = options.out / "miniature"
         miniature.write(options.data)
-    finished = options.show
     if not options.show:
         given = dict(os.environ)
         slots = environments(options.jobs, visible_cards(given), options.data, given)
         progress = Progress(table, options, runs)
         try:
-            finished = work(runs, slots, progress, keep=options.keep)
+            work(runs, slots, progress, keep=options.keep)
         finally:
             progress.close()
     content = write_table(table, options, runs)
     say(results.markdown(table, content))
     say(f"{options.out / table.name}.json, .md and .svg have the table")
-    if not finished:
-        say("stopped; the same command goes on from here")
+    states = [run["status"] for run in content["runs"]]
+    left = len(states) - states.count("finished") - states.count("failed")
+    if left:
+        say(f"{left} of {len(states)} runs are not finished; the same command goes on from here")
         return STOPPED
-    return FAILED if any(run["status"] == "failed" for run in content["runs"]) else FINISHED
+    return FAILED if "failed" in states else FINISHED
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ if step < steps:
     sys.exit(75)
 (folder / "summary.json").write_text(json.dumps({
     "steps": steps, "scores": {"valid": {"loss": 1.0 + seed}}, "parameters": 1234,
-    "speed": {"units": "tokens", "per_second": 1000.0}, "peak_bytes": 5_000_000,
+    "speed": {"units": "examples", "per_second": 500.0, "steps_per_second": 2.0},
+    "peak_bytes": 5_000_000,
     "device": "none", "platform": "cpu", "devices": 1, "jax": "0", "digests": {}}))
 """
 
@@ -280,7 +281,7 @@ def test_the_markdown_has_means_and_deviations_of_the_runs(train, tmp_path):
     results.write(TABLE, content, path)
     row = next(line for line in path.with_suffix(".md").read_text().splitlines() if "good" in line)
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
-        *("good", f"{mean:.3f} ± {deviation:.3f}", "1,000", "1,234", "5 MB", "3 of 3"),
+        *("good", f"{mean:.3f} ± {deviation:.3f}", f"{2 * 16 * 256:,}", "1,234", "5 MB", "3 of 3"),
     ]
     stored = json.loads(path.read_text())
     assert [r["scores"]["valid"]["loss"] for r in stored["runs"] if r["scores"]] == [1.0, 2.0, 4.0]
@@ -292,12 +293,21 @@ def test_the_markdown_has_means_and_deviations_of_the_runs(train, tmp_path):
     assert "good" in drawn
 
 
+def test_the_speed_is_in_examples_if_batches_have_several_lengths(train, monkeypatch):
+    (run,), _, _ = train()
+    config = run.config.task_config()
+    monkeypatch.setattr(config, "num_buckets", 3, raising=False)
+    text = results.markdown(TABLE, results.collect(TABLE, "small", [run]))
+    assert "examples/s" in text
+    assert "| 500 |" in text
+
+
 def test_the_best_mean_is_bold():
     def record(method, loss):
         return {
             **{"data": "copy", "method": method, "seed": 0, "status": "finished"},
             **{"scores": {"valid": {"loss": loss}}, "speed": None, "parameters": 1},
-            "peak_bytes": 1,
+            **{"peak_bytes": 1, "tokens_per_second": None},
         }
 
     content = {"budget": "small", "runs": [record("good", 2.0), record("bad", 3.0)]}
@@ -380,6 +390,7 @@ def test_a_tiny_table_is_trained_stopped_continued_and_kept(tmp_path):
         for kind, split in (("final", "valid"), ("test", "test")):
             assert run["scores"][split]["perplexity"] == scored[kind]["perplexity"]
         assert run["speed"]["per_second"] == scored["speed"]["tokens_per_second"]
+        assert run["tokens_per_second"] == pytest.approx(run["speed"]["per_second"])
         assert run["peak_bytes"] > 4 * run["parameters"] > 0
         shown = f"{scored['final']['perplexity']:.2f}"
         row = next(line for line in printed.splitlines() if line.startswith(f"| {run['label']}"))
@@ -391,3 +402,17 @@ def test_a_tiny_table_is_trained_stopped_continued_and_kept(tmp_path):
         printed = process.communicate(timeout=300)[0]
     assert process.returncode == 0
     assert "start " not in printed
+
+
+@pytest.mark.once
+def test_a_tiny_table_of_a_classification_is_trained(run_python, tmp_path):
+    words = ["long_documents", "--budget", "tiny", "--jobs", "2", "--out", str(tmp_path)]
+    printed = run_python(f"""
+        import sys; sys.path.insert(0, "scripts"); import reproduce
+        print("status", reproduce.main({words}))
+    """)
+    assert "status 0" in printed
+    for run in json.loads((tmp_path / "long_documents.json").read_text())["runs"]:
+        row = next(line for line in printed.splitlines() if line.startswith(f"| {run['label']} |"))
+        assert f"{100 * run['scores']['test']['accuracy']:.1f}" in row
+        assert f"{run['tokens_per_second']:,.0f}" in row

@@ -45,7 +45,7 @@ SOURCES = {
     "core.attention": "core.implementations core.checks core.sequence core.shards",
     "core.reference": "core.shapes",
     "streaming": "core.state",
-    "diagnostics": "core.hashing extras",
+    "diagnostics": "layers.functional models extras",
     "layers.attention_fn": "core.attention",
     "layers.gates": "core.shapes",
     "layers.short_conv": "core.shapes core.sequence core.shards",

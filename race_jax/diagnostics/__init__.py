@@ -4,6 +4,7 @@ kernels    the exact kernels that the hash estimates, and its error by the numbe
 buckets    how full the buckets are, and how far back a forgetting gate looks
 choice     a proposal for P, L and beta
 figure     what was found, as SVG
+layer      the queries, keys and gate of a layer, and a report of them
 
 The functions take queries ``(B, T, N, H)`` and keys ``(B, S, K, H)``, as `race_jax.race_attention`
 does. They compare all pairs of tokens, so that a few hundred tokens are enough and many thousands
@@ -23,10 +24,13 @@ from race_jax.diagnostics.kernels import (
     soft_kernel,
     softmax_kernel,
 )
+from race_jax.diagnostics.layer import Heads, Report, heads_of, layers_of, report
 
 __all__ = [
     "Buckets",
     "Errors",
+    "Heads",
+    "Report",
     "Suggestion",
     "Trial",
     "angular_kernel",
@@ -37,6 +41,9 @@ __all__ = [
     "effective_context",
     "errors_by_tables",
     "hash_kernel",
+    "heads_of",
+    "layers_of",
+    "report",
     "soft_kernel",
     "softmax_kernel",
     "suggest",

@@ -28,7 +28,13 @@ class Buckets(NamedTuple):
     information: jax.Array
 
 
-def buckets(x: jax.Array, planes: jax.Array, sharpness: jax.typing.ArrayLike = 1.0) -> Buckets:
+def buckets(
+    x: jax.Array,
+    planes: jax.Array,
+    sharpness: jax.typing.ArrayLike = 1.0,
+    *,
+    use_tanh: bool = True,
+) -> Buckets:
     """Measures how queries or keys are spread over the buckets.
 
     Args:
@@ -36,6 +42,7 @@ def buckets(x: jax.Array, planes: jax.Array, sharpness: jax.typing.ArrayLike = 1
       planes: ``(L, P, H)``.
       sharpness: beta > 0, which broadcasts to the leading axes of x, such as ``(K,)`` for keys
         ``(B, S, K, H)``.
+      use_tanh: whether projections go through tanh, as in the paper.
 
     Returns:
       The shares of the buckets and three entropies of each table.
@@ -45,7 +52,7 @@ def buckets(x: jax.Array, planes: jax.Array, sharpness: jax.typing.ArrayLike = 1
       >>> found.share.tolist(), found.entropy.item(), round(found.softness.item(), 6)
       ([[0.5, 0.5]], 1.0, 0.0)
     """
-    phi = hashing.soft_hash(hashing.hash_projections(x, planes), sharpness)
+    phi = hashing.soft_hash(hashing.hash_projections(x, planes), sharpness, use_tanh=use_tanh)
     phi = phi.reshape(-1, planes.shape[0], phi.shape[-1] // planes.shape[0])
     share = phi.mean(axis=0)
     entropy, softness = _entropy(share), _entropy(phi).mean(axis=0)

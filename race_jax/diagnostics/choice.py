@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ def suggest(
     target: jax.Array | None = None,
     sharpnesses: Sequence[float] = SHARPNESSES,
     scale: float | None = None,
+    use_tanh: bool = True,
     is_causal: bool = False,
     draws: int = 4,
 ) -> Suggestion:
@@ -72,6 +74,7 @@ def suggest(
       sharpnesses: the values of beta to try.
       scale: the standard deviation of the planes' entries, which is ``H**-0.5`` if None, as in
         `race_jax.RACEAttention`.
+      use_tanh: whether projections go through tanh, as in the paper.
       is_causal: whether query t sees keys 0 to t only.
       draws: the number of draws of the planes that an error is the mean of.
 
@@ -95,46 +98,33 @@ def suggest(
     want = kernels.softmax_kernel(query, key) if target is None else target
     want = kernels.attention_weights(want, is_causal=is_causal)
     betas = jnp.asarray(sharpnesses, jnp.float32)
+    split = jax.random.split(rng_key, draws)
+
+    def errors(num_planes: int, num_tables: int) -> jax.Array:
+        """Returns the mean error over draws of the planes for each beta."""
+
+        def of_one_draw(rng_key: jax.Array) -> jax.Array:
+            planes = hashing.init_planes(
+                rng_key,
+                num_tables=num_tables,
+                num_planes=num_planes,
+                head_dim=query.shape[-1],
+                scale=scale,
+            )
+
+            def error(beta: jax.Array) -> jax.Array:
+                kernel = kernels.hash_kernel(query, key, planes, beta, use_tanh=use_tanh)
+                got = kernels.attention_weights(kernel, is_causal=is_causal)
+                return kernels.distance(got, want)
+
+            return jax.lax.map(error, betas)
+
+        return jax.jit(functools.partial(jax.lax.map, of_one_draw))(split).mean(axis=0)
+
     trials = []
-    for planes in range(1, min(features.bit_length() - 1, hashing.MAX_PLANES) + 1):
-        tables = features // 2**planes
-        errors = _errors(rng_key, query, key, want, betas, planes, tables, scale, is_causal, draws)
-        trials += [
-            Trial(planes, tables, beta, float(error))
-            for beta, error in zip(sharpnesses, errors, strict=True)
-        ]
+    for num_planes in range(1, min(features.bit_length() - 1, hashing.MAX_PLANES) + 1):
+        num_tables = features // 2**num_planes
+        found = zip(sharpnesses, errors(num_planes, num_tables), strict=True)
+        trials += [Trial(num_planes, num_tables, beta, float(error)) for beta, error in found]
     trials.sort(key=lambda trial: trial.error)
     return Suggestion(trials[0], tuple(trials))
-
-
-def _errors(
-    rng_key: jax.Array,
-    query: jax.Array,
-    key: jax.Array,
-    want: jax.Array,
-    betas: jax.Array,
-    num_planes: int,
-    num_tables: int,
-    scale: float,
-    is_causal: bool,
-    draws: int,
-) -> jax.Array:
-    """Returns the mean error over draws of the planes for each beta."""
-
-    def one_draw(rng_key: jax.Array) -> jax.Array:
-        planes = hashing.init_planes(
-            rng_key,
-            num_tables=num_tables,
-            num_planes=num_planes,
-            head_dim=query.shape[-1],
-            scale=scale,
-        )
-
-        def error(beta: jax.Array) -> jax.Array:
-            weights = kernels.hash_kernel(query, key, planes, beta)
-            return kernels.distance(kernels.attention_weights(weights, is_causal=is_causal), want)
-
-        return jax.lax.map(error, betas)
-
-    split = jax.random.split(rng_key, draws)
-    return jax.jit(lambda split: jax.lax.map(one_draw, split))(split).mean(axis=0)

@@ -1,7 +1,8 @@
 """The exact kernels that the soft hash estimates, and the error of L tables.
 
-One table of P planes gives phi(q) . phi(k) = prod_p (1 + a_p b_p) / 2 with a_p = tanh(beta
-tanh(w_p . q)) and b_p likewise for k. Planes are independent, so the mean over planes is
+One table of P planes gives phi(q) . phi(k) = prod_p (1 + a_p b_p) / 2 with a_p = tanh(beta u),
+u = tanh(w_p . q), and b_p likewise for k. (Without tanh, u = w_p . q.) Planes are independent, so
+the mean over planes is
 
     soft(q, k) = ((1 + E[a b]) / 2)^P,    w ~ N(0, scale^2 I)
 
@@ -53,6 +54,8 @@ def hash_kernel(
     key: jax.Array,
     planes: jax.Array,
     sharpness: jax.typing.ArrayLike = 1.0,
+    *,
+    use_tanh: bool = True,
 ) -> jax.Array:
     """Computes what the tables give for every pair, 1/L sum_l phi_l(q) . phi_l(k).
 
@@ -61,6 +64,7 @@ def hash_kernel(
       key: ``(B, S, K, H)``; query head n uses key head ``n // (N // K)``.
       planes: ``(L, P, H)``.
       sharpness: beta, a scalar or ``(K,)``.
+      use_tanh: whether projections go through tanh, as in the paper.
 
     Returns:
       ``(B, N, T, S)``.
@@ -70,7 +74,7 @@ def hash_kernel(
       >>> hash_kernel(x, x, jnp.ones((5, 2, 4)), 2.0).shape
       (1, 2, 3, 3)
     """
-    return _by_table(query, key, planes, sharpness).mean(axis=0)
+    return _by_table(query, key, planes, sharpness, use_tanh).mean(axis=0)
 
 
 def soft_kernel(
@@ -80,6 +84,7 @@ def soft_kernel(
     num_planes: int,
     sharpness: jax.typing.ArrayLike = 1.0,
     scale: float = 1.0,
+    use_tanh: bool = True,
 ) -> jax.Array:
     """Computes the expectation of `hash_kernel` over planes of independent normal entries.
 
@@ -89,6 +94,7 @@ def soft_kernel(
       num_planes: P.
       sharpness: beta, a scalar or ``(K,)``.
       scale: the standard deviation of the planes' entries.
+      use_tanh: as for `hash_kernel`.
 
     Returns:
       ``(B, N, T, S)``. Its error is below 1e-5 where ``scale`` times the norms of q and k is of
@@ -104,7 +110,7 @@ def soft_kernel(
     query, key, beta = _aligned(query, key, sharpness)
     lengths = [scale * jnp.linalg.norm(x, axis=-1) for x in (query, key)]
     angle = _angle(query, key)
-    return _expectation(*lengths, angle, beta, num_planes)
+    return _expectation(*lengths, angle, beta, num_planes, use_tanh)
 
 
 def angular_kernel(query: jax.Array, key: jax.Array, *, num_planes: int) -> jax.Array:
@@ -193,6 +199,7 @@ def errors_by_tables(
     num_tables: Sequence[int] = (1, 2, 4, 8, 16, 32),
     sharpness: jax.typing.ArrayLike = 1.0,
     scale: float = 1.0,
+    use_tanh: bool = True,
     is_causal: bool = False,
     want: jax.Array | None = None,
     draws: int = 4,
@@ -207,6 +214,7 @@ def errors_by_tables(
       num_tables: the numbers L.
       sharpness: beta, a scalar or ``(K,)``.
       scale: the standard deviation of the planes' entries.
+      use_tanh: as for `hash_kernel`.
       is_causal: whether query t sees keys 0 to t only.
       want: the exact kernel ``(B, N, T, S)``, which is `soft_kernel` if None.
       draws: the number of independent draws of the planes for the largest L. Smaller L have
@@ -231,7 +239,14 @@ def errors_by_tables(
             f"draws must be at least 2 and num_tables must name a number, got {draws} and {tables}"
         )
     if want is None:
-        want = soft_kernel(query, key, num_planes=num_planes, sharpness=sharpness, scale=scale)
+        want = soft_kernel(
+            query,
+            key,
+            num_planes=num_planes,
+            sharpness=sharpness,
+            scale=scale,
+            use_tanh=use_tanh,
+        )
     want = attention_weights(want, is_causal=is_causal)
 
     @jax.jit
@@ -243,7 +258,7 @@ def errors_by_tables(
             head_dim=query.shape[-1],
             scale=scale,
         )
-        kernels = _by_table(query, key, planes, sharpness)
+        kernels = _by_table(query, key, planes, sharpness, use_tanh)
         groups = (
             kernels[: len(kernels) // number * number].reshape(-1, number, *kernels.shape[1:])
             for number in tables
@@ -263,14 +278,18 @@ def errors_by_tables(
 
 
 def _by_table(
-    query: jax.Array, key: jax.Array, planes: jax.Array, sharpness: jax.typing.ArrayLike
+    query: jax.Array,
+    key: jax.Array,
+    planes: jax.Array,
+    sharpness: jax.typing.ArrayLike,
+    use_tanh: bool,
 ) -> jax.Array:
     """Returns phi_l(q) . phi_l(k) of every table, ``(L, B, N, T, S)``."""
     query, key, beta = _aligned(query, key, sharpness)
     phi_q, phi_k = (
-        hashing.soft_hash(hashing.hash_projections(x, planes), beta[:, None]).reshape(
-            *x.shape[:-1], planes.shape[0], -1
-        )
+        hashing.soft_hash(
+            hashing.hash_projections(x, planes), beta[:, None], use_tanh=use_tanh
+        ).reshape(*x.shape[:-1], planes.shape[0], -1)
         for x in (query, key)
     )
     return jnp.einsum("bntlr,bnslr->lbnts", phi_q, phi_k, precision="highest")
@@ -304,13 +323,14 @@ def _angle(query: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.arccos(jnp.clip(cosine, -1, 1))
 
 
-@functools.partial(jax.jit, static_argnames="num_planes")
+@functools.partial(jax.jit, static_argnames=("num_planes", "use_tanh"))
 def _expectation(
     query_length: jax.Array,
     key_length: jax.Array,
     angle: jax.Array,
     sharpness: jax.Array,
     num_planes: int,
+    use_tanh: bool,
 ) -> jax.Array:
     """Integrates over planes, for lengths ``(B, N, T)`` and ``(B, N, S)``, one query at a time."""
     x, weight = np.polynomial.legendre.leggauss(RADII)
@@ -322,7 +342,7 @@ def _expectation(
 
     def one_query(inputs: tuple[jax.Array, ...]) -> jax.Array:
         own, others, angles, beta = inputs  # (), (S,), (S,), ()
-        soft_sign = lambda z: jnp.tanh(beta * jnp.tanh(z))  # noqa: E731
+        soft_sign = lambda z: jnp.tanh(beta * (jnp.tanh(z) if use_tanh else z))  # noqa: E731
         a = soft_sign(own * radius * jnp.cos(turn))
         b = soft_sign(others[:, None, None] * radius * jnp.cos(turn - angles[:, None, None]))
         mean = jnp.einsum("rt,srt,r->s", a, b, weight, precision="highest")

@@ -32,7 +32,8 @@ def write(
     steps           the number of optimizer steps
     scores          for each split, the numbers of the last evaluation
     parameters      the number of trained parameters
-    speed           the median of the speeds that were logged: how many "units" "per_second"
+    speed           the medians of the speeds that were logged: how many "units" "per_second", and
+                    "steps_per_second"
     peak_bytes      on a GPU, the most memory that JAX has allocated on one card; where the platform
                     does not say, the state, the batch and the temporaries of a training step as XLA
                     plans them; None if neither is known
@@ -50,8 +51,6 @@ def write(
     Raises:
         OSError: the file cannot be written.
     """
-    name = f"{task.weight_name}_per_second"
-    speeds = [record[name] for record in records if record["kind"] == "speed"]
     devices = list(mesh.devices.flat)
     content = {
         "steps": int(state.step),
@@ -61,10 +60,7 @@ def write(
             if record["kind"] in SPLITS
         },
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "speed": {
-            "units": task.weight_name,
-            "per_second": statistics.median(speeds) if speeds else None,
-        },
+        "speed": {"units": task.weight_name, **_speeds(task.weight_name, records)},
         "peak_bytes": max([step_memory or 0, *map(_allocated, devices)]) or None,
         "device": devices[0].device_kind,
         "platform": devices[0].platform,
@@ -84,6 +80,20 @@ def read(directory: Path) -> dict[str, Any] | None:
 def path(directory: Path) -> Path:
     """Returns the file of a run's summary."""
     return directory / "summary.json"
+
+
+def _speeds(units: str, records: Sequence[Record]) -> dict[str, float | None]:
+    """Returns the median speed in units and in steps, each None if no speed was logged."""
+    in_units, in_steps, steps = [], [], []
+    for record in records:
+        if record["kind"] == "train":
+            steps.append(record[units])
+        elif record["kind"] == "speed":
+            in_units.append(record[f"{units}_per_second"])
+            in_steps.append(in_units[-1] * len(steps) / sum(steps))
+            steps = []
+    found = {"per_second": in_units, "steps_per_second": in_steps}
+    return {name: statistics.median(speeds) if speeds else None for name, speeds in found.items()}
 
 
 def _allocated(device: jax.Device) -> int:

@@ -85,12 +85,21 @@ def _record(run: Run) -> dict[str, Any]:
             name: found.get(name)
             for name in ("speed", "parameters", "peak_bytes", "device", "platform", "devices")
         },
+        "tokens_per_second": _tokens_per_second(run, found.get("speed")),
         "jax": found.get("jax"),
         "digests": found.get("digests"),
         "command": run.command,
         "log": str(run.log),
         "config": run.config.to_dict(),
     }
+
+
+def _tokens_per_second(run: Run, speed: dict[str, Any] | None) -> float | None:
+    """Returns the tokens that are read in a second, or None if batches have several lengths."""
+    several = getattr(run.config.task_config(), "num_buckets", 1) > 1
+    if several or not speed or speed["steps_per_second"] is None:
+        return None
+    return speed["steps_per_second"] * run.config.run.batch_size * run.config.data.sequence_length
 
 
 def score(record: Mapping[str, Any], path: str) -> float | None:
@@ -164,8 +173,7 @@ def _conditions(content: dict[str, Any]) -> str:
 
 def _section(data: Data, methods: Sequence[Method], records: Sequence[dict[str, Any]]) -> str:
     """Returns the table of one data set."""
-    units = next((r["speed"]["units"] for r in records if r["speed"]), "tokens")
-    heads = ["attention", *(metric.label for metric in data.metrics), f"{units}/s"]
+    heads = ["attention", *(metric.label for metric in data.metrics), f"{_units(records)}/s"]
     lines = [[*heads, "parameters", "peak memory", "seeds"]]
     best = [_best(metric, data, methods, records) for metric in data.metrics]
     for method in methods:
@@ -188,9 +196,8 @@ def _row(
         deviation = found.deviation and found.deviation * metric.scale
         text = Cell(found.mean * metric.scale, deviation).text(metric.digits)
         texts.append(f"**{text}**" if found.mean == winner else text)
-    speeds = [r["speed"]["per_second"] for r in records if r["speed"]]
-    speeds = [speed for speed in speeds if speed is not None]
-    texts.append(f"{statistics.fmean(speeds):,.0f}" if speeds else "")
+    speeds = cell([speed for record in records if (speed := _speed(record)) is not None])
+    texts.append(f"{speeds.mean:,.0f}" if speeds else "")
     texts.append(_one_of(f"{r['parameters']:,}" for r in records if r["parameters"]))
     peaks = [r["peak_bytes"] for r in records if r["peak_bytes"]]
     texts.append(_bytes(max(peaks)) if peaks else "")
@@ -198,6 +205,21 @@ def _row(
     failed = sum(record["status"] == "failed" for record in records)
     texts.append(f"{finished} of {len(records)}" + (f", {failed} failed" if failed else ""))
     return texts
+
+
+def _units(records: Sequence[dict[str, Any]]) -> str:
+    """Returns what the speed of the runs counts."""
+    measured = [r for r in records if r["speed"]]
+    if not measured or measured[0]["tokens_per_second"] is not None:
+        return "tokens"
+    return measured[0]["speed"]["units"].replace("_", " ")
+
+
+def _speed(record: dict[str, Any]) -> float | None:
+    """Returns tokens per second or, if batches have several lengths, the task's own units."""
+    if record["tokens_per_second"] is not None or not record["speed"]:
+        return record["tokens_per_second"]
+    return record["speed"]["per_second"]
 
 
 def _best(

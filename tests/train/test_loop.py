@@ -95,10 +95,9 @@ def test_a_run_says_what_it_is_and_leaves_its_traces(config, capsys):
     assert f"{found['parameters']:,} parameters, 1 layers" in out
     assert found["peak_bytes"] > 3 * 4 * found["parameters"]  # the state, with Adam's two moments
     speeds = [r for r in read_records(directory / "metrics.jsonl") if r["kind"] == "speed"]
-    assert found["speed"] == {
-        "units": "tokens",
-        "per_second": np.median([record["tokens_per_second"] for record in speeds]),
-    }
+    speed = np.median([record["tokens_per_second"] for record in speeds])
+    assert (found["speed"]["units"], found["speed"]["per_second"]) == ("tokens", speed)
+    assert found["speed"]["steps_per_second"] == pytest.approx(speed / (4 * 24))
     assert (found["platform"], found["devices"], found["jax"]) == ("cpu", 1, jax.__version__)
     assert found["digests"]
 
