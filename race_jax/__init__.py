@@ -14,6 +14,8 @@ from race_jax.core.dispatch import explain
 from race_jax.core.hashing import hash_projections, init_planes, soft_hash
 from race_jax.core.state import RACEState, merge
 from race_jax.layers.attention_fn import attention_fn
+from race_jax.sparse.attention import dense_decode_attention
+from race_jax.sparse.cache import KVCache
 
 if TYPE_CHECKING:
     from race_jax import linen
@@ -23,9 +25,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "HashPlanes",
+    "KVCache",
     "RACEAttention",
     "RACEState",
     "attention_fn",
+    "dense_decode_attention",
     "explain",
     "hash_projections",
     "init_planes",

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from race_jax.core import masking
+from race_jax.sparse.attention import dense_decode_attention, query_positions
+from race_jax.sparse.cache import KVCache
 
 IMPLEMENTATIONS = (None, "xla", "cudnn")
 ROPE_BASE = 10_000.0
@@ -152,9 +154,13 @@ def alibi_bias(num_heads: int, positions: jax.Array) -> jax.Array:
 
     Source: Press et al. 2022 (ALiBi), section 3, with the slopes for N a power of two.
     """
-    slopes = 2.0 ** (-8.0 * jnp.arange(1, num_heads + 1, dtype=jnp.float32) / num_heads)
     distance = jnp.abs(positions[:, :, None] - positions[:, None, :]).astype(jnp.float32)
-    return -slopes[None, :, None, None] * distance[:, None]
+    return -alibi_slopes(num_heads)[None, :, None, None] * distance[:, None]
+
+
+def alibi_slopes(num_heads: int) -> jax.Array:
+    """Returns the slopes 2^(-8(n+1)/N) of the heads, shape (N,) float32."""
+    return 2.0 ** (-8.0 * jnp.arange(1, num_heads + 1, dtype=jnp.float32) / num_heads)
 
 
 # By name, how queries, keys and positions become queries, keys and the bias of the logits.
@@ -258,8 +264,15 @@ class SoftmaxAttention(nnx.Module):
         return cls(config, **options)
 
     def init_state(self, batch: int) -> None:
-        """Returns None, because softmax attention carries no state."""
+        """Returns None, because softmax attention carries no state of fixed size."""
         del batch
+
+    def init_cache(self, batch: int, capacity: int) -> KVCache:
+        """Returns the state before any token, with room for the keys and values of `capacity`."""
+        config = self.config
+        return KVCache.init(
+            batch, capacity, config.num_kv_heads, config.head_dim, dtype=config.dtype or jnp.float32
+        )
 
     def __call__(
         self,
@@ -269,14 +282,20 @@ class SoftmaxAttention(nnx.Module):
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         is_causal: bool = False,
-        state: None = None,
+        state: object = None,
         deterministic: bool | None = None,
         rngs: Any = None,
-    ) -> jax.Array:
-        """Maps x (B, T, D) to (B, T, D). Positions (B, T) are needed for "rope" and "alibi"."""
+    ) -> jax.Array | tuple[jax.Array, KVCache]:
+        """Maps x (B, T, D) to (B, T, D), or to that and the next state if a state is given.
+
+        Positions (B, T) are needed for "rope" and "alibi".
+        """
         del deterministic, rngs
-        _refuse(None, state, False)
         query, key, value = self.query(x), self.key(x), self.value(x)
+        if state is not None:
+            _refuse_with_cache(state, is_causal, segment_ids)
+            attended, state = self._from_cache(query, key, value, positions, mask, state)
+            return self.out(attended), state
         bias = None
         if self.config.positions in POSITIONS:
             query, key, bias = POSITIONS[self.config.positions](query, key, positions)
@@ -291,6 +310,34 @@ class SoftmaxAttention(nnx.Module):
             implementation=self.config.implementation,
         )
         return self.out(attended)
+
+    def _from_cache(self, query, key, value, positions, mask, cache) -> tuple[jax.Array, KVCache]:
+        """Appends the tokens to the cache, and attends from them to all that it holds."""
+        if self.config.positions == "rope":
+            query, key = rotate(query, positions), rotate(key, positions)
+        cache = cache.append(key, value, key_value_mask=mask)
+        if self.config.positions != "alibi":
+            return dense_decode_attention(query, cache, query_mask=mask), cache
+        slopes = alibi_slopes(query.shape[2])
+        out = dense_decode_attention(query, cache, query_mask=mask, slopes=slopes)
+        # Distances are those between slots. Positions that were counted in another way give NaN.
+        counted, _ = query_positions(query.shape[1], cache, mask)
+        wrong = (counted != positions) & (counted >= 0)
+        return jnp.where(wrong[:, :, None, None], jnp.nan, out), cache
+
+
+def _refuse_with_cache(state: object, is_causal: bool, segment_ids: object) -> None:
+    if not isinstance(state, KVCache):
+        raise TypeError(
+            f"state must be a KVCache, from init_cache or an earlier call; got {type(state)}."
+        )
+    if not is_causal:
+        raise ValueError("a state needs is_causal=True; without it, pass the whole sequence.")
+    if segment_ids is not None:
+        raise NotImplementedError(
+            "a cache of keys and values holds one sequence a row; leave out segment_ids, and start "
+            "every document with an empty cache."
+        )
 
 
 def _refuse(log_decay: object, initial_state: object, return_state: bool) -> None:

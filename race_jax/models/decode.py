@@ -22,6 +22,8 @@ from jax.sharding import NamedSharding
 
 from race_jax.models.heads import TransformerLM
 
+CAPACITY_STEP = 1024  # tokens; the room of a cache is a multiple of it
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -114,10 +116,11 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Draws the continuation of each prompt, and yields it token by token.
 
-    A model that carries a state reads the prompt once, and every further token costs the same time
-    and memory, whatever the length so far. A model without a state, such as one with softmax
-    attention, reads the whole sequence again for every token. With learned positions the
-    continuation ends where their table ends, with a warning.
+    The prompt is read once. With a state of fixed size, every further token costs the same time and
+    memory, whatever the length so far. With softmax attention the state is a cache of the keys and
+    values of all tokens, and a further token costs as much as the cache is long. Its room is that
+    of the prompt and ``max_tokens``, rounded up. With learned positions the continuation ends where
+    their table ends, with a warning.
 
     Args:
         model: a causal language model.
@@ -167,10 +170,10 @@ def stream(
             stacklevel=2,
         )
         count = room
-    draw = _carry_state if model.trunk.carries_state else _read_again
+    capacity = room_for(prompt.shape[1] + count)
     if isinstance(sharding, NamedSharding):
         prompt, mask = jax.device_put((prompt, mask), sharding)
-    return _until_stopped(draw(model, prompt, mask, count, sampling, key), stops)
+    return _until_stopped(_draw(model, prompt, mask, count, capacity, sampling, key), stops)
 
 
 def generate(model: TransformerLM, prompt: np.ndarray, **options: Any) -> np.ndarray:
@@ -281,23 +284,31 @@ def _until_stopped(tokens: Iterator[np.ndarray], stops: np.ndarray) -> Iterator[
             return
 
 
-def _carry_state(model, prompt, mask, count, sampling, key) -> Iterator[np.ndarray]:
+def room_for(length: int) -> int:
+    """Returns the capacity of a cache for `length` tokens, which is a multiple of 1,024.
+
+    Prompts of similar lengths then share their programs.
+    """
+    return -(-length // CAPACITY_STEP) * CAPACITY_STEP
+
+
+def _draw(model, prompt, mask, count, capacity, sampling, key) -> Iterator[np.ndarray]:
     graph, variables = nnx.split(model)
     masked = None if mask.all() else mask
-    tokens, state = _prefill(graph, variables, prompt, masked, key, sampling)
+    tokens, state = _prefill(graph, variables, prompt, masked, key, capacity, sampling)
     yield np.asarray(tokens)
     for i in range(1, count):
         tokens, state = _step(graph, variables, tokens, state, key, i, sampling)
         yield np.asarray(tokens)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _prefill(graph, variables, prompt, mask, key, sampling):
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+def _prefill(graph, variables, prompt, mask, key, capacity, sampling):
     model = nnx.merge(graph, variables)
     hidden, state = model.hidden(
         prompt,
         key_value_mask=mask,
-        state=model.init_state(prompt.shape[0]),
+        state=model.init_state(prompt.shape[0], capacity),
         deterministic=True,
     )
     last = _last_hidden(hidden, jnp.ones(prompt.shape, bool) if mask is None else mask)
@@ -309,32 +320,6 @@ def _step(graph, variables, tokens, state, key, i, sampling):
     model = nnx.merge(graph, variables)
     logits, state = model(tokens[:, None], state=state, deterministic=True)
     return sample(logits[:, 0], jax.random.fold_in(key, i), sampling), state
-
-
-def _read_again(model, prompt, mask, count, sampling, key) -> Iterator[np.ndarray]:
-    graph, variables = nnx.split(model)
-    # The buffer has the final length and a masked end, so that every token runs the same program.
-    room = ((0, 0), (0, count - 1))
-    buffer = jnp.pad(jnp.asarray(prompt), room)
-    mask = jnp.pad(jnp.asarray(mask), room)
-    for i in range(count):
-        tokens, buffer, mask = _reread(
-            graph, variables, buffer, mask, key, i, prompt.shape[1] + i, sampling
-        )
-        yield np.asarray(tokens)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=(2, 3))
-def _reread(graph, variables, buffer, mask, key, i, slot, sampling):
-    model = nnx.merge(graph, variables)
-    last = _last_hidden(model.hidden(buffer, key_value_mask=mask, deterministic=True), mask)
-    tokens = sample(model.logits(last), jax.random.fold_in(key, i), sampling)
-    # The last of `count` tokens is never read. It lies beyond the buffer and is dropped.
-    return (
-        tokens,
-        buffer.at[:, slot].set(tokens, mode="drop"),
-        mask.at[:, slot].set(True, mode="drop"),
-    )
 
 
 def _last_hidden(hidden: jax.Array, mask: jax.Array) -> jax.Array:

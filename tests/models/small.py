@@ -33,6 +33,7 @@ CONFIGS = {
     "softmax learned": {"attention": "softmax", "positions": "learned", "max_length": 16},
     "softmax rope": {"attention": "softmax", "positions": "rope"},
     "softmax alibi": {"attention": "softmax", "positions": "alibi"},
+    "softmax bfloat16": {"attention": "softmax", "num_kv_heads": 2, "dtype": "bfloat16"},
 }
 
 

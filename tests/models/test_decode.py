@@ -25,7 +25,11 @@ def prompts(rng):
 
 
 @pytest.mark.parametrize(
-    "name", ["race", "race with everything", "softmax learned", "softmax rope", "softmax alibi"]
+    "name",
+    [
+        *("race", "race with everything"),
+        *("softmax", "softmax learned", "softmax rope", "softmax alibi"),
+    ],
 )
 def test_greedy_decoding_equals_reading_everything_again(prompts, name):
     model, logits = compiled(name)
@@ -56,6 +60,14 @@ def test_the_state_keeps_its_size(name):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
             lambda x: (x.shape, x.dtype), before
         )
+
+
+def test_a_cache_compiles_once():
+    """The length grows from 250 to 270 tokens, past the 256 slots that are read at first."""
+    model, before = compiled("softmax rope").model, decode._step._cache_size()
+    prompt = np.arange(250)[None] % VOCAB
+    assert generate(model, prompt, max_tokens=20, sampling=GREEDY).shape == (1, 20)
+    assert decode._step._cache_size() - before == 1
 
 
 def test_seeds_decide_the_draws():
