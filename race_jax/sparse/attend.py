@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from race_jax.sparse.cache import KVCache
 
 # On a CPU a block then stays in its own cache. On a GPU every block costs a wait for its number.
-CPU_BLOCK, OTHER_BLOCK = 256, 8192
+CPU_BLOCK, OTHER_BLOCK = 512, 8192
 MOST_QUERIES = 1024  # queries that are computed at once
 MOST_LOGITS = 2**26  # numbers of a block's logits, a quarter of a gigabyte
 LOWEST = float(jnp.finfo(jnp.float32).min)

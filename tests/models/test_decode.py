@@ -63,9 +63,9 @@ def test_the_state_keeps_its_size(name):
 
 
 def test_a_cache_compiles_once():
-    """The length grows from 250 to 270 tokens, past the 256 slots that are read at first."""
+    """The length grows from 500 to 520 tokens, past a block of 512."""
     model, before = compiled("softmax rope").model, decode._step._cache_size()
-    prompt = np.arange(250)[None] % VOCAB
+    prompt = np.arange(500)[None] % VOCAB
     assert generate(model, prompt, max_tokens=20, sampling=GREEDY).shape == (1, 20)
     assert decode._step._cache_size() - before == 1
 

@@ -15,8 +15,8 @@ from race_jax import KVCache, dense_decode_attention
 from race_jax.sparse import attend
 from tests.sparse.problems import attend_over, draw_tokens
 
-B, C, K, N, H, V = 3, 300, 2, 4, 8, 5
-T = 270  # tokens, more than a block of 256
+B, C, K, N, H, V = 3, 600, 2, 4, 8, 5
+T = 540  # tokens, more than a block of 512
 
 
 def empty(capacity=C, dtype=jnp.float32):
@@ -37,7 +37,7 @@ def tokens(rng, length, dtype=np.float32):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ragged_rows_with_padding_anywhere_equal_a_loop(rng, assert_close, dtype):
-    """Lengths on both sides of 256, several queries, grouped heads, slopes."""
+    """Lengths on both sides of 512, several queries, grouped heads, slopes."""
     query, key, value = tokens(rng, T, dtype)
     mask = rng.random((B, T)) < np.array([[0.98], [0.6], [0.1]])
     mask[:, -1] = True
@@ -77,7 +77,7 @@ def test_a_step_copies_no_cache():
     memory = step.lower(cache, query, key).compile().memory_analysis()
     held = sum(leaf.size * 4 for leaf in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes == held
-    assert memory.temp_size_in_bytes < held / 8
+    assert memory.temp_size_in_bytes < held / 4
 
 
 def test_pieces_are_the_whole_and_a_cut_takes_them_back(rng, assert_close):
@@ -92,8 +92,8 @@ def test_pieces_are_the_whole_and_a_cut_takes_them_back(rng, assert_close):
     cut = append(cache.truncate(kept), key[:, 7:], value[:, 7:], key_value_mask=mask[:, 7:])
     assert_close("cut and added again", cut, whole, kind="rerun")
     assert cache.reset([True, False, False]).length.tolist() == [0, *cache.length.tolist()[1:]]
-    grown = cache.grow(310)
-    assert (grown.capacity, grown.length.tolist()) == (310, cache.length.tolist())
+    grown = cache.grow(610)
+    assert (grown.capacity, grown.length.tolist()) == (610, cache.length.tolist())
     assert_close("grown", grown.key[:, :C], cache.key, kind="rerun")
 
 
