@@ -58,12 +58,14 @@ class BidirectionalSteps:
     Attributes:
       hash_shape: (L, P), which the shape of a flat z does not show.
       exact: whether products of float32 operands are exact, rather than TF32.
+      use_tanh: whether hash projections go through tanh.
       interpret: whether to run the kernels in Pallas's interpreter, which works on any platform.
       config: block sizes, or None to choose them by shape.
     """
 
     hash_shape: tuple[int, int]
     exact: bool = True
+    use_tanh: bool = True
     interpret: bool = False
     config: Blocks | None = None
 
@@ -131,6 +133,7 @@ def _prepare(steps: BidirectionalSteps, operands: Any) -> _Call:
         hash_shape=steps.hash_shape,
         is_causal=False,
         exact=steps.exact,
+        use_tanh=steps.use_tanh,
     )
     return _Call(
         queries,

@@ -89,6 +89,7 @@ class CausalSteps:
       size: the number of tokens in a split.
       hash_shape: (L, P), which a flat z does not tell.
       exact: whether products of float32 operands are exact, or TF32 products.
+      use_tanh: whether hash projections go through tanh.
       interpret: whether to run the kernels in Pallas' interpreter, on any platform (for tests).
       config: block sizes; None chooses them by shape.
     """
@@ -97,6 +98,7 @@ class CausalSteps:
     size: int
     hash_shape: tuple[int, int]
     exact: bool = True
+    use_tanh: bool = True
     interpret: bool = False
     config: Blocks | None = None
     scan_by = "product"
@@ -108,7 +110,7 @@ class CausalSteps:
         Args:
           operands: the `CausalOperands`, or shapes in their place.
           hash_shape: (L, P).
-          **options: `exact`, `interpret` and `config`.
+          **options: `exact`, `use_tanh`, `interpret` and `config`.
         """
         batch, length, kv_heads = operands.value.shape[:3]
         config = options.get("config")
@@ -289,6 +291,7 @@ def _prepare(steps: CausalSteps, operands: Any) -> _Call:
         is_causal=True,
         gate=log_decay is not None,
         exact=steps.exact,
+        use_tanh=steps.use_tanh,
     )
     gamma = None if log_decay is None else running_decay(log_decay, problem.chunk)
     return _Call(

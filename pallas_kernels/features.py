@@ -1,9 +1,9 @@
 """Soft-hash features of a tile of tokens, and their derivative, on the matrix units.
 
-    log φ_r = Σ_p log sigmoid(2 β tanh(z_p) c_rp)
+    log φ_r = Σ_p log sigmoid(2 β u_p c_rp)
 
-This is the corner softmax in factors. φ (C, F) is computed from hash projections z (C, LP) and the
-sharpness β, and dz and dβ from dφ.
+Here u = tanh z or u = z. This is the corner softmax in factors. φ (C, F) is computed from hash
+projections z (C, LP) and the sharpness β, and dz and dβ from dφ.
 """
 
 import jax
@@ -39,14 +39,22 @@ def corner_signs(
 class FeatureMap:
     """φ(z; β) for one key/value head. It is made inside a kernel, once before its loop."""
 
-    def __init__(self, positive: jax.Array, negative: jax.Array, sharpness: jax.Array, arithmetic):
+    def __init__(
+        self,
+        positive: jax.Array,
+        negative: jax.Array,
+        sharpness: jax.Array,
+        arithmetic: Arithmetic,
+        use_tanh: bool,
+    ):
         self.positive, self.negative = positive, negative  # (LP, F)
-        self.sharpness = sharpness
-        self.arithmetic: Arithmetic = arithmetic
+        self.sharpness, self.use_tanh = sharpness, use_tanh
+        self.arithmetic = arithmetic
 
     def squash(self, z: jax.Array) -> jax.Array:
-        """Returns u = tanh z in float32."""
-        return self.arithmetic.tanh(z.astype(jnp.float32))
+        """Returns u, which is tanh z or z, in float32."""
+        z = z.astype(jnp.float32)
+        return self.arithmetic.tanh(z) if self.use_tanh else z
 
     def expand(self, squashed: jax.Array) -> jax.Array:
         """Returns φ (C, F) in float32 from u (C, LP)."""
@@ -77,7 +85,9 @@ class FeatureMap:
         negative = sum(math.dot_signs(x, self.negative, "nt") for x in weights)
         d_scaled = positive * jnp.where(up, smaller, larger)
         d_scaled -= negative * jnp.where(up, larger, smaller)
-        d_z = d_scaled * (2.0 * self.sharpness) * (1.0 - squashed * squashed)
+        d_z = d_scaled * (2.0 * self.sharpness)
+        if self.use_tanh:
+            d_z *= 1.0 - squashed * squashed
         return d_z, d_scaled * (2.0 * squashed)
 
     def _scaled(self, squashed: jax.Array) -> jax.Array:

@@ -46,6 +46,7 @@ def plan(
     hash_shape: tuple[int, int] | None = None,
     gate: bool = False,
     exact: bool = True,
+    use_tanh: bool = True,
 ) -> tuple[Problem, Problem, Blocks]:
     """Returns the problem of the queries, that of the keys, and the blocks.
 
@@ -85,6 +86,7 @@ def plan(
         dtype=value.dtype,
         interpret=interpret,
         exact=exact,
+        use_tanh=use_tanh,
     )
     split = split_length(kv_length, batch * kv_heads, chunk=blocks.chunk)
     return queries, dataclasses.replace(queries, length=kv_length, split=split), blocks

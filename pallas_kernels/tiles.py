@@ -68,6 +68,7 @@ class Problem:
     interpret: bool
     packed: bool = False
     exact: bool = True  # float32 products, or TF32 ones
+    use_tanh: bool = True  # whether u = tanh z, or u = z
 
     @property
     def projections(self) -> int:
@@ -215,7 +216,7 @@ class Problem:
     def feature_map(self, refs: SimpleNamespace) -> FeatureMap:
         head = pl.program_id(0) // self.value_blocks
         signs = refs.positive[...], refs.negative[...]
-        return FeatureMap(*signs, refs.sharpness[head], self.arithmetic)
+        return FeatureMap(*signs, refs.sharpness[head], self.arithmetic, self.use_tanh)
 
     def for_chunks(self, body: Callable, carry: Any, *, reverse: bool = False) -> Any:
         """Folds `body(first token, carry)` over the chunks of this program's split."""

@@ -151,7 +151,7 @@ def _keep_state(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -
     For each chunk it passes φk, S and Z to a reader, and then adds the chunk to the state.
     """
     where = place.batch, place.head, place.split
-    features = tiles.TileFeatures(refs, place.head)
+    features = tiles.TileFeatures(place, refs)
     mass = wg.load(refs.split_mass.at[where], wg.ROWS)
     state = wg.load(refs.split_numerator.at[where]), wg.by_rows(mass, 8)
     wg.wait(refs.constants_full)

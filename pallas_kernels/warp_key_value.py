@@ -89,7 +89,7 @@ def _pass_adjoint(refs: SimpleNamespace, turn: jax.Array, numerator, mass) -> No
 
 def _keep_adjoint(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
     where = place.batch, place.head, place.split
-    features = tiles.TileFeatures(refs, place.head)
+    features = tiles.TileFeatures(place, refs)
     # Columns 0 and 1 hold the halves of -Λ_Z. The other columns are never read.
     mass = wg.by_rows(wg.load(refs.leaving_mass.at[where], wg.ROWS), 8)
     mass = jnp.where(wg.index(1, 8) == 0, -mass, 0.0)
@@ -151,7 +151,7 @@ def _keep_adjoint(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace)
 
 
 def _differentiate_keys(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
-    features, gate = tiles.TileFeatures(refs, place.head), refs.column is not None
+    features, gate = tiles.TileFeatures(place, refs), refs.column is not None
     common_mass = refs.common_mass[place.batch, place.head, place.split]
     wg.wait(refs.constants_full)
 
@@ -244,7 +244,7 @@ def _from_adjoint(refs: SimpleNamespace, values: Any, passed: jax.Array):
 
 
 def _differentiate_values(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
-    features = tiles.TileFeatures(refs, place.head)
+    features = tiles.TileFeatures(place, refs)
     tables, value_dim = place.problem.tables, place.problem.value_dim
     wg.wait(refs.constants_full)
 

@@ -41,7 +41,7 @@ def _attend(features: tiles.TileFeatures, at: Item, ones: jax.Array) -> jax.Arra
 
 
 def _read(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
-    features, reader = tiles.TileFeatures(refs, place.head), forward.reader_number()
+    features, reader = tiles.TileFeatures(place, refs), forward.reader_number()
     wg.wait(refs.constants_full)
 
     def chunk(turn, carry):

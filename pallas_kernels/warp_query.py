@@ -101,7 +101,7 @@ def _differentiate_with_row(features: tiles.TileFeatures, at: Item) -> tuple[jax
 
 
 def _read(place: tiles.Place, pipeline: Pipeline, refs: SimpleNamespace) -> None:
-    features = tiles.TileFeatures(refs, place.head)
+    features = tiles.TileFeatures(place, refs)
     form = _differentiate if refs.row is None else _differentiate_with_row
     wg.wait(refs.constants_full)
 

@@ -152,12 +152,13 @@ def fetch_keys(place: "Place", pipeline: Pipeline, refs: SimpleNamespace, turn: 
 class TileFeatures:
     """φ(z; β) of one head, in a warpgroup's registers."""
 
-    def __init__(self, refs: SimpleNamespace, head: jax.Array):
-        self.refs, self.sharpness = refs, refs.sharpness[head]
+    def __init__(self, place: "Place", refs: SimpleNamespace):
+        self.refs, self.sharpness = refs, refs.sharpness[place.head]
+        self.use_tanh = place.problem.use_tanh
 
     def squash(self, z: Any) -> jax.Array:
-        """Returns u = tanh z (64, LP), from shared memory."""
-        return jnp.tanh(wg.load(z))
+        """Returns u (64, LP), which is tanh z or z, from shared memory."""
+        return jnp.tanh(wg.load(z)) if self.use_tanh else wg.load(z)
 
     def start(self, exponent: Any, squashed: jax.Array) -> None:
         """Starts the product that computes log2 φ (64, F), in an accumulator."""
@@ -197,7 +198,9 @@ class TileFeatures:
         up, down = wg.together(body, *squashed.shape[1:], *squashed.shape[1:])
         below = 1.0 / (1.0 + jnp.exp2(self._scaled(squashed)))
         d_scaled = up * below - down * (1.0 - below)
-        d_z = d_scaled * (2.0 * self.sharpness) * (1.0 - squashed * squashed)
+        d_z = d_scaled * (2.0 * self.sharpness)
+        if self.use_tanh:
+            d_z *= 1.0 - squashed * squashed
         return d_z, d_scaled * (2.0 * squashed)
 
     def _scaled(self, squashed: jax.Array) -> jax.Array:

@@ -30,6 +30,12 @@ GRID = {
     "63, H=24, V=33": {"is_causal": True, "queries": 63, "head_dim": 24, "value_dim": 33},
     "64, H=64, gate": {"is_causal": True, "queries": 64, "head_dim": 64, "gate": 0.1},
     "65, H=128, L=5": {"is_causal": True, "queries": 65, "head_dim": 128, "tables": 5},
+    "65, no tanh, beta 1": {
+        "is_causal": True,
+        "queries": 65,
+        "use_tanh": False,
+        "sharpness": 1.0,
+    },
     "65, strong gate, unit planes, beta 8": {
         "is_causal": True,
         "queries": 65,
@@ -39,16 +45,23 @@ GRID = {
     },
     "1000, all": {"queries": 1000, "num_planes": 3} | CAUSAL,
     "130, all, bucket": {"queries": 130, "normalization": "bucket"} | CAUSAL,
-    "bidirectional, T=65, S=7": {"queries": 65, "keys": 7, "head_dim": 24, "value_dim": 16},
+    "bidirectional, T=65, S=7, no tanh": {
+        "queries": 65,
+        "keys": 7,
+        "head_dim": 24,
+        "value_dim": 16,
+        "use_tanh": False,
+    },
     "bidirectional, T=7, S=1000, all": {"queries": 7, "keys": 1000, "num_planes": 3} | EVERYTHING,
     "bidirectional, all, bucket": {"queries": 65, "normalization": "bucket"} | EVERYTHING,
     "packed, 130": {"queries": 130, "padding": True, "segments": 4, "batch": 4},
-    "packed, 70, bucket": {
+    "packed, 70, bucket, no tanh": {
         "queries": 70,
         "padding": True,
         "segments": 3,
         "batch": 4,
         "normalization": "bucket",
+        "use_tanh": False,
     },
 }
 

@@ -29,6 +29,7 @@ def race_attention(
     planes: jax.Array,
     *,
     sharpness: jax.typing.ArrayLike = 1.0,
+    use_tanh: bool = True,
     is_causal: bool = False,
     log_decay: jax.Array | None = None,
     key_value_mask: jax.Array | None = None,
@@ -54,6 +55,7 @@ def race_attention(
       value: ``(B, S, K, V)``. The output has its dtype.
       planes: ``(L, P, H)``, or ``(K, L, P, H)`` for separate planes per key/value head.
       sharpness: beta > 0, a scalar or ``(K,)``. A larger beta makes the hash harder.
+      use_tanh: whether hash projections go through tanh, as in the paper (see ``soft_hash``).
       is_causal: whether a token sees only itself and earlier tokens. This needs T == S.
       log_decay: ``(B, S, K)``, <= 0, the forgetting gate; it needs ``is_causal=True``. Values below
         -80 are treated as -80. Positive values raise an error if they are concrete, and are treated
@@ -90,8 +92,8 @@ def race_attention(
       >>> race_jax.race_attention(query, key, value, planes, sharpness=2.0, is_causal=True).shape
       (1, 100, 4, 32)
 
-    Source: arXiv 2510.04008, Algorithms 1 and 2. The gate, packing and the state go beyond the
-    paper.
+    Source: arXiv 2510.04008, Algorithms 1 and 2. The gate, packing, the state and the form
+    without tanh go beyond the paper.
     """
     checks.check_inputs(query, key, value, planes)
     masking.check_key_value_mask(key_value_mask, key.shape[:2])
@@ -111,6 +113,7 @@ def race_attention(
     shape = lambda x: jax.ShapeDtypeStruct((*x.shape[:3], *planes.shape[-3:-1]), dtype)  # noqa: E731
     options = Options(
         sharpness=sharpness,
+        use_tanh=use_tanh,
         is_causal=is_causal,
         log_decay=log_decay,
         key_value_mask=key_value_mask,
@@ -130,6 +133,7 @@ def race_attention_from_projections(
     value: jax.Array,
     *,
     sharpness: jax.typing.ArrayLike = 1.0,
+    use_tanh: bool = True,
     is_causal: bool = False,
     log_decay: jax.Array | None = None,
     key_value_mask: jax.Array | None = None,
@@ -151,6 +155,7 @@ def race_attention_from_projections(
       key_projections: ``(B, S, K, L, P)``.
       value: ``(B, S, K, V)``.
       sharpness: as for ``race_attention``.
+      use_tanh: as for ``race_attention``.
       is_causal: as for ``race_attention``.
       log_decay: as for ``race_attention``.
       key_value_mask: as for ``race_attention``.
@@ -178,6 +183,7 @@ def race_attention_from_projections(
     given = query_projections, key_projections
     options = Options(
         sharpness=sharpness,
+        use_tanh=use_tanh,
         is_causal=is_causal,
         log_decay=log_decay,
         key_value_mask=key_value_mask,
@@ -195,6 +201,7 @@ class Options(NamedTuple):
     """The arguments of ``race_attention`` other than queries, keys, values and planes."""
 
     sharpness: jax.typing.ArrayLike = 1.0
+    use_tanh: bool = True
     is_causal: bool = False
     log_decay: jax.Array | None = None
     key_value_mask: jax.Array | None = None
@@ -262,7 +269,7 @@ def attend(
         normalization=options.normalization,
         implementation=options.implementation,
     )
-    plan = implementations.Plan(choice, shapes[0].shape[3:])
+    plan = implementations.Plan(choice, shapes[0].shape[3:], options.use_tanh)
     z_q, z_k = project(plan.columns)
     kv_heads = value.shape[2]
     arrays = _Arrays(
@@ -414,9 +421,7 @@ def _state(
 ) -> RACEState:
     """Returns the state after the last token."""
     decay = start.log_decay if is_causal else jnp.zeros_like(start.log_decay)
-    own = jnp.zeros_like(decay)
-    if operands.log_decay is not None:
-        own = operands.log_decay.sum(axis=1)
+    own = jnp.zeros_like(decay) if operands.log_decay is None else operands.log_decay.sum(axis=1)
     length = operands.value.shape[1]
     segment = masking.last_segment(
         operands.segment, operands.mask, operands.initial_segment, length
@@ -457,7 +462,7 @@ def _causal(
     if operands.value.shape[1] == 0:
         return _no_outputs(operands), operands.sums
     if normalization == "bucket":
-        return rescan.causal_bucket(operands)
+        return rescan.causal_bucket(operands, plan.use_tanh)
     return _reverse_mode(implementations.run_causal, plan, operands)
 
 
@@ -468,10 +473,10 @@ def _bidirectional(
     if segment is not None and value.shape[1]:
         bucket = normalization == "bucket"
         packed = rescan.bidirectional_packed_bucket if bucket else rescan.bidirectional_packed
-        return packed(operands), sums
+        return packed(operands, plan.use_tanh), sums
     whole = bidirectional.Operands(z_q, z_k, value, sharpness, mask, sums)
     if normalization == "bucket":
-        return rescan.bidirectional_bucket(whole)
+        return rescan.bidirectional_bucket(whole, plan.use_tanh)
     return _reverse_mode(implementations.run_bidirectional, plan, whole)
 
 

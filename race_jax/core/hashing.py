@@ -3,8 +3,10 @@
 x has the shape (..., H) and the planes W have (L, P, H). z is (..., L, P), and phi is
 (..., L * 2**P):
 
-    phi_l,r = softmax over corners r of beta * sum_p tanh(z_l,p) c_r,p
-            = prod_p sigmoid(2 beta tanh(z_l,p) c_r,p)
+    phi_l,r = softmax over corners r of beta * sum_p u_l,p c_r,p
+            = prod_p sigmoid(2 beta u_l,p c_r,p)
+
+Here u = tanh z as in the paper, or u = z.
 """
 
 from __future__ import annotations
@@ -193,16 +195,21 @@ def fold_planes(kernel: jax.Array, planes: jax.Array) -> jax.Array:
     return hash_projections(kernel.astype(jnp.float32), planes.astype(jnp.float32))
 
 
-def soft_hash(projections: jax.Array, sharpness: jax.typing.ArrayLike = 1.0) -> jax.Array:
+def soft_hash(
+    projections: jax.Array, sharpness: jax.typing.ArrayLike = 1.0, *, use_tanh: bool = True
+) -> jax.Array:
     """Turns hash projections into soft buckets.
 
-        phi_l,r = prod_p sigmoid(2 beta tanh(z_l,p) c_r,p),   c_r in {-1, +1}^P
+        phi_l,r = prod_p sigmoid(2 beta u_l,p c_r,p),   c_r in {-1, +1}^P
 
-    This equals the softmax over the 2**P corners of beta * tanh(z) . c, but never forms it.
+    u is tanh z, or z itself without ``use_tanh``. This equals the softmax over the 2**P corners of
+    beta * u . c, but never forms it.
 
     Args:
       projections: ``(..., L, P)``, floating.
       sharpness: beta > 0, a scalar or any array that broadcasts to ``projections.shape[:-2]``.
+      use_tanh: whether projections go through tanh. With it, no bucket is ever nearer to one than
+        sigmoid(2 beta)**P. Without it, a projection can be as decisive as it is large.
 
     Returns:
       ``(..., L * 2**P)``, in float32 or wider. The features of one table are adjacent and sum to
@@ -221,7 +228,8 @@ def soft_hash(projections: jax.Array, sharpness: jax.typing.ArrayLike = 1.0) -> 
       >>> [round(float(p), 3) for p in phi]
       [0.5, 0.5, 0.018, 0.982]
 
-    Source: arXiv 2510.04008, Algorithm 1; the factorised form is exact algebra.
+    Source: arXiv 2510.04008, Algorithm 1; the factorised form is exact algebra. The form without
+    tanh goes beyond the paper.
     """
     check_floating(projections=projections)
     if projections.ndim < 2 or not 1 <= projections.shape[-1] <= MAX_PLANES:
@@ -238,16 +246,16 @@ def soft_hash(projections: jax.Array, sharpness: jax.typing.ArrayLike = 1.0) -> 
     if not isinstance(beta, jax.core.Tracer) and not (beta > 0).all():
         raise ValueError(f"sharpness must be > 0, got {beta.min()}; train its logarithm instead")
     beta = beta.reshape(*(1,) * (len(lead) - beta.ndim), *beta.shape, 1, 1, 1)
-    return soft_buckets(projections.astype(dtype)[..., None], beta)[..., 0]
+    return soft_buckets(projections.astype(dtype)[..., None], beta, use_tanh)[..., 0]
 
 
-def soft_buckets(projections: jax.Array, sharpness: jax.Array) -> jax.Array:
+def soft_buckets(projections: jax.Array, sharpness: jax.Array, use_tanh: bool) -> jax.Array:
     """Computes ``soft_hash`` with the tokens on the last axis.
 
     ``(..., L, P, C)`` becomes ``(..., L * 2**P, C)``. With tokens on the last axis, every step is a
     long vector operation, which is fast on a CPU.
     """
-    logits = 2.0 * sharpness * jnp.tanh(projections)
+    logits = 2.0 * sharpness * (jnp.tanh(projections) if use_tanh else projections)
     # The sigmoid is taken of both signs, because 1 - sigmoid would lose the precision of the
     # smaller factor. The signs come from a product, because XLA's CPU code for a concatenation is
     # not vectorised.
@@ -264,14 +272,19 @@ def soft_buckets(projections: jax.Array, sharpness: jax.Array) -> jax.Array:
 
 
 def soft_buckets_pullback(
-    projections: jax.Array, sharpness: jax.Array, phi: jax.Array, d_phi: jax.Array
+    projections: jax.Array,
+    sharpness: jax.Array,
+    use_tanh: bool,
+    phi: jax.Array,
+    d_phi: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the gradient of ``soft_buckets`` with respect to projections and sharpness.
 
     With Psi = phi . dphi, the corner signs M (L*P, F) and the table sums E (L, F),
 
-        du = beta (M Psi - tanh(beta u) . E Psi),   dz = du (1 - u**2),   dbeta = sum u . du / beta
+        du = beta (M Psi - tanh(beta u) . E Psi),   dbeta = sum u . du / beta
 
+    and dz = du (1 - u**2) where u = tanh z, or dz = du where u = z.
     This is one small product with constants. Automatic differentiation would build a tree of narrow
     reductions instead.
 
@@ -280,14 +293,15 @@ def soft_buckets_pullback(
       the cotangent of sharpness.
     """
     *lead, tables, planes, tokens = projections.shape
-    u = jnp.tanh(projections)
+    u = jnp.tanh(projections) if use_tanh else projections
     corners = np.array(list(itertools.product((-1.0, 1.0), repeat=planes)), phi.dtype).T  # (P, R)
     rows = np.concatenate([corners, np.ones_like(corners[:1])])  # (P + 1, R)
     rows = np.kron(np.eye(tables, dtype=phi.dtype), rows)  # (L * (P + 1), F)
     sums = jnp.broadcast_to(rows, (*lead, *rows.shape)) @ (phi * d_phi)
     sums = sums.reshape(*lead, tables, planes + 1, tokens)
     scaled = sums[..., :planes, :] - jnp.tanh(sharpness * u) * sums[..., planes:, :]
-    return sharpness * scaled * (1.0 - u * u), u * scaled
+    d_u = sharpness * scaled
+    return d_u * (1.0 - u * u) if use_tanh else d_u, u * scaled
 
 
 def check_floating(**arrays: jax.Array) -> None:

@@ -38,6 +38,7 @@ class Plan:
     Attributes:
       choice: the implementation to run.
       hash_shape: (L, P), which the shape of a flat z does not tell.
+      use_tanh: whether hash projections go through tanh.
       axis_name: the mesh axis over whose devices the sequence is split, or None.
       precision: JAX's setting `jax_default_matmul_precision` when the function was called. The
         gradient uses it too, even if it is traced after the setting has changed.
@@ -45,6 +46,7 @@ class Plan:
 
     choice: Choice
     hash_shape: tuple[int, int]
+    use_tanh: bool = True
     axis_name: Axis | None = None
     precision: str | None = dataclasses.field(
         default_factory=lambda: jax.config.jax_default_matmul_precision
@@ -53,7 +55,7 @@ class Plan:
     @property
     def kernel_options(self) -> dict[str, Any]:
         exact = dispatch.exact_products(self.precision)
-        return {"hash_shape": self.hash_shape, "exact": exact}
+        return {"hash_shape": self.hash_shape, "use_tanh": self.use_tanh, "exact": exact}
 
     @property
     def columns(self) -> int | None:
@@ -112,8 +114,8 @@ def _causal_forward(plan: Plan, operands: causal.Operands):
     def xla(chunk, in_turn, operands):
         logical = plan.logical(operands)
         if in_turn:
-            return causal.forward(logical, blocks=blocks, chunk=chunk)
-        steps = causal.XLASteps(operands.value.shape[1], blocks, chunk)
+            return causal.forward(logical, blocks=blocks, chunk=chunk, use_tanh=plan.use_tanh)
+        steps = causal.XLASteps(operands.value.shape[1], blocks, chunk, plan.use_tanh)
         return passes.causal_forward(steps, logical, plan.axis_name)
 
     def pallas(operands):
@@ -131,9 +133,11 @@ def _causal_backward(plan: Plan, residuals: tuple, cotangents: tuple):
     def xla(chunk, in_turn, operands, final, starts, *cotangents):
         logical = plan.logical(operands)
         if in_turn:
-            gradient = causal.backward(logical, starts, *cotangents, chunk=chunk)
+            gradient = causal.backward(
+                logical, starts, *cotangents, chunk=chunk, use_tanh=plan.use_tanh
+            )
         else:
-            steps = causal.XLASteps(operands.value.shape[1], blocks, chunk)
+            steps = causal.XLASteps(operands.value.shape[1], blocks, chunk, plan.use_tanh)
             given = logical, final, starts, *cotangents
             gradient = passes.causal_backward(steps, *given, plan.axis_name)
         return plan.flat(gradient, operands)
@@ -180,7 +184,7 @@ def run_bidirectional(plan: Plan, operands: bidirectional.Operands) -> tuple[jax
 
 def _bidirectional_forward(plan: Plan, operands: bidirectional.Operands):
     def xla(tiling, operands):
-        steps = bidirectional.XLASteps(tiling)
+        steps = bidirectional.XLASteps(tiling, plan.use_tanh)
         return passes.bidirectional_forward(steps, plan.logical(operands), plan.axis_name)
 
     def pallas(operands):
@@ -194,7 +198,7 @@ def _bidirectional_forward(plan: Plan, operands: bidirectional.Operands):
 
 def _bidirectional_backward(plan: Plan, residuals: tuple, cotangents: tuple):
     def xla(tiling, operands, *rest):
-        steps = bidirectional.XLASteps(tiling)
+        steps = bidirectional.XLASteps(tiling, plan.use_tanh)
         given = plan.logical(operands), *rest, plan.axis_name
         gradient = passes.bidirectional_backward(steps, *given)
         return plan.flat(gradient, operands)

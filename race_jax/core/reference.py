@@ -61,7 +61,7 @@ def all_pairs(
       key: ``(B, S, K, H)``.
       value: ``(B, S, K, V)``.
       planes: ``(L, P, H)`` or ``(K, L, P, H)``.
-      **options: `sharpness`, `is_causal`, `log_decay`, `key_value_mask`, `segment_ids`,
+      **options: `sharpness`, `use_tanh`, `is_causal`, `log_decay`, `key_value_mask`, `segment_ids`,
         `normalization`, `initial_state` (Tables) and `return_state`, as in
         `race_jax.race_attention`.
 
@@ -118,15 +118,18 @@ def token_by_token(
     return _map_heads(_token_by_token_one_head, query, key, value, planes, **options)
 
 
-def corner_softmax(x: jax.Array, planes: jax.Array, sharpness: jax.Array | float) -> jax.Array:
+def corner_softmax(
+    x: jax.Array, planes: jax.Array, sharpness: jax.Array | float, use_tanh: bool = True
+) -> jax.Array:
     """Computes the soft buckets phi_lr(x) by a softmax over all corners c_r.
 
-        phi_lr(x) = softmax over r of beta sum_p tanh(W x)_lp c_rp
+        phi_lr(x) = softmax over r of beta sum_p u_lp c_rp,   u = tanh(W x) or u = W x
 
     Args:
       x: ``(..., H)``.
       planes: ``(L, P, H)``.
       sharpness: beta > 0, a scalar.
+      use_tanh: whether u = tanh(W x), as in the paper.
 
     Returns:
       Features ``(..., L * 2**P)``. Corners are ordered as binary numbers: the first plane is the
@@ -140,15 +143,16 @@ def corner_softmax(x: jax.Array, planes: jax.Array, sharpness: jax.Array | float
     Source: arXiv 2510.04008, Section 3.
     """
     corners = jnp.array(list(itertools.product((-1, 1), repeat=planes.shape[-2])), x.dtype)
-    u = jnp.tanh(jnp.einsum("...h,lph->...lp", x, planes))
+    z = jnp.einsum("...h,lph->...lp", x, planes)
+    u = jnp.tanh(z) if use_tanh else z
     phi = jax.nn.softmax(sharpness * jnp.einsum("...lp,rp->...lr", u, corners), axis=-1)
     return phi.reshape(*x.shape[:-1], planes.shape[0] * len(corners))
 
 
 def _all_pairs_one_head(
-    head: Head, *, is_causal: bool, normalization: str
+    head: Head, *, is_causal: bool, normalization: str, use_tanh: bool
 ) -> tuple[jax.Array, Tables]:
-    phi_q, phi_k = _features(head, is_causal)
+    phi_q, phi_k = _features(head, is_causal, use_tanh)
     decay, decay_initial = _visible_decay(head, is_causal)  # (T + 1, S), (T + 1,)
     final = Tables(
         numerator=jnp.einsum("s,sf,sv->fv", decay[-1], phi_k, head.value)
@@ -203,9 +207,9 @@ def _slot_segments(head: Head) -> jax.Array:
 
 
 def _token_by_token_one_head(
-    head: Head, *, is_causal: bool, normalization: str
+    head: Head, *, is_causal: bool, normalization: str, use_tanh: bool
 ) -> tuple[jax.Array, Tables]:
-    phi_q, phi_k = _features(head, is_causal)
+    phi_q, phi_k = _features(head, is_causal, use_tanh)
     num_queries, num_tables = head.query.shape[1], head.planes.shape[0]
     tokens = phi_k, head.value, head.log_decay
     ids = jnp.maximum(head.initial.segment, 0) if head.segment_ids is None else head.segment_ids
@@ -245,10 +249,10 @@ def _add_token(
     return after, (met, after)
 
 
-def _features(head: Head, is_causal: bool) -> tuple[jax.Array, jax.Array]:
+def _features(head: Head, is_causal: bool, use_tanh: bool) -> tuple[jax.Array, jax.Array]:
     """Returns phi(q) and phi(k), zero at padded keys and, if causal, at padded queries."""
-    phi_q = corner_softmax(head.query, head.planes, head.sharpness)
-    phi_k = corner_softmax(head.key, head.planes, head.sharpness)
+    phi_q = corner_softmax(head.query, head.planes, head.sharpness, use_tanh)
+    phi_k = corner_softmax(head.key, head.planes, head.sharpness, use_tanh)
     phi_k = jnp.where(head.real[:, None], phi_k, 0)
     return (jnp.where(head.real[:, None], phi_q, 0) if is_causal else phi_q), phi_k
 
@@ -280,6 +284,7 @@ def _map_heads(
     is_causal: bool = False,
     log_decay: jax.Array | None = None,
     normalization: str = "global",
+    use_tanh: bool = True,
     return_state: bool = False,
     **options: Any,
 ) -> jax.Array | tuple[jax.Array, Tables]:
@@ -293,7 +298,9 @@ def _map_heads(
     heads = _split_heads(query, key, value, planes, log_decay, is_causal=is_causal, **options)
 
     over_heads = Tables(0, 0, 0, None)
-    one_head = functools.partial(one_head, is_causal=is_causal, normalization=normalization)
+    one_head = functools.partial(
+        one_head, is_causal=is_causal, normalization=normalization, use_tanh=use_tanh
+    )
     one_sequence = jax.vmap(
         one_head,
         in_axes=(Head(0, 0, 0, 0, 0, 0, None, None, over_heads),),

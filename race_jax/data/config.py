@@ -7,7 +7,7 @@ import dataclasses
 
 from race_jax.records import at_least, one_of
 
-SOURCES = ("stdlib", "files", "huggingface")
+SOURCES = ("stdlib", "files", "huggingface", "tokens")
 TOKENIZERS = ("bytes", "words", "characters", "bpe")
 PACKINGS = ("contiguous", "packed")
 MAX_WORKERS = 256
@@ -20,7 +20,8 @@ class DataConfig:
     Attributes:
         source: "stdlib" (the source files of Python's standard library), "files" (local text, plain
             or packed by gzip, bzip2, xz or zip) or "huggingface" (a data set by name, which needs
-            the package `datasets`).
+            the package `datasets`). "hf:NAME" or "hf:NAME:CONFIG" is short for the latter with
+            `dataset` and `dataset_config`.
         root: the folder that relative file names start from. None takes the environment variable
             RACE_JAX_DATA, which is used for nothing else.
         train_files, valid_files, test_files: file names, as a tuple or as one comma-separated
@@ -67,6 +68,7 @@ class DataConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the first field that cannot be used."""
+        self._expand_source()
         one_of("config.data.source", self.source, SOURCES)
         one_of("config.data.tokenizer", self.tokenizer, TOKENIZERS)
         one_of("config.data.packing", self.packing, PACKINGS)
@@ -94,13 +96,49 @@ class DataConfig:
                 f"all documents before it; got {self.num_workers}. A thread reads ahead in any case"
             )
 
+    def _expand_source(self) -> None:
+        """Writes "hf:NAME:CONFIG" as a source, a data set and its configuration."""
+        if self.source.startswith("hf:"):
+            if self.dataset:
+                raise ValueError(
+                    f"config.data.source={self.source!r} names a data set, and so does "
+                    f"config.data.dataset={self.dataset!r}; give one of the two"
+                )
+            name, _, configuration = self.source.removeprefix("hf:").partition(":")
+            self.source, self.dataset = "huggingface", name
+            self.dataset_config = configuration or self.dataset_config
+
     def _validate_source(self) -> None:
-        if self.source == "files" and not self.train_files:
-            raise ValueError('config.data.train_files must name a file for source="files", got ()')
+        if self.source in ("files", "tokens") and not self.train_files:
+            raise ValueError(
+                f'config.data.train_files must name a file for source="{self.source}", got ()'
+            )
+        if self.source == "tokens":
+            self._validate_stored()
         if self.source == "huggingface" and not self.dataset:
             raise ValueError('config.data.dataset must be given for source="huggingface", got ""')
-        if self.tokenizer == "bpe" and not self.tokenizer_file:
+        if self.tokenizer == "bpe" and not self.tokenizer_file and self.source != "tokens":
             raise ValueError(
                 'config.data.tokenizer_file must name a tokenizers JSON file for tokenizer="bpe", '
                 f"got {self.tokenizer_file}"
             )
+
+    def _validate_stored(self) -> None:
+        """Raises ValueError naming a field that has no meaning where ids are on the disk."""
+        unused = {
+            "tokenizer_file": None,
+            "vocab_limit": None,
+            "end_of_line": False,
+            "packing": "contiguous",
+            "document_separator": "",
+            "valid_tail": 0,
+            "num_workers": 0,
+            "dataset": "",
+            "dataset_config": "",
+        }
+        for name, value in unused.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f'config.data.{name} must be {value!r} for source="tokens", whose files hold '
+                    f"one stream of ids each; got {getattr(self, name)!r}"
+                )

@@ -70,6 +70,21 @@ def load_corpus(config: DataConfig) -> Corpus:
     return _READERS[config.source](config)
 
 
+def the_file(config: DataConfig, field: str) -> Path:
+    """Returns the path of the one token file that a field names.
+
+    Raises:
+        ValueError: the field does not name one file.
+    """
+    paths = list(_resolve(config, field, getattr(config, field)))
+    if len(paths) != 1:
+        raise ValueError(
+            f'config.data.{field} must name one token file for source="tokens", got '
+            f"{getattr(config, field)!r}; scripts/write_tokens.py joins several texts in one"
+        )
+    return paths[0]
+
+
 def refuse_ignored(config: DataConfig, choice: str, owners: dict[str, tuple[str, ...]]) -> None:
     """Raises ValueError if a field is set that would be ignored.
 
@@ -163,17 +178,30 @@ def _unit_hash(text: str) -> float:
 def _read_files(config: DataConfig) -> Corpus:
     """Reads local files by their names."""
     train, valid, test = (
-        [
-            Document(str(path), read_file(path))
-            for path in _resolve(config, field, getattr(config, field))
-        ]
-        for field in ("train_files", "valid_files", "test_files")
+        read_documents(config, field) for field in ("train_files", "valid_files", "test_files")
     )
-    if not train:
+    return _corpus(config, train, valid, test)
+
+
+def read_documents(config: DataConfig, field: str) -> list[Document]:
+    """Reads the files that one field names. Training files must be named.
+
+    Args:
+        config: `root` is the folder of relative names.
+        field: "train_files", "valid_files" or "test_files".
+
+    Returns:
+        One document for each file.
+
+    Raises:
+        ValueError: a file cannot be read, or there is no training file. The error names it.
+    """
+    names = getattr(config, field)
+    if not names and field == "train_files":
         raise ValueError(
             "config.data.train_files: no file is named; give --config.data.train_files=FILE[,FILE]"
         )
-    return _corpus(config, train, valid, test)
+    return [Document(str(path), read_file(path)) for path in _resolve(config, field, names)]
 
 
 def _resolve(config: DataConfig, field: str, names: str | Sequence[str]) -> Iterator[Path]:
@@ -202,6 +230,21 @@ def _root_folder(root: str | None, config: DataConfig, field: str, name: str) ->
 
 def _read_huggingface(config: DataConfig) -> Corpus:
     """Reads a data set by name. With packing, each row is a document; else each split is one."""
+    splits = load_data_set(config)
+    train, valid, test = (
+        _row_documents(config, name, splits[name]) if name in splits else []
+        for name in ("train", "validation", "test")
+    )
+    return _corpus(config, train, valid, test)
+
+
+def load_data_set(config: DataConfig) -> Any:
+    """Returns the splits of the Hugging Face data set that `config` names, by their names.
+
+    Raises:
+        ValueError: there is no such data set, or it has no training split.
+        ImportError: the package `datasets` is not installed.
+    """
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
@@ -222,11 +265,7 @@ def _read_huggingface(config: DataConfig) -> Corpus:
         raise ValueError(
             f"config.data.dataset: {config.dataset!r} has no split 'train'; it has {list(splits)}"
         )
-    train, valid, test = (
-        _row_documents(config, name, splits[name]) if name in splits else []
-        for name in ("train", "validation", "test")
-    )
-    return _corpus(config, train, valid, test)
+    return splits
 
 
 def _row_documents(config: DataConfig, split: str, rows: Any) -> list[Document]:

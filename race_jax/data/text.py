@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -17,7 +18,9 @@ import numpy as np
 from race_jax.data import windows
 from race_jax.data.config import PACKINGS, DataConfig
 from race_jax.data.documents import Corpus, Document
-from race_jax.data.sources import load_corpus, refuse_ignored
+from race_jax.data.rows import RowsOnDisk
+from race_jax.data.sources import load_corpus, refuse_ignored, the_file
+from race_jax.data.token_file import TokenFile, open_token_file
 from race_jax.data.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer
 from race_jax.data.windows import Batch, Pieces, TokenStream
 from race_jax.records import at_least, one_of
@@ -45,16 +48,17 @@ class HeldOut:
     num_bytes: int
     encodes_text: bool
     num_unknown: int
-    batches: grain.IterDataset[Batch]
+    batches: grain.IterDataset[Batch | RowsOnDisk]
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     """What a training run reads.
 
-    A batch is a dict of arrays (B, T): `inputs` and `targets` in int32, `weights` in float32 (0 at
-    tokens that are not scored) and, if documents are packed, `segment_ids` in int32 (1, 2, … for
-    the documents of a row, and 0 for its empty tail).
+    A batch is a dict of arrays (B, T): `inputs` and `targets` in the dtype of the ids (uint8,
+    uint16 or int32), `weights` in uint8 (0 at tokens that are not scored, else 1) and, if documents
+    are packed, `segment_ids` in int32 (1, 2, … for the documents of a row, and 0 for its empty
+    tail).
 
     Attributes:
         tokenizer: it turns text into ids and back.
@@ -69,7 +73,7 @@ class Data:
     """
 
     tokenizer: Tokenizer
-    train: grain.IterDataset[Batch]
+    train: grain.IterDataset[Batch | RowsOnDisk]
     valid: HeldOut
     test: HeldOut | None
     num_train_tokens: int
@@ -88,7 +92,7 @@ class Data:
         return self.tokenizer.vocab_size
 
 
-def build_data(config: DataConfig, *, batch_size: int, seed: int) -> Data:
+def build_data(config: DataConfig, *, batch_size: int, seed: int, on_disk: bool = False) -> Data:
     """Reads, tokenizes and cuts the text of a run. Every fault of the text is found here.
 
     Training windows follow each other from an offset that changes with the epoch. They are read in
@@ -101,9 +105,12 @@ def build_data(config: DataConfig, *, batch_size: int, seed: int) -> Data:
         config: the source, splits, tokenizer, packing, and `sequence_length` T.
         batch_size: the rows of a batch, at least 1.
         seed: the seed of the order of the training windows, in [0, 2**32).
+        on_disk: whether batches are `RowsOnDisk`, which are read piece by piece. Only the source
+            "tokens" has them.
 
     Returns:
-        The data. All ids are kept in memory, in one byte per token if there are at most 256 ids.
+        The data. All ids are kept in memory, in one byte per token if there are at most 256 ids;
+        those of the source "tokens" stay on the disk.
 
     Raises:
         ValueError: a file or a field is unusable, the text is shorter than one window, or the
@@ -125,6 +132,8 @@ def build_data(config: DataConfig, *, batch_size: int, seed: int) -> Data:
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must lie in [0, 2**32), got {seed}")
     at_least("batch_size", batch_size, 1)
+    if config.source == "tokens":
+        return _stored_data(config, batch_size, seed, on_disk)
     corpus = _divided(load_corpus(config), config)
     tokenizer = build_tokenizer(config, _vocabulary_texts(corpus, config))
     train = _encode(corpus.train, tokenizer, config)
@@ -139,6 +148,79 @@ def build_data(config: DataConfig, *, batch_size: int, seed: int) -> Data:
         digest=digest,
         tokenizer_digest=_tokenizer_digest(tokenizer, train),
         description=_description(config, corpus, digest, tokenizer),
+    )
+
+
+def _stored_data(config: DataConfig, batch_size: int, seed: int, on_disk: bool) -> Data:
+    """Returns the data of token files."""
+    train_file = open_token_file(the_file(config, "train_files"))
+    others = {
+        name: open_token_file(the_file(config, field))
+        for name, field in (("valid", "valid_files"), ("test", "test_files"))
+        if getattr(config, field)
+    }
+    tokenizer = train_file.tokenizer
+    for file in others.values():
+        if file.tokenizer.to_dict() != tokenizer.to_dict():
+            raise ValueError(f"{file.path} and {train_file.path} were made by different tokenizers")
+    if config.tokenizer != tokenizer.name:
+        raise ValueError(
+            f"config.data.tokenizer must be that of {train_file.path}, {tokenizer.name!r}, got "
+            f"{config.tokenizer!r}"
+        )
+    ids, length = train_file.ids, config.sequence_length
+    kept = len(ids) if "valid" in others else math.ceil(len(ids) * (1 - config.valid_fraction))
+    if kept <= length:
+        raise ValueError(
+            f"{train_file.path}: {kept} tokens to train on are fewer than the {length + 1} of one "
+            f"window; give more, or lower config.data.sequence_length={length}"
+        )
+
+    def held_out(file: TokenFile, ids: np.ndarray) -> HeldOut:
+        if len(ids) < 2:
+            raise ValueError(f"{file.path}: two held-out tokens are needed, got {len(ids)}")
+        batches = windows.held_out_windows(
+            TokenStream.of([ids]), length, batch_size=batch_size, file=file if on_disk else None
+        )
+        return _scored_ids(tokenizer, ids, batches)
+
+    valid = others.get("valid", train_file)
+    digests = [file.digest for file in (train_file, *others.values())]
+    digest = hashlib.sha256(json.dumps([digests, kept]).encode()).hexdigest()
+    return Data(
+        tokenizer=tokenizer,
+        train=windows.train_windows(
+            ids[:kept],
+            length,
+            batch_size=batch_size,
+            seed=seed,
+            file=train_file if on_disk else None,
+        ),
+        valid=held_out(valid, valid.ids[0 if "valid" in others else kept :]),
+        test=held_out(others["test"], others["test"].ids) if "test" in others else None,
+        num_train_tokens=kept,
+        digest=digest,
+        tokenizer_digest=hashlib.sha256(
+            json.dumps(tokenizer.to_dict(), sort_keys=True).encode()
+        ).hexdigest(),
+        description=f"{train_file.path}: {kept:,} tokens to train on, "
+        + ("read from the disk by segments; " if on_disk else "")
+        + f"{tokenizer.name}, vocabulary {tokenizer.vocab_size:,}; sha256 {digest[:16]}",
+    )
+
+
+def _scored_ids(tokenizer: Tokenizer, ids: np.ndarray, batches: grain.IterDataset) -> HeldOut:
+    """Returns a held-out split of ids whose text is no longer there."""
+    is_bytes = isinstance(tokenizer, ByteTokenizer)
+    text = ids.tobytes() if is_bytes else tokenizer.decode(ids).encode("utf-8")
+    num_unknown = tokenizer.num_unknown(ids[1:])
+    return HeldOut(
+        text=text,
+        num_tokens=len(ids) - 1,
+        num_bytes=len(text) - tokenizer.num_bytes(ids[:1]),
+        encodes_text=not num_unknown,
+        num_unknown=num_unknown,
+        batches=batches,
     )
 
 

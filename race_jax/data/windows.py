@@ -9,13 +9,13 @@ import dataclasses
 import grain
 import numpy as np
 
+from race_jax.data.rows import Batch, RowsOnDisk, row
+from race_jax.data.token_file import TokenFile
 from race_jax.data.workers import WorkerDataset
-
-Batch = dict[str, np.ndarray]
 
 # Windows are read in the caller's thread. To cut a window out of an array costs less than to hand
 # it from one thread to another.
-_SYNCHRONOUS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+SYNCHRONOUS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 # An endless dataset has this number of windows. No run reads so many, and 64 bits can count them.
 _ENDLESS = 1 << 62
 # The least number of rows that packing fills at the same time. With fewer, rows stay emptier.
@@ -97,28 +97,47 @@ class ShiftedWindows(grain.MapDataset):
 
 
 def train_windows(
-    ids: np.ndarray, length: int, *, batch_size: int, seed: int, num_workers: int = 0
-) -> grain.IterDataset[Batch]:
-    """Returns endless batches of windows over one stream, in a new order in each epoch."""
+    ids: np.ndarray,
+    length: int,
+    *,
+    batch_size: int,
+    seed: int,
+    num_workers: int = 0,
+    file: TokenFile | None = None,
+) -> grain.IterDataset[Batch | RowsOnDisk]:
+    """Returns endless batches of windows over one stream, in a new order in each epoch.
+
+    Args:
+        ids: the stream.
+        length: T, the tokens of a row.
+        batch_size: the rows of a batch.
+        seed: the seed of the order.
+        num_workers: the number of processes that read.
+        file: the file that `ids` are mapped to, if rows shall stay there; None reads them.
+    """
     windows = ShiftedWindows(ids, length, seed)
     # `repeat()` has the greatest length that Python allows, and batches of one row would exceed it.
     endless = windows.shuffle(seed=_mixed(seed)).repeat(_ENDLESS // len(windows))
-    batches = endless.map(lambda ids: _row(ids, length)).batch(batch_size)
+    if file is not None:
+        return _on_disk(endless, length, batch_size, file)
+    batches = endless.map(lambda ids: row(ids, length)).batch(batch_size)
     if num_workers:
         return WorkerDataset(batches, num_workers)
-    return batches.to_iter_dataset(_SYNCHRONOUS)
+    return batches.to_iter_dataset(SYNCHRONOUS)
 
 
 def held_out_windows(
-    stream: TokenStream, length: int, *, batch_size: int
-) -> grain.IterDataset[Batch]:
+    stream: TokenStream, length: int, *, batch_size: int, file: TokenFile | None = None
+) -> grain.IterDataset[Batch | RowsOnDisk]:
     """Returns one pass over a stream, in windows whose targets do not overlap.
 
-    The last window is padded, with weight 0.
+    The last window is padded, with weight 0. `file` is as for `train_windows`.
     """
     windows = grain.MapDataset.source(Pieces(stream, length))
-    batches = windows.map(lambda ids: _row(ids, length)).batch(batch_size)
-    return batches.map(lambda rows: filled(rows, batch_size)).to_iter_dataset(_SYNCHRONOUS)
+    if file is not None:
+        return _on_disk(windows, length, batch_size, file)
+    batches = windows.map(lambda ids: row(ids, length)).batch(batch_size)
+    return batches.map(lambda rows: filled(rows, batch_size)).to_iter_dataset(SYNCHRONOUS)
 
 
 def train_packed(
@@ -144,7 +163,7 @@ def _pack(
 ) -> grain.IterDataset[Batch]:
     """Returns batches of pieces. Each piece goes whole into the first row that has room for it."""
     packed = grain.experimental.FirstFitPackIterDataset(
-        pieces.map(lambda ids: {"pairs": _pairs(ids)}).to_iter_dataset(_SYNCHRONOUS),
+        pieces.map(lambda ids: {"pairs": _pairs(ids)}).to_iter_dataset(SYNCHRONOUS),
         length_struct={"pairs": length},
         num_packing_bins=max(batch_size, _MIN_PACKING_BINS),
         shuffle_bins=shuffle_seed is not None,
@@ -173,6 +192,18 @@ def filled(batch: Batch, batch_size: int) -> Batch:
     }
 
 
+def _on_disk(
+    windows: grain.MapDataset[np.ndarray], length: int, batch_size: int, file: TokenFile
+) -> grain.IterDataset[RowsOnDisk]:
+    """Returns batches of rows that are not read yet. Missing rows of the last one are empty."""
+
+    def batch(rows: list[np.ndarray]) -> RowsOnDisk:
+        empty = [file.ids[:0]] * (batch_size - len(rows))
+        return RowsOnDisk([*rows, *empty], length, file.check)
+
+    return windows.batch(batch_size, batch_fn=batch).to_iter_dataset(SYNCHRONOUS)
+
+
 def _mixed(seed: int) -> int:
     """Returns a 32-bit seed that is far from those of neighboring seeds.
 
@@ -183,7 +214,7 @@ def _mixed(seed: int) -> int:
 
 def _pairs(ids: np.ndarray) -> np.ndarray:
     """Returns pairs of each token and the next one, (n, 2)."""
-    return np.stack([ids[:-1], ids[1:]], axis=-1).astype(np.int32)
+    return np.stack([ids[:-1], ids[1:]], axis=-1)
 
 
 def _packed_row(packed: dict[str, np.ndarray]) -> Batch:
@@ -196,17 +227,6 @@ def _packed_row(packed: dict[str, np.ndarray]) -> Batch:
     return {
         "inputs": packed["pairs"][:, 0],
         "targets": packed["pairs"][:, 1],
-        "weights": (segment_ids > 0).astype(np.float32),
+        "weights": (segment_ids > 0).astype(np.uint8),
         "segment_ids": segment_ids,
-    }
-
-
-def _row(ids: np.ndarray, length: int) -> Batch:
-    """Returns a row of one segment from at most T + 1 tokens, filled up with zeros of weight 0."""
-    pairs = np.zeros((length, 2), np.int32)
-    pairs[: len(ids) - 1] = _pairs(ids)
-    return {
-        "inputs": pairs[:, 0],
-        "targets": pairs[:, 1],
-        "weights": (np.arange(length) < len(ids) - 1).astype(np.float32),
     }

@@ -21,6 +21,7 @@ def attention_fn(
     planes: jax.Array,
     *,
     sharpness: jax.typing.ArrayLike = 1.0,
+    use_tanh: bool = True,
     is_causal: bool = False,
     normalization: str = "global",
     implementation: str | None = None,
@@ -38,6 +39,7 @@ def attention_fn(
       planes: ``(L, P, H)`` or ``(K, L, P, H)``, from `race_jax.init_planes`. With ``scale=H**-0.5``
         the gradients of queries and keys do not vanish.
       sharpness: beta > 0, a scalar or ``(K,)``.
+      use_tanh: whether hash projections go through tanh, as in the paper.
       is_causal: whether a token sees only itself and earlier tokens. A single call can ask for this
         too. It is ignored for one query with a mask, because this is how Flax decodes: the mask
         then selects the filled part of the cache.
@@ -119,6 +121,7 @@ def attention_fn(
             *(x.astype(dtype).reshape(batch, *x.shape[-3:]) for x in (query, key, value)),
             planes,
             sharpness=sharpness,
+            use_tanh=use_tanh,
             is_causal=(is_causal or causal_always) and not decoding,
             key_value_mask=_visible_keys(mask, key_value_seq_lengths, lead, key.shape[-3]),
             segment_ids=segment_ids,

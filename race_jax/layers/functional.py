@@ -130,6 +130,7 @@ def race_layer(
     named = (x_q, "query"), (x_k, "key")
     options = Options(
         sharpness=_sharpness(params, settings),
+        use_tanh=settings.use_tanh,
         is_causal=is_causal,
         log_decay=_log_decay(x_k, params, settings),
         key_value_mask=mask,

@@ -65,9 +65,11 @@ class LinearConfig:
                 "or 'xla'."
             )
 
-    def describe(self, batch: int, length: int, is_packed: bool) -> tuple[str, str]:
+    def describe(
+        self, batch: int, length: int, is_packed: bool, is_causal: bool = True
+    ) -> tuple[str, str]:
         """Returns the name of the method, and which implementation runs."""
-        del batch, length, is_packed
+        del batch, length, is_packed, is_causal
         return "linear", "implementation xla"
 
 

@@ -101,6 +101,7 @@ class RACEAttention(nnx.Module):
       sharpness: the initial beta, > 0.
       learn_sharpness: whether beta is trained, through its logarithm.
       shared_sharpness: whether the layer has one beta, instead of one per key/value head.
+      use_tanh: whether hash projections go through tanh before they are sharpened.
       forget_gate: how old tokens decay. None is the paper, without a gate. ``"fixed"`` is a
         constant per head, and ``"learned"`` is a trained constant per head. ``"data"`` is
         ``sigmoid(x w + b)``, a value per token and head. A gate needs causal calls.
@@ -187,6 +188,7 @@ class RACEAttention(nnx.Module):
         sharpness: float = 2.0,
         learn_sharpness: bool = True,
         shared_sharpness: bool = False,
+        use_tanh: bool = True,
         forget_gate: str | None = None,
         half_life: float | None = None,
         short_conv: bool = False,

@@ -28,6 +28,7 @@ PAPER = {
     "sharpness": 1.0,
     "learn_sharpness": True,
     "shared_sharpness": True,
+    "use_tanh": True,
     "normalize_qk": False,
     "forget_gate": None,
     "short_conv": False,
@@ -66,6 +67,7 @@ class RACEConfig:
         sharpness: the initial sharpness beta, positive.
         learn_sharpness: whether beta is trained, through its logarithm.
         shared_sharpness: whether the layer has one beta, instead of one per key/value head.
+        use_tanh: whether hash projections go through tanh before they are sharpened.
         forget_gate: how old tokens decay. None is not at all, "fixed" and "learned" are one
             constant per head, and "data" is a value per token and head. A gate needs a causal
             model.
@@ -116,6 +118,7 @@ class RACEConfig:
     sharpness: float = 2.0
     learn_sharpness: bool = True
     shared_sharpness: bool = False
+    use_tanh: bool = True
     forget_gate: str | None = None
     half_life: float | None = None
     short_conv: bool = False
@@ -217,8 +220,10 @@ class RACEConfig:
                 values[name] = jnp.dtype(values[name]).name
         return values
 
-    def describe(self, batch: int, length: int, is_packed: bool) -> tuple[str, str]:
-        """Returns which implementation a causal training step would run, and why."""
+    def describe(
+        self, batch: int, length: int, is_packed: bool, is_causal: bool = True
+    ) -> tuple[str, str]:
+        """Returns which implementation a training step would run, and why."""
         dtype = jnp.dtype(self.dtype or self.param_dtype)
 
         def array(*shape: int) -> jax.ShapeDtypeStruct:
@@ -230,7 +235,7 @@ class RACEConfig:
             array(*heads, self.head_dim),
             array(*heads, self.value_dim),
             array(self.num_tables, self.num_planes, self.head_dim),
-            is_causal=True,
+            is_causal=is_causal,
             log_decay=None if self.forget_gate is None else array(*heads),
             segment_ids=array(batch, length) if is_packed else None,
             normalization=self.normalization,

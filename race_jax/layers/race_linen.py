@@ -74,6 +74,7 @@ class RACEAttention(nn.Module):
       sharpness: the initial beta, > 0.
       learn_sharpness: whether beta is trained, through its logarithm.
       shared_sharpness: whether the layer has one beta, instead of one per key/value head.
+      use_tanh: whether hash projections go through tanh before they are sharpened.
       forget_gate: None, ``"fixed"``, ``"learned"`` or ``"data"``.
       half_life: the longest initial half-life of the gate, in tokens.
       short_conv: whether each token is mixed with the three tokens before it.
@@ -148,6 +149,7 @@ class RACEAttention(nn.Module):
     sharpness: float = 2.0
     learn_sharpness: bool = True
     shared_sharpness: bool = False
+    use_tanh: bool = True
     forget_gate: str | None = None
     half_life: float | None = None
     short_conv: bool = False

@@ -207,9 +207,11 @@ class SoftmaxConfig:
                 f"positions='rope' rotates pairs and needs an even head_dim; got {self.head_dim}."
             )
 
-    def describe(self, batch: int, length: int, is_packed: bool) -> tuple[str, str]:
+    def describe(
+        self, batch: int, length: int, is_packed: bool, is_causal: bool = True
+    ) -> tuple[str, str]:
         """Returns the name of the method, and which implementation runs."""
-        del batch, length, is_packed
+        del batch, length, is_packed, is_causal
         return "softmax", f"implementation {self.implementation or 'xla'}"
 
 

@@ -18,7 +18,7 @@ else: a row of packed documents may be cut anywhere.
 from race_jax.streaming.host import host_fold, host_value_and_grad
 from race_jax.streaming.memory import fold, value_and_grad
 from race_jax.streaming.segments import Segments
-from race_jax.streaming.step import ValueAndGrad
+from race_jax.streaming.step import ValueAndGrad, is_finite
 
 __all__ = [
     "Segments",
@@ -26,5 +26,6 @@ __all__ = [
     "fold",
     "host_fold",
     "host_value_and_grad",
+    "is_finite",
     "value_and_grad",
 ]

@@ -1,8 +1,8 @@
 """Streaming over a sequence in memory, as one compiled program.
 
-forward: a loop over groups of segments, which keeps the state before each group
+forward: a loop over groups of segments, which computes states only, and keeps those before groups
 backward: a loop over groups from the last; inside one, the states before its segments are
-computed again, then each segment is run once more and differentiated, from the last
+computed again, then each segment is run once more, summed and differentiated, from the last
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def value_and_grad(
     The gradient is exact: it is that of the whole sequence, through all states. Segments form
     groups. The states at the borders of groups are kept. In the backward pass the states inside one
     group are computed again, then every segment of the group is run once more and differentiated.
-    So ``f`` runs three times forward and once backward, and 2 sqrt(n) states are kept.
+    So ``f`` runs three times forward and once backward, and 2 sqrt(n) states are kept. All but the
+    last run are for the states: the compiler leaves out what only the sums need.
 
     Args:
       f: as in `fold`. ``sums`` is a scalar, or a tuple that starts with the scalar to
@@ -234,49 +235,55 @@ def _there_and_back(
     d_floats: list[jax.Array],
     grads: Running,
 ) -> tuple[Any, Running, list[jax.Array], Running]:
-    """The exact gradient: forward with states kept before each group, then backward."""
-    read = functools.partial(_read, f, params)
+    """The exact gradient: forward with states kept before each group, then backward.
+
+    The sums are taken in the backward pass. So what only they need is not computed before it.
+    """
     size = len(groups[0]) if groups else 0
 
     def bounds(k: jax.Array) -> tuple[jax.Array, jax.Array]:
         return k * size, jnp.minimum((k + 1) * size, cut.full)
 
+    def read(i: jax.Array, state: Any) -> Any:
+        return step.advance(f, params, state, cut[i])[0]
+
     def forward(k: jax.Array, carry: tuple) -> tuple:
-        kept, carry = carry
-        kept = _put(kept, k, carry[0])
-        return kept, jax.lax.fori_loop(*bounds(k), lambda i, carry: read(cut[i], carry), carry)
+        kept, state = carry
+        return _put(kept, k, state), jax.lax.fori_loop(*bounds(k), read, state)
+
+    def pull(state: Any, segment: Any, carry: tuple) -> tuple:
+        sums, d_floats, grads = carry
+        after, new, d_floats, grads = step.pull_back(f, params, state, segment, d_floats, grads)
+        return after, (step.add(sums, new), d_floats, grads)
 
     def backward(k: jax.Array, kept: Any, carry: tuple) -> tuple:
+        if size == 1:
+            return pull(_get(kept, k), cut[k], carry)[1]
         first, stop = bounds(k)
 
         def again(i: jax.Array, carry: tuple) -> tuple:
             inner, state = carry
-            state, _ = step.advance(f, params, state, cut[i])
+            state = read(i, state)
             return _put(inner, i + 1 - first, state), state
 
-        def pull(i: jax.Array, carry: tuple) -> tuple:
-            before = _get(inner, i - first)
-            return step.pull_back(f, params, before, cut[i], *carry)[2:]
+        def last(j: jax.Array, carry: tuple) -> tuple:
+            i = stop - 1 - j
+            return pull(_get(inner, i - first), cut[i], carry)[1]
 
         start = _get(kept, k)
         inner, _ = jax.lax.fori_loop(first, stop - 1, again, (_room(start, size), start))
-        return jax.lax.fori_loop(0, stop - first, lambda j, carry: pull(stop - 1 - j, carry), carry)
+        return jax.lax.fori_loop(0, stop - first, last, carry)
 
+    carry = sums, d_floats, grads
     if groups:
-        kept, (state, sums) = jax.lax.fori_loop(
-            0, len(groups), forward, (_room(state, len(groups)), (state, sums))
-        )
+        room = _room(state, len(groups))
+        kept, state = jax.lax.fori_loop(0, len(groups), forward, (room, state))
     if cut.rest:
-        state, new, d_floats, grads = step.pull_back(f, params, state, cut.last(), d_floats, grads)
-        sums = step.add(sums, new)
+        state, carry = pull(state, cut.last(), carry)
     if groups:
-        d_floats, grads = jax.lax.fori_loop(
-            0,
-            len(groups),
-            lambda j, carry: backward(len(groups) - 1 - j, kept, carry),
-            (d_floats, grads),
-        )
-    return state, sums, d_floats, grads
+        back = lambda j, carry: backward(len(groups) - 1 - j, kept, carry)  # noqa: E731
+        carry = jax.lax.fori_loop(0, len(groups), back, carry)
+    return state, *carry
 
 
 def _room(state: Any, count: int) -> Any:

@@ -58,6 +58,20 @@ def advance(f: Step, params: Any, state: Any, segment: Any) -> tuple[Any, Any]:
     return after, jax.tree.map(jnp.asarray, sums)
 
 
+def next_state(f: Step, params: Any, state: Any, segment: Any) -> tuple[Any, jax.Array]:
+    """Returns the state after a segment, and whether it is finite.
+
+    Its sums are not asked for, so the compiler leaves out what only they need.
+    """
+    after, _ = advance(f, params, state, segment)
+    return after, is_finite(after)
+
+
+def is_finite(state: Any) -> jax.Array:
+    """Returns whether all floating-point numbers of a state are finite."""
+    return jax.tree.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in floats(state)], True)
+
+
 def pull_back(
     f: Step, params: Any, state: Any, segment: Any, d_floats: list[jax.Array] | None, grads: Running
 ) -> tuple[Any, Any, list[jax.Array], Running]:

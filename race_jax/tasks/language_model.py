@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from race_jax.data.text import Data, HeldOut, build_data
@@ -61,7 +62,12 @@ class LanguageModel(Task):
 
     def __init__(self, config):
         self._options, self._seed = config.task_config(), config.run.seed
-        self._data = build_data(config.data, batch_size=config.run.batch_size, seed=self._seed)
+        self._data = build_data(
+            config.data,
+            batch_size=config.run.batch_size,
+            seed=self._seed,
+            on_disk=config.reads_from_disk(),
+        )
         self._prompt = prompt_ids(self._options, self._data)
         self._splits = {"valid": self._data.valid}
         if self._data.test is not None:
@@ -88,13 +94,14 @@ class LanguageModel(Task):
     def loss_sums(model, batch, rngs):
         """Computes the nats of the next tokens, and their number."""
         hidden = model.hidden(
-            batch["inputs"],
+            batch["inputs"].astype(jnp.int32),
             segment_ids=batch.get("segment_ids"),
             deterministic=rngs is None,
             rngs=rngs,
         )
         table = model.embedding[...]
-        return chunked_cross_entropy(hidden, table, batch["targets"], batch["weights"])
+        targets = batch["targets"].astype(jnp.int32)
+        return chunked_cross_entropy(hidden, table, targets, batch["weights"])
 
     @staticmethod
     def init_state(model, batch):
@@ -105,14 +112,15 @@ class LanguageModel(Task):
     def segment_sums(model, segment, state, rngs):
         """Computes the nats of the next tokens of one segment, and their number."""
         hidden, state = model.hidden(
-            segment["inputs"],
+            segment["inputs"].astype(jnp.int32),
             segment_ids=segment.get("segment_ids"),
             state=state,
             deterministic=rngs is None,
             rngs=rngs,
         )
         table = model.embedding[...]
-        return state, chunked_cross_entropy(hidden, table, segment["targets"], segment["weights"])
+        targets = segment["targets"].astype(jnp.int32)
+        return state, chunked_cross_entropy(hidden, table, targets, segment["weights"])
 
     @classmethod
     def loss_text(cls, loss):

@@ -5,11 +5,15 @@ import dataclasses
 from race_jax.records import one_of
 from race_jax.tasks.copy import Copy
 from race_jax.tasks.language_model import LanguageModel
+from race_jax.tasks.masked_lm import MaskedLM
 from race_jax.tasks.task import Task
+from race_jax.tasks.text_classification import TextClassification
 
 TASKS: dict[str, type[Task]] = {
     "language_model": LanguageModel,
     "copy": Copy,
+    "masked_lm": MaskedLM,
+    "text_classification": TextClassification,
 }
 DEFAULT = "language_model"
 

@@ -36,7 +36,8 @@ class OptimizerConfig:
             another, to save memory.
         segment_length: tokens that are read at a time, for sequences that are too long for the
             memory. The state of the model is carried from segment to segment, and the gradient is
-            exact. None reads sequences whole.
+            exact. With data.source="tokens" segments come from the disk. None reads sequences
+            whole.
         truncate_gradient: whether the gradient stops at the borders of segments. This is faster,
             and not exact.
     """
@@ -228,6 +229,10 @@ class Config:
         """Returns the record of the chosen task."""
         return getattr(self, self.task)
 
+    def reads_from_disk(self) -> bool:
+        """Whether sequences are read from a token file, segment by segment, and not held whole."""
+        return self.data.source == "tokens" and self.optimizer.segment_length is not None
+
     def _validate_stretches(self) -> None:
         """Checks what a mesh needs whose axis "seq" splits the sequences."""
         seq, length = self.mesh.seq, self.data.sequence_length
@@ -242,6 +247,11 @@ class Config:
                 f"config.optimizer.segment_length must be a multiple of config.mesh.seq {seq} and "
                 f"divide config.data.sequence_length {length}, got {segment}"
             )
+        if not registry.task_named(self.task).splits_sequences:
+            raise ValueError(
+                f"config.mesh.seq must be 1 with config.task={self.task!r}, whose loss needs whole "
+                f"sequences; got {seq}. Share the sequences of a batch by config.mesh.data instead"
+            )
         if not splits_sequences(self.model.attention):
             raise ValueError(
                 f"config.mesh.seq must be 1 with config.model.attention={self.model.attention!r}, "
@@ -253,12 +263,25 @@ class Config:
                 f"{self.model.positions!r}"
             )
 
+    def _validate_direction(self) -> None:
+        """Checks that a model that sees later tokens has no gate, which works in one direction."""
+        name = self.model.attention
+        gate = getattr(self.model.attention_config(), "forget_gate", None)
+        if gate is not None and not registry.task_named(self.task).is_causal:
+            raise ValueError(
+                f"config.model.{name}.forget_gate must be none with config.task={self.task!r}, "
+                f"whose model reads in both directions; got {gate!r}"
+            )
+
     def _validate_together(self) -> None:
+        self._validate_direction()
         run, parts = self.run, self.optimizer.accumulation_steps
-        if run.batch_size * self.data.sequence_length >= 2**31:
+        if run.batch_size * self.data.sequence_length >= 2**31 and not self.reads_from_disk():
             raise ValueError(
                 "config.run.batch_size times config.data.sequence_length must be < 2**31, "
-                f"got {run.batch_size} x {self.data.sequence_length}"
+                f"got {run.batch_size} x {self.data.sequence_length}; longer sequences are read "
+                'from a token file with config.data.source="tokens" and '
+                "config.optimizer.segment_length"
             )
         if run.batch_size % parts:
             raise ValueError(

@@ -19,7 +19,6 @@ DATA, SEQ, FSDP = AXES = ("data", "seq", "fsdp")
 SHARES = (DATA, FSDP)  # the axes that share the sequences of a batch
 # Parameters with fewer numbers are kept whole on every device.
 LEAST_SHARDED = 2**12
-BATCH = P(SHARES, SEQ)  # arrays (B, T, ...)
 WHOLE = P()  # arrays that every device holds whole
 
 
@@ -91,9 +90,17 @@ def on_every_device(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, WHOLE)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of the arrays (B, T, ...) of a batch."""
-    return NamedSharding(mesh, BATCH)
+def batch_spec(x: Any) -> P:
+    """Returns how an array (B, T, ...) or (B,) of a batch is spread over the devices."""
+    return P(SHARES, SEQ) if len(x.shape) > 1 else P(SHARES)
+
+
+def batch_shapes(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes, dtypes and shardings of the arrays of a batch."""
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, batch_spec(x)))
+        for name, x in batch.items()
+    }
 
 
 def parameter_specs(parameters: Any, mesh: Mesh) -> Any:
@@ -129,7 +136,7 @@ def put_parameters(mesh: Mesh, parameters: Any) -> Any:
 def put_batch(
     mesh: Mesh, batch: dict[str, Any], stretch: int | None = None
 ) -> dict[str, jax.Array]:
-    """Spreads a batch of host arrays (B, T, ...) over the devices.
+    """Spreads a batch of host arrays (B, T, ...) or (B,) over the devices.
 
     If sequences are read segment by segment, every device of the axis "seq" gets its stretch of
     every segment, one after the other.
@@ -148,7 +155,8 @@ def put_batch(
             return np.moveaxis(parts, 2, 1).reshape(x.shape)
 
         batch = jax.tree.map(by_device, batch)
-    return jax.device_put(batch, batch_sharding(mesh))
+    place = lambda x: jax.device_put(x, NamedSharding(mesh, batch_spec(x)))  # noqa: E731
+    return jax.tree.map(place, batch)
 
 
 def gather(parameters: Any, specs: Any) -> Any:
@@ -188,21 +196,34 @@ def sum_over_devices(
     Source: beyond the paper.
     """
 
-    def add(spec: P, results: Any) -> Any:
-        axes = tuple(name for name in AXES if name not in spec)
-        return jax.lax.psum(per_device(results), axes)
-
     def on_device(batch, *others):
-        results = function(batch, *per_device(others))
-        return jax.tree.map(add, out_specs, results, is_leaf=lambda x: isinstance(x, P))
+        return add_over_axes(out_specs, function(batch, *per_device(others)))
 
-    return jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(BATCH, *specs),
-        out_specs=out_specs,
-        check_vma=checks_devices(mesh),
-    )
+    def run(batch, *others):
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(jax.tree.map(batch_spec, batch), *specs),
+            out_specs=out_specs,
+            check_vma=checks_devices(mesh),
+        )(batch, *others)
+
+    return run
+
+
+def add_over_axes(specs: Any, values: Any) -> Any:
+    """Adds values of the devices, inside `jax.shard_map`, over all axes that a spec does not name.
+
+    Args:
+        specs: a pytree of `PartitionSpec`, one for each value or for a part of the tree of values.
+        values: what every device has.
+    """
+
+    def add(spec: P, part: Any) -> Any:
+        names = [name for entry in spec for name in (entry if type(entry) is tuple else [entry])]
+        return jax.lax.psum(per_device(part), tuple(name for name in AXES if name not in names))
+
+    return jax.tree.map(add, specs, values, is_leaf=lambda x: isinstance(x, P))
 
 
 def per_device(values: Any) -> Any:

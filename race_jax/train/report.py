@@ -33,7 +33,7 @@ def start_lines(
     """
     run, model = config.run, config.model
     device = mesh.devices.flat[0]
-    attention, reason = _attention(config, mesh)
+    attention, reason = _attention(config, mesh, task.is_causal)
     parts = config.optimizer.accumulation_steps
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     facts = {
@@ -85,13 +85,13 @@ def end_lines(task: Task, final: Record, test: Record | None) -> list[str]:
     return [f"{name:10} {text}" for name, text in facts.items()]
 
 
-def _attention(config: Config, mesh: Mesh) -> tuple[str, str]:
+def _attention(config: Config, mesh: Mesh, is_causal: bool) -> tuple[str, str]:
     """Returns the name of the attention, and which implementation runs it and why."""
     shares = mesh.size // mesh.shape[SEQ]
     batch = config.run.batch_size // config.optimizer.accumulation_steps // shares
     is_packed = config.data.packing != "contiguous"
     return config.model.attention_config().describe(
-        batch, config.data.sequence_length // mesh.shape[SEQ], is_packed
+        batch, config.data.sequence_length // mesh.shape[SEQ], is_packed, is_causal
     )
 
 

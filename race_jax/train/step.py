@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from race_jax import streaming
 from race_jax.tasks.task import Task
@@ -31,8 +32,8 @@ from race_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
 
-
-MOST_STATES = 2**29  # bytes of states that a device keeps at the borders of segments
+NO_SEGMENT = 2**31 - 1
+MOST_STATES = 2**31  # bytes of states that a device keeps at the borders of segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +83,9 @@ def make_train_step(
 
     Returns:
         The step. It takes the run's own key. Dropout uses that key folded with step, device and
-        part. The metrics are the float32 scalars loss, grad_norm, learning_rate and weight, and the
-        bool finite, which is False if the loss or the gradient is not finite.
+        part. The metrics are the float32 scalars loss, grad_norm, learning_rate and weight, the
+        bool finite, which is False if the loss or the gradient is not finite, and the int32
+        bad_segment: the first segment after which the state is not finite, or NO_SEGMENT.
 
     Source: beyond the paper.
     """
@@ -93,31 +95,58 @@ def make_train_step(
 
         def device_sums(batch, params, fixed, key):
             key = jax.random.fold_in(key, jax.lax.axis_index(AXES))
-            model = functools.partial(_whole_model, graph, fixed, specs, mesh)
+            model = functools.partial(whole_model, graph, fixed, specs, mesh)
             return _accumulate(task, model, params, batch, key, accumulation_steps, segments)
 
         batch_sums = sum_over_devices(
             device_sums,
             mesh,
             specs=(specs, WHOLE, WHOLE),
-            out_specs=(WHOLE, WHOLE, specs),
+            out_specs=((WHOLE, WHOLE, specs), P(AXES)),
         )
         key = jax.random.fold_in(key, state.step)
-        total, weight, grads = batch_sums(batch, state.params, state.fixed, key)
-        grads = jax.tree.map(lambda grad: grad / jnp.maximum(weight, 1e-30), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        loss, grad_norm = total / weight, optax.tree.norm(grads)
-        metrics = {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "learning_rate": schedule(state.step),
-            "weight": weight,
-            "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
-        }
-        return TrainState(params, state.fixed, opt_state, state.step + 1), metrics
+        sums, bad = batch_sums(batch, state.params, state.fixed, key)
+        return updated(state, optimizer, schedule, *sums, bad.min())
 
     return jax.jit(step, donate_argnums=0)
+
+
+def updated(
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    total: jax.Array,
+    weight: jax.Array,
+    grads: Any,
+    bad_segment: jax.typing.ArrayLike = NO_SEGMENT,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Takes one step of the optimizer, from sums over the whole batch.
+
+    Args:
+        state: the state before the step.
+        optimizer: as for `make_train_step`.
+        schedule: as for `make_train_step`.
+        total: the sum of all losses.
+        weight: the sum of all weights.
+        grads: the gradient of `total`.
+        bad_segment: one of the metrics.
+
+    Returns:
+        The state after the step and the metrics that `make_train_step` describes.
+    """
+    grads = jax.tree.map(lambda grad: grad / jnp.maximum(weight, 1e-30), grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    loss, grad_norm = total / weight, optax.tree.norm(grads)
+    metrics = {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "learning_rate": schedule(state.step),
+        "weight": weight,
+        "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
+        "bad_segment": jnp.int32(bad_segment),
+    }
+    return TrainState(params, state.fixed, opt_state, state.step + 1), metrics
 
 
 def make_eval_step(
@@ -141,11 +170,11 @@ def make_eval_step(
         specs = parameter_specs(params, mesh)
 
         def device_sums(batch, params, fixed):
-            model = functools.partial(_whole_model, graph, fixed, specs, mesh)
+            model = functools.partial(whole_model, graph, fixed, specs, mesh)
             if segments is None:
                 return task.score_sums(model(params), batch)
-            run = streaming.fold(_segment_sums(task, model), segment_length=segments.length)
-            _, (loss, weight) = run(params, _before(task, model, params, batch), batch)
+            run = streaming.fold(segment_sums_of(task, model), segment_length=segments.length)
+            _, (loss, weight) = run(params, state_before(task, model, params, batch), batch)
             return {"loss": loss, "weight": weight}
 
         batch_sums = sum_over_devices(device_sums, mesh, specs=(specs, WHOLE), out_specs=WHOLE)
@@ -154,15 +183,20 @@ def make_eval_step(
     return jax.jit(score)
 
 
-def _whole_model(graph, fixed, specs, mesh, params) -> nnx.Module:
+def whole_model(
+    graph: nnx.GraphDef, fixed: nnx.State, specs: Any, mesh: Mesh, params: nnx.State
+) -> nnx.Module:
     """Returns the model, from the parameters that this device holds."""
     return split_sequences(nnx.merge(graph, gather(params, specs), fixed), mesh)
 
 
 def _accumulate(
     task, model, params, batch, key, parts: int, segments: Segments | None
-) -> tuple[Any, Any, Any]:
-    """Returns the sums of losses, weights and gradients over the parts of one device's share."""
+) -> tuple[tuple[Any, Any, Any], jax.Array]:
+    """Returns the sums over the parts of one device's share, and the first bad segment, (1,).
+
+    The sums are those of losses, weights and gradients.
+    """
 
     def part_sums(part, index):
         part_key = jax.random.fold_in(key, index)
@@ -173,49 +207,70 @@ def _accumulate(
             return task.loss_sums(model(params), part, nnx.Rngs(dropout=part_key))
 
         (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return per_device((total, weight, grads))
+        return per_device(((total, weight, grads), jnp.full(1, NO_SEGMENT, jnp.int32)))
 
     if parts == 1:
         return part_sums(batch, 0)
     shares = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-    zeros = per_device((jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)))
+    zeros = jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    zeros = per_device((zeros, jnp.full(1, NO_SEGMENT, jnp.int32)))
 
-    def add(sums, share):
-        return jax.tree.map(jnp.add, sums, part_sums(*share)), None
+    def add(before, share):
+        (sums, bad), (part, part_bad) = before, part_sums(*share)
+        return (jax.tree.map(jnp.add, sums, part), jnp.minimum(bad, part_bad)), None
 
     return jax.lax.scan(add, zeros, (shares, jnp.arange(parts)))[0]
 
 
-def _streamed(task, model, params, batch, key, segments: Segments) -> tuple[Any, Any, Any]:
-    """Returns the same sums for one part, whose sequences are read segment by segment."""
-    before = _before(task, model, params, batch)
+def _streamed(task, model, params, batch, key, segments: Segments) -> tuple[Any, jax.Array]:
+    """Returns the same for one part, whose sequences are read segment by segment."""
+    before = state_before(task, model, params, batch)
     count = -(-jax.tree.leaves(batch)[0].shape[1] // segments.length)
-    all_states = count * sum(x.nbytes for x in jax.tree.leaves(before))
     run = streaming.value_and_grad(
-        _segment_sums(task, model, key, segments.report),
+        segment_sums_of(task, model, key, segments.report),
         segment_length=segments.length,
         truncated=segments.truncated,
-        # If the states at all borders fit, one pass over the segments is saved.
-        group_size=1 if all_states <= MOST_STATES else None,
+        group_size=group_size(count, sum(x.nbytes for x in jax.tree.leaves(before))),
     )
     found = run(params, before, batch)
-    return *found.sums, found.d_params
+    return (*found.sums, found.d_params), found.state[1][None]
 
 
-def _before(task, model, params, batch) -> tuple[jax.Array, Any]:
-    """Returns what `_segment_sums` carries: the number of segments read, and the task's state."""
-    return per_device((jnp.zeros((), jnp.int32), task.init_state(model(params), batch)))
+def group_size(segments: int, state_bytes: int) -> int | None:
+    """Returns how many segments form a group, of whose states only the first is kept.
+
+    If the states at all borders fit, one pass over the segments is saved.
+    """
+    return 1 if segments * state_bytes <= MOST_STATES else None
 
 
-def _segment_sums(task, model, key=None, report=None) -> Callable:
+def state_before(
+    task: type[Task], model: Callable[[Any], nnx.Module], params: Any, batch: Batch
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Returns what `segment_sums_of` carries.
+
+    These are the number of segments read, the first one after which the state was not finite, and
+    the task's state.
+    """
+    carry = jnp.int32(0), jnp.int32(NO_SEGMENT), task.init_state(model(params), batch)
+    return per_device(carry)
+
+
+def segment_sums_of(
+    task: type[Task],
+    model: Callable[[Any], nnx.Module],
+    key: jax.Array | None = None,
+    report: Callable[[], None] | None = None,
+) -> Callable:
     """Returns the function of one segment; `key` is that of dropout, or None for no dropout."""
 
     def sums(params, carry, segment):
-        count, state = carry
+        count, bad, state = carry
         if report is not None:
             jax.debug.callback(report)
         rngs = None if key is None else nnx.Rngs(dropout=jax.random.fold_in(key, count))
         state, (loss, weight) = task.segment_sums(model(params), segment, state, rngs)
-        return per_device((count + 1, state)), per_device((loss, weight))
+        bad = jnp.where(streaming.is_finite(state), bad, jnp.minimum(bad, count))
+        return per_device((count + 1, bad, state)), per_device((loss, weight))
 
     return sums

@@ -6,21 +6,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 
+from race_jax.data.rows import RowsOnDisk
 from race_jax.data.workers import read_ahead
 from race_jax.tasks.task import Task
 from race_jax.train import report
 from race_jax.train.checkpoint import Checkpoints, checkpoint_folder
 from race_jax.train.config import Config
 from race_jax.train.console import decorate, say
+from race_jax.train.disk_step import DiskStep, make_disk_eval_step
 from race_jax.train.files import check_space, claim
 from race_jax.train.mesh import (
     SEQ,
-    batch_sharding,
+    batch_shapes,
     make_mesh,
     on_every_device,
     put_batch,
@@ -30,7 +34,16 @@ from race_jax.train.optimizer import make_optimizer, make_schedule
 from race_jax.train.plot import plot_losses
 from race_jax.train.progress import Progress
 from race_jax.train.state import init_state
-from race_jax.train.step import Segments, make_eval_step, make_train_step
+from race_jax.train.step import (
+    NO_SEGMENT,
+    EvalStep,
+    Segments,
+    TrainStep,
+    make_eval_step,
+    make_train_step,
+)
+
+MOST_AHEAD = 2**28  # bytes of a batch that is moved to the devices before it is needed
 
 
 class Trainer:
@@ -78,8 +91,10 @@ class Trainer:
             opened.callback(self._log.close)
             self._pending: list[tuple[int, dict[str, jax.Array]]] = []
             self._key = jax.device_put(jax.random.key(config.run.seed), on_every_device(self._mesh))
-            self._eval_step = make_eval_step(type(task), self._graph, self._mesh, self._segments)
-            self._train_step = self._compile(optimizer)
+            self._eval_step = self._make_eval_step()
+            self._train_step = self._make_step(optimizer)
+            self._programs: dict[tuple, jax.stages.Compiled] = {}
+            self._compile()
             self._progress = Progress(
                 self.step,
                 config.run.steps,
@@ -110,8 +125,14 @@ class Trainer:
         if self._pending:
             # At most one step is in flight. A request to stop would have to wait for more of them.
             jax.block_until_ready(self._pending[-1][1])
-        batch = next(self._batches)  # already on the devices
-        self._state, metrics = self._train_step(self._state, batch, self._key)
+        batch = self._on_devices(next(self._batches))
+        try:
+            self._state, metrics = self._program(batch)(self._state, batch, self._key)
+        except FloatingPointError as error:
+            self.log()
+            raise FloatingPointError(
+                f"{error}. This was in step {self.step + 1}; {self._advice()}"
+            ) from None
         self.step += 1
         self._pending.append((self.step, metrics))
 
@@ -224,34 +245,47 @@ class Trainer:
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
             check_space(self._directory, size * more)
 
-    def _compile(self, optimizer) -> jax.stages.Compiled:
-        """Prints a description of the run, and then compiles the training step."""
+    def _make_step(self, optimizer: optax.GradientTransformation) -> TrainStep | DiskStep:
+        schedule = make_schedule(self._config.optimizer, self._config.run.steps)
+        parts = self._config.optimizer.accumulation_steps
+        makes = type(self._task), self._graph, optimizer, schedule, self._mesh
+        if self._config.reads_from_disk():
+            return DiskStep(*makes, self._state.params, self._task.batch, self._segments, parts)
+        return make_train_step(*makes, accumulation_steps=parts, segments=self._segments)
+
+    def _make_eval_step(self) -> EvalStep:
+        makes = type(self._task), self._graph, self._mesh
+        if self._config.reads_from_disk():
+            return make_disk_eval_step(*makes, self._state.params, self._task.batch, self._segments)
+        return make_eval_step(*makes, self._segments)
+
+    def _program(self, batch: dict[str, Any] | RowsOnDisk) -> jax.stages.Compiled | DiskStep:
+        """Returns the training step for batches of this shape. It is compiled when first needed."""
+        if isinstance(self._train_step, DiskStep):
+            return self._train_step
+        shapes = tuple(sorted((name, x.shape) for name, x in batch.items()))
+        if shapes not in self._programs:
+            arrays = batch_shapes(self._mesh, batch)
+            lowered = self._train_step.lower(self._state, arrays, self._key)
+            self._programs[shapes] = lowered.compile()
+        return self._programs[shapes]
+
+    def _compile(self) -> None:
+        """Prints a description of the run, and compiles the step for the largest batches."""
         lines = report.start_lines(
             self._config, self._task, self._mesh, self._state, self._directory
         )
         if self.step:
             lines.append(f"{'resuming':10} after step {self.step}")
         say("\n".join(lines))
-        step = make_train_step(
-            type(self._task),
-            self._graph,
-            optimizer,
-            make_schedule(self._config.optimizer, self._config.run.steps),
-            self._mesh,
-            accumulation_steps=self._config.optimizer.accumulation_steps,
-            segments=self._segments,
-        )
-        spread = batch_sharding(self._mesh)
-        batch = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread)
-            for name, x in self._task.batch.items()
-        }
         start = time.monotonic()
-        compiled = step.lower(self._state, batch, self._key).compile()
+        if isinstance(self._train_step, DiskStep):
+            compiled = self._train_step.compile(self._state, self._key)
+        else:
+            compiled = self._program(self._task.batch)
         seconds = time.monotonic() - start
         cache = self._config.run.compilation_cache
         say("\n".join(report.compiled_lines(compiled, seconds, cache)))
-        return compiled
 
     def _make_segments(self) -> Segments | None:
         """Returns how sequences are read, or None if they are read whole."""
@@ -281,10 +315,22 @@ class Trainer:
         if options.segment_length is None:
             return 0
         segments = -(-length // options.segment_length) * options.accumulation_steps
-        return segments * self._mesh.size * (1 if options.truncate_gradient else 2)
+        reports = 1 if self._config.reads_from_disk() else self._mesh.size
+        return segments * reports * (1 if options.truncate_gradient else 2)
 
-    def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Moves a batch to the devices."""
+    def _place(
+        self, batch: dict[str, np.ndarray] | RowsOnDisk
+    ) -> dict[str, np.ndarray] | dict[str, jax.Array] | RowsOnDisk:
+        """Moves a batch to the devices before it is needed, unless that would take much memory."""
+        is_large = isinstance(batch, dict) and sum(x.nbytes for x in batch.values()) > MOST_AHEAD
+        return batch if is_large else self._on_devices(batch)
+
+    def _on_devices(
+        self, batch: dict[str, np.ndarray] | dict[str, jax.Array] | RowsOnDisk
+    ) -> dict[str, jax.Array] | RowsOnDisk:
+        """Moves a batch to the devices, unless it is there, or is read from the disk."""
+        if isinstance(batch, RowsOnDisk) or isinstance(next(iter(batch.values())), jax.Array):
+            return batch
         return put_batch(self._mesh, batch, self._segments and self._segments.length)
 
     def _score(
@@ -304,6 +350,7 @@ class Trainer:
             for batch in itertools.islice(batches, limit):
                 if stop():
                     return None
+                batch = self._on_devices(batch)
                 sums = self._eval_step(self._state.params, self._state.fixed, batch)
                 for name, value in jax.device_get(sums).items():
                     totals[name] = totals.get(name, 0.0) + float(value)
@@ -313,17 +360,27 @@ class Trainer:
         return record
 
     def _not_finite(self, step: int, value: dict[str, np.ndarray]) -> str:
+        segment = int(value["bad_segment"])
+        where = "" if segment == NO_SEGMENT else f", from segment {segment} (counted from 0) on"
+        return (
+            f"loss {value['loss']} and gradient norm {value['grad_norm']} are not both finite at "
+            f"step {step}{where}; {self._advice()}"
+        )
+
+    def _advice(self) -> str:
         saved = self._checkpoints.steps()
         stands = f"the checkpoint of step {saved[-1]} is kept" if saved else "nothing was saved yet"
         return (
-            f"loss {value['loss']} and gradient norm {value['grad_norm']} are not both finite at "
-            f"step {step}; {stands}; try a lower --config.optimizer.learning_rate, a longer "
-            "warm-up, or a smaller clip_norm"
+            f"{stands}; try a lower --config.optimizer.learning_rate, a longer warm-up, or a "
+            "smaller clip_norm"
         )
+
+
+FLAGS = ("finite", "bad_segment")  # metrics that are not written
 
 
 def _train_record(step: int, values: dict[str, np.ndarray], weight_name: str) -> Record:
     """Returns the record of one step, in which the weight has the name that the task gives it."""
-    numbers = {name: float(value) for name, value in values.items() if name != "finite"}
+    numbers = {name: float(value) for name, value in values.items() if name not in FLAGS}
     numbers[weight_name] = numbers.pop("weight")
     return {"kind": "train", "step": step, **numbers}

@@ -12,9 +12,9 @@ from race_jax.data.workers import read_ahead
 
 T = 8
 DTYPES = {
-    "inputs": np.int32,
-    "targets": np.int32,
-    "weights": np.float32,
+    "inputs": np.uint8,
+    "targets": np.uint8,
+    "weights": np.uint8,
 }
 
 
@@ -186,7 +186,7 @@ class TestPacked:
             for ids, weights in zip(batch["segment_ids"], batch["weights"], strict=True):
                 runs = 1 + np.count_nonzero(np.diff(ids))
                 assert runs == len(np.unique(ids))
-                assert (np.diff(weights) <= 0).all()  # padding only at the tail
+                assert (np.diff(weights.astype(int)) <= 0).all()  # padding only at the tail
 
     def test_empty_places_have_the_segment_0(self, make_data, rng):
         data = make_data(some_documents(rng, 50, 5), packing="packed")

@@ -8,25 +8,38 @@ import jax
 import numpy as np
 import pytest
 
+from race_jax.data.rows import RowsOnDisk
 from race_jax.tasks.language_model import LanguageModel
+from race_jax.tasks.task import shapes_of
 from race_jax.train import mesh
+from race_jax.train.disk_step import DiskStep, make_disk_eval_step
 from race_jax.train.loop import train
 from race_jax.train.mesh import put_batch
 from race_jax.train.metrics import read_records
 from race_jax.train.optimizer import make_schedule
 from race_jax.train.step import Segments, make_eval_step, make_train_step
 from race_jax.train.trainer import Trainer
-from tests.train.small import small_config, small_parts
+from tests.train.small import small_batch, small_config, small_parts
 
-# Sizes of the axes, and the length of segments of the sequences of 24 tokens.
+# Sizes of the axes, the length of segments of the sequences of 24 tokens, and whether rows are
+# read from the disk.
 MESHES = {
-    "seq": ((1, 4, 1), None),
-    "data x seq x fsdp": ((2, 2, 2), None),
-    "streamed, data x seq x fsdp": ((2, 2, 2), 8),
+    "seq": ((1, 4, 1), None, False),
+    "data x seq x fsdp": ((2, 2, 2), None, False),
+    "streamed, data x seq x fsdp": ((2, 2, 2), 8, False),
+    "from the disk, data x seq x fsdp": ((2, 2, 2), 8, True),
 }
 
 
-def run_steps(sizes, segment_length=None, steps=3):
+def on_disk():
+    """The tokens of `small_batch` that have weight, as rows on the disk."""
+    batch = small_batch()
+    rows = np.concatenate([batch["inputs"], batch["targets"][:, -1:]], axis=1)
+    counts = batch["weights"].sum(1).astype(int)
+    return RowsOnDisk([ids[: n + 1] for ids, n in zip(rows, counts, strict=True)], 24)
+
+
+def run_steps(sizes, segment_length=None, from_disk=False, steps=3):
     """The metrics of a few steps and of an evaluation, and the parameters after them."""
     config = small_config()
     config.run.batch_size = 4
@@ -40,15 +53,21 @@ def run_steps(sizes, segment_length=None, steps=3):
         segments = Segments(segment_length // sizes[1])
         batch = put_batch(devices, jax.device_get(batch), segments.length)
     schedule = make_schedule(config.optimizer, config.run.steps)
-    step = make_train_step(LanguageModel, graph, optimizer, schedule, devices, segments=segments)
+    makes = LanguageModel, graph, optimizer, schedule, devices
+    if from_disk:
+        batch = on_disk()
+        about = state.params, shapes_of(batch), segments
+        step = DiskStep(*makes, *about)
+        evaluate = make_disk_eval_step(LanguageModel, graph, devices, *about)
+    else:
+        step = make_train_step(*makes, segments=segments)
+        evaluate = make_eval_step(LanguageModel, graph, devices, segments)
     metrics = []
     for _ in range(steps):
         state, measured = step(state, batch, jax.random.key(0))
         metrics.append(jax.device_get(measured))
-    scores = make_eval_step(LanguageModel, graph, devices, segments)(
-        state.params, state.fixed, batch
-    )
-    return metrics, jax.device_get(scores), state
+    scores = evaluate(state.params, state.fixed, batch)
+    return metrics, jax.tree.map(np.float32, jax.device_get(scores)), state
 
 
 @functools.cache
@@ -70,12 +89,14 @@ def test_steps_are_those_of_one_device(name, monkeypatch, assert_close):
     assert bool(spread) == (MESHES[name][0][2] > 1)
 
 
-@pytest.mark.parametrize("segment_length", [None, 8])
-def test_steps_without_the_check_of_devices_are_the_same(segment_length, monkeypatch, assert_close):
+@pytest.mark.parametrize(("segment_length", "from_disk"), [(None, False), (8, False), (8, True)])
+def test_steps_without_the_check_of_devices_are_the_same(
+    segment_length, from_disk, monkeypatch, assert_close
+):
     """On GPUs the trainer turns JAX's check off, which changes how JAX differentiates sums."""
     monkeypatch.setattr(mesh, "LEAST_SHARDED", 64)
     monkeypatch.setattr(mesh, "checks_devices", lambda mesh: False)
-    metrics, scores, state = run_steps((2, 2, 2), segment_length)
+    metrics, scores, state = run_steps((2, 2, 2), segment_length, from_disk)
     wanted, wanted_scores, one = one_device()
     got, want = jax.device_get((state.opt_state, one.opt_state))
     assert_close("metrics", metrics, wanted, kind="gradients")

@@ -55,6 +55,7 @@ class Case(NamedTuple):
     # cotangents have a mean, and the buckets of the state and of its adjoint hardly differ.
     around: int = 0
     means: tuple[float, float] = (0.0, 0.0)  # added to every value, and to every cotangent of o
+    use_tanh: bool = True
 
 
 def draw(case: Case) -> tuple[dict[str, Any], list[Any]]:
@@ -110,11 +111,14 @@ def programs(case: Case) -> Blocks:
     return choose_blocks(features, padded(case.value_dim), itemsize, gate=case.gate)
 
 
-def features(z, sharpness):
+def features(z, sharpness, use_tanh):
     """Returns φ (B, T, heads, L·R), by the softmax over corners."""
     planes = z.shape[-1]
     corners = jnp.asarray(list(itertools.product((-1.0, 1.0), repeat=planes)), z.dtype)
-    logits = jnp.einsum("bthlp,rp->bthlr", jnp.tanh(z), corners) * sharpness[:, None, None]
+    logits = (
+        jnp.einsum("bthlp,rp->bthlr", jnp.tanh(z) if use_tanh else z, corners)
+        * sharpness[:, None, None]
+    )
     return jax.nn.softmax(logits, axis=-1).reshape(*z.shape[:3], -1)
 
 
@@ -123,14 +127,14 @@ def _read(numerator, denominator, allowed=True):
     return jnp.where(seen[..., None], numerator / jnp.where(seen, denominator, 1)[..., None], 0)
 
 
-def causal(given: dict[str, Any]) -> tuple:
+def causal(given: dict[str, Any], use_tanh: bool = True) -> tuple:
     """Returns outputs, the final numerator and the final mass, from all pairs of tokens."""
     mask, segments = given["key_value_mask"], given["segment_ids"]
     batch, length, kv_heads = given["zk"].shape[:3]
     group = given["zq"].shape[2] // kv_heads
     by_query = lambda x, axis=2: jnp.repeat(x, group, axis)  # noqa: E731
-    phi_q = features(given["zq"], by_query(given["sharpness"], 0))
-    phi_k = features(given["zk"], given["sharpness"])
+    phi_q = features(given["zq"], by_query(given["sharpness"], 0), use_tanh)
+    phi_k = features(given["zk"], given["sharpness"], use_tanh)
     decay = given["log_decay"]
     total = jnp.zeros(phi_k.shape[:3]) if decay is None else jnp.cumsum(decay, axis=1)
     visible = jnp.tril(jnp.ones((length, length), bool))[None]
@@ -159,11 +163,11 @@ def causal(given: dict[str, Any]) -> tuple:
     return _read(numerator, denominator, allowed), final, mass
 
 
-def bidirectional(given: dict[str, Any]) -> tuple:
+def bidirectional(given: dict[str, Any], use_tanh: bool = True) -> tuple:
     """Returns outputs, the total numerator and the total mass."""
     group = given["zq"].shape[2] // given["zk"].shape[2]
-    phi_q = features(given["zq"], jnp.repeat(given["sharpness"], group))
-    phi_k = features(given["zk"], given["sharpness"])
+    phi_q = features(given["zq"], jnp.repeat(given["sharpness"], group), use_tanh)
+    phi_k = features(given["zk"], given["sharpness"], use_tanh)
     if given["key_value_mask"] is not None:
         phi_k = phi_k * given["key_value_mask"][..., None, None]
     total = given["initial_numerator"] + jnp.einsum("bskf,bskv->bkfv", phi_k, given["value"])
@@ -204,12 +208,12 @@ def causal_kernels(
     *,
     interpret: bool,
     config: Blocks | None = None,
-    exact: bool = True,
+    **options: bool,
 ) -> tuple:
     """Returns results and gradients of the causal kernels. It is meant to be traced."""
     operands = causal_operands(given)
     hash_shape = given["zq"].shape[3:]
-    steps = CausalSteps.of(operands, hash_shape, interpret=interpret, config=config, exact=exact)
+    steps = CausalSteps.of(operands, hash_shape, interpret=interpret, config=config, **options)
     out, final, starts = passes.causal_forward(steps, operands)
     d_out, *d_final = cotangents
     found = passes.causal_backward(steps, operands, final, starts, d_out, Sums(*d_final))
@@ -229,14 +233,14 @@ def bidirectional_kernels(
     *,
     interpret: bool,
     config: Blocks | None = None,
-    exact: bool = True,
+    **options: bool,
 ) -> tuple:
     """Returns results and gradients of the bidirectional kernels. It is meant to be traced."""
     names = "zq", "zk", "value", "sharpness", "key_value_mask"
     sums = Sums(given["initial_numerator"], given["initial_mass"])
     operands = BidirectionalOperands(*(given[name] for name in names), sums)
     hash_shape = given["zq"].shape[3:]
-    steps = BidirectionalSteps(hash_shape, interpret=interpret, config=config, exact=exact)
+    steps = BidirectionalSteps(hash_shape, interpret=interpret, config=config, **options)
     out, totals = passes.bidirectional_forward(steps, operands)
     d_out, *d_totals = cotangents
     found = passes.bidirectional_backward(steps, operands, totals, d_out, Sums(*d_totals))
@@ -247,12 +251,13 @@ def bidirectional_kernels(
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def runner(kernels, *, interpret: bool, config: Blocks | None = None, exact: bool = True):
+def runner(kernels, *, interpret: bool, config: Blocks | None = None, **options: bool):
     """Returns a function from arguments and cotangents to outputs and gradients of `kernels`.
 
-    Both results are by name. The function compiles only once.
+    Both results are by name. The function compiles only once. The options are `exact` and
+    `use_tanh`.
     """
-    function = functools.partial(kernels, interpret=interpret, config=config, exact=exact)
+    function = functools.partial(kernels, interpret=interpret, config=config, **options)
     compiled = jax.jit(function, compiler_options=QUICK_COMPILE if interpret else None)
     return lambda given, cotangents: named(given, *compiled(given, cotangents))
 

@@ -1,5 +1,7 @@
 """The kernels in Pallas's interpreter on the CPU, against the dense form in float64."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -24,6 +26,7 @@ CAUSAL = {
         None,
     ),
     "one token, gate": (Case(length=1, gate=True), FUSED),
+    "no tanh": (Case(length=65, gate=True, use_tanh=False), FUSED),
 }
 BIDIRECTIONAL = {
     "everything": (
@@ -31,6 +34,7 @@ BIDIRECTIONAL = {
         BLOCKED,
     ),
     "many other tokens, bfloat16": (Case(length=64, around=10_000, dtype="bfloat16"), None),
+    "no tanh": (Case(length=65, use_tanh=False), None),
 }
 
 
@@ -38,9 +42,15 @@ BIDIRECTIONAL = {
 def test_causal_outputs_and_gradients(case, config, assert_close):
     given, cotangents = dense.draw(case)
     out, gradients = dense.run(
-        dense.causal_kernels, given, cotangents, interpret=True, config=config
+        dense.causal_kernels,
+        given,
+        cotangents,
+        interpret=True,
+        config=config,
+        use_tanh=case.use_tanh,
     )
-    want_out, want_gradients = dense.oracle(dense.causal, given, cotangents)
+    exact = functools.partial(dense.causal, use_tanh=case.use_tanh)
+    want_out, want_gradients = dense.oracle(exact, given, cotangents)
     assert_close("outputs", out, want_out, kind="outputs", dtype=case.dtype)
     assert_close("gradients", gradients, want_gradients, kind="gradients", dtype=case.dtype)
 
@@ -49,9 +59,15 @@ def test_causal_outputs_and_gradients(case, config, assert_close):
 def test_bidirectional_outputs_and_gradients(case, config, assert_close):
     given, cotangents = dense.draw(case)
     out, gradients = dense.run(
-        dense.bidirectional_kernels, given, cotangents, interpret=True, config=config
+        dense.bidirectional_kernels,
+        given,
+        cotangents,
+        interpret=True,
+        config=config,
+        use_tanh=case.use_tanh,
     )
-    want_out, want_gradients = dense.oracle(dense.bidirectional, given, cotangents)
+    exact = functools.partial(dense.bidirectional, use_tanh=case.use_tanh)
+    want_out, want_gradients = dense.oracle(exact, given, cotangents)
     assert_close("outputs", out, want_out, kind="outputs", dtype=case.dtype)
     assert_close("gradients", gradients, want_gradients, kind="gradients", dtype=case.dtype)
 

@@ -41,12 +41,14 @@ CAUSAL = [
     Case(length=136, heads=4, tables=3, planes=3, value_dim=64, gate=True, around=10_000),
     # The most shared memory that the kernels of warpgroups ask for.
     Case(batch=2, length=1000, tables=8, planes=3, value_dim=128, **FULL),
+    Case(length=1000, tables=16, planes=2, value_dim=64, use_tanh=False, sharpness=1.0, **FULL),
 ]
 BIDIRECTIONAL = [
     Case(length=1, tables=4, planes=4, value_dim=128),
     Case(length=1000, queries=65, tables=3, planes=3, value_dim=80, heads=4, mask=True),
     Case(batch=2, length=4160, tables=4, planes=4, value_dim=128, sharpness=8.0),
     Case(length=136, tables=3, planes=3, value_dim=128, around=10_000),
+    Case(length=1000, tables=16, planes=2, value_dim=64, use_tanh=False, sharpness=1.0),
 ]
 BOTH = [dense.causal_kernels, dense.bidirectional_kernels]
 DTYPES = ["float32", "bfloat16"]
@@ -56,8 +58,9 @@ def check(kernels, case, assert_close, config=None):
     """Compares the kernels with float64, and a second run with the first, bit for bit."""
     given, cotangents = dense.draw(case)
     exact = dense.causal if kernels is dense.causal_kernels else dense.bidirectional
+    exact = functools.partial(exact, use_tanh=case.use_tanh)
     want = dense.oracle(exact, given, cotangents)
-    run = dense.runner(kernels, interpret=False, config=config)
+    run = dense.runner(kernels, interpret=False, config=config, use_tanh=case.use_tanh)
     got = run(given, cotangents)
     assert_close("outputs", got[0], want[0], kind="outputs", dtype=case.dtype)
     assert_close("gradients", got[1], want[1], kind="gradients", dtype=case.dtype)

@@ -215,7 +215,8 @@ def test_a_bad_command_line_is_refused_in_one_sentence(words, message):
 def test_the_command_of_every_config_is_right(file, monkeypatch):
     text = ast.get_docstring(ast.parse(file.read_text("utf-8"))).replace("\\\n", "")
     command = re.search(r"^Command: +(.*)$", text, re.MULTILINE)[1]
-    start = r"(RACE_JAX_DATA=FOLDER )?\.venv/bin/python scripts/train_lm\.py "
+    script = {"mlm": "train_mlm", "cls": "train_classifier"}.get(file.stem[:3], "train_lm")
+    start = rf"(RACE_JAX_DATA=FOLDER )?\.venv/bin/python scripts/{script}\.py "
     monkeypatch.chdir(CONFIGS.parent)
     config = parse_config(shlex.split(re.sub(start, "", command)))
     assert re.match(start, command)

@@ -53,6 +53,17 @@ def test_every_segment_is_reported(parts):
     assert len(calls) == 4
 
 
+def test_the_first_segment_that_is_not_finite_is_named(tmp_path):
+    config = small_config()
+    config.optimizer.segment_length, config.optimizer.learning_rate = 6, 1e30
+    config.optimizer.warmup_steps, config.optimizer.accumulation_steps = 0, 2
+    config.run.directory, config.run.tensorboard = str(tmp_path / "run"), False
+    with pytest.raises(
+        FloatingPointError, match=r"at step 2, from segment 0 \(counted from 0\) on"
+    ):
+        train(config)
+
+
 @pytest.mark.parametrize("attention", ["race", "softmax"])
 def test_what_reads_whole_sequences_is_refused(tmp_path, attention):
     config = small_config()

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from race_jax.core import state
 from race_jax.core.shapes import Size
 from race_jax.core.xla import chunk as chunks
-from race_jax.core.xla.chunk import Sums
+from race_jax.core.xla.chunk import SoftHash, Sums
 from race_jax.core.xla.sweep import Layout, Tiling, is_known, layout, pad_time, sweep
 
 PARALLEL_BLOCK = 4096  # tokens per lane, where lanes run in parallel
@@ -51,13 +51,17 @@ class XLASteps:
 
     Attributes:
       tiling: the chunk size, and whether blocks run in parallel.
+      use_tanh: whether hash projections go through tanh.
     """
 
     tiling: Tiling
+    use_tanh: bool = True
 
     def sums(self, operands: Operands) -> Sums:
+        soft = self._hash(operands)
+
         def add(carry: Sums, piece: tuple, index: jax.Array) -> tuple[Sums, tuple]:
-            phi_k, value = hash_keys(operands.sharpness, *piece)
+            phi_k, value = hash_keys(soft, *piece)
             own = Sums(jnp.einsum("bkfs,bksv->bkfv", phi_k, value), phi_k.sum(axis=-1))
             return jax.tree.map(jnp.add, carry, own), ()
 
@@ -65,8 +69,10 @@ class XLASteps:
         return _walk(add, chunks.zeros_like(operands.sums), keys, (), self.tiling)[0]
 
     def outputs(self, operands: Operands, totals: Sums) -> jax.Array:
+        soft = self._hash(operands)
+
         def read(carry: tuple, z_q: jax.Array, index: jax.Array) -> tuple[tuple, jax.Array]:
-            phi_q = chunks.features(z_q, operands.sharpness)
+            phi_q = soft.features(z_q)
             numerator = jnp.einsum("bkgft,bkfv->bkgtv", phi_q, totals.numerator)
             mass = jnp.einsum("bkgft,bkf->bkgt", phi_q, totals.mass)
             return carry, jnp.moveaxis(state.normalize(numerator, mass), 3, 1)
@@ -80,9 +86,11 @@ class XLASteps:
     def adjoints(
         self, operands: Operands, totals: Sums, d_out: jax.Array, d_totals: Sums
     ) -> tuple[Sums, Sums, tuple[jax.Array, jax.Array]]:
+        soft = self._hash(operands)
+
         def rows(carry: tuple[Sums, jax.Array], piece: tuple[jax.Array, jax.Array], index):
             (d_sums, d_sharpness), (z_q, d_out) = carry, piece
-            phi_q = chunks.features(z_q, operands.sharpness)
+            phi_q = soft.features(z_q)
             d_out = jnp.moveaxis(d_out, 1, 3).astype(phi_q.dtype)
             mass = jnp.einsum("bkgft,bkf->bkgt", phi_q, totals.mass)
             seen = mass > state.MIN_MASS
@@ -96,7 +104,7 @@ class XLASteps:
                 jnp.einsum("bkgft,bkgtv->bkfv", phi_q, d_numerator),
                 jnp.einsum("bkgft,bkgt->bkf", phi_q, d_mass),
             )
-            d_z_q, more = chunks.pull_features(z_q, operands.sharpness, phi_q, d_phi)
+            d_z_q, more = soft.pull(z_q, phi_q, d_phi)
             return (jax.tree.map(jnp.add, d_sums, own), d_sharpness + more), d_z_q
 
         z_q, d_out = (group(x, operands.value.shape[2]) for x in (operands.z_q, d_out))
@@ -113,12 +121,14 @@ class XLASteps:
         d_sums: Sums,
         kept: tuple[jax.Array, jax.Array],
     ) -> Operands:
+        soft = self._hash(operands)
+
         def columns(d_sharpness: jax.Array, piece: tuple, index: jax.Array):
             z_k, value, mask = piece
-            phi_k, value = hash_keys(operands.sharpness, z_k, value, mask)
+            phi_k, value = hash_keys(soft, z_k, value, mask)
             d_phi = jnp.einsum("bkfv,bksv->bkfs", d_sums.numerator, value) + d_sums.mass[..., None]
             d_value = jnp.einsum("bkfs,bkfv->bksv", phi_k, d_sums.numerator)
-            d_z_k, more = chunks.pull_features(z_k, operands.sharpness, phi_k, d_phi)
+            d_z_k, more = soft.pull(z_k, phi_k, d_phi)
             return d_sharpness + more, (d_z_k, jnp.moveaxis(d_value, 2, 1))
 
         d_z_q, d_sharpness = kept
@@ -126,6 +136,9 @@ class XLASteps:
         keys = _key_arrays(operands, self.tiling)
         d_sharpness, (d_z_k, d_value) = _walk(columns, d_sharpness, keys, written, self.tiling)
         return Operands(d_z_q, d_z_k, d_value, d_sharpness, None, d_sums)
+
+    def _hash(self, operands: Operands) -> SoftHash:
+        return SoftHash(operands.sharpness, self.use_tanh)
 
 
 def _plan(length: Size, tiling: Tiling) -> Layout:
@@ -179,10 +192,10 @@ def group(x: jax.Array, kv_heads: int) -> jax.Array:
 
 
 def hash_keys(
-    sharpness: jax.Array, z_k: jax.Array, value: jax.Array, mask: jax.Array | None
+    soft: SoftHash, z_k: jax.Array, value: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns phi_k ``(B, K, F, C)`` of a chunk, zero in padded slots, and v ``(B, K, C, V)``."""
-    phi = chunks.features(z_k, sharpness)
+    phi = soft.features(z_k)
     if mask is not None:
         phi = jnp.where(mask[:, None, None], phi, 0.0)
     return phi, chunks.head_values(value, phi.dtype)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from race_jax.core import scan, state
 from race_jax.core.shapes import Size
 from race_jax.core.xla import chunk as chunks
-from race_jax.core.xla.chunk import Sums, Tokens
+from race_jax.core.xla.chunk import SoftHash, Sums, Tokens
 from race_jax.core.xla.sweep import (
     Layout,
     is_known,
@@ -99,11 +99,13 @@ class XLASteps:
       length: T.
       count: the number of spans.
       chunk: the largest number of tokens that one step of a sweep takes.
+      use_tanh: whether hash projections go through tanh.
     """
 
     length: int
     count: int
     chunk: int
+    use_tanh: bool = True
     scan_by = "scan"
 
     @property
@@ -115,8 +117,10 @@ class XLASteps:
         return self.plan.block
 
     def sums(self, operands: Operands) -> Sums:
+        soft = self._hash(operands)
+
         def step(sums: Sums, tokens: Tokens, index: jax.Array) -> tuple[Sums, tuple]:
-            return _add_keys(operands.sharpness, sums, tokens), ()
+            return _add_keys(soft, sums, tokens), ()
 
         sums, _ = self._sweep(step, self._fresh(operands.sums), self._tokens(operands), ())
         return self._unfold(sums)
@@ -124,17 +128,19 @@ class XLASteps:
     def outputs(self, operands: Operands, starts: Sums) -> jax.Array:
         tokens = self._tokens(operands)
         out = _output_buffer(tokens)
-        step = _forward_chunk(operands.sharpness)
+        step = _forward_chunk(self._hash(operands))
         _, out = self._sweep(step, self._fold(starts), tokens, out)
         return _join_outputs(join_blocks(out, self.count), operands)
 
     def adjoints(
         self, operands: Operands, starts: Sums, final: Sums, d_out: jax.Array, d_final: Sums
     ) -> tuple[Sums, Sums, None]:
+        soft = self._hash(operands)
+
         def step(carry: tuple, piece: tuple[Tokens, jax.Array], index: jax.Array):
             factor, sums, d_start = carry
             tokens, d_out = piece
-            phi_q, phi_k, value = features(operands.sharpness, tokens)
+            phi_q, phi_k, value = features(soft, tokens)
             decay = chunks.decay_factors(tokens)
             d_out = visible_rows(tokens, jnp.moveaxis(d_out, 1, 3).astype(value.dtype))
             rows = chunks.backward_rows(phi_q, phi_k, value, decay, sums, d_out)
@@ -164,10 +170,13 @@ class XLASteps:
         loop = self._fold(d_ends), jnp.zeros_like(operands.sharpness), _write_buffers(tokens)
         d_out = self._d_out(operands, d_out)
         _, d_sharpness, written = _backward_block(
-            operands.sharpness, self.plan, tokens, d_out, self._fold(starts), loop, 0
+            self._hash(operands), self.plan, tokens, d_out, self._fold(starts), loop, 0
         )
         written = jax.tree.map(lambda x: join_blocks(x, self.count), written)
         return _cotangents(operands, written, d_sharpness, d_initial)
+
+    def _hash(self, operands: Operands) -> SoftHash:
+        return SoftHash(operands.sharpness, self.use_tanh)
 
     def _sweep(self, step: Callable, carry: Any, arrays: Any, buffers: Any) -> tuple[Any, Any]:
         return sweep(step, carry, arrays, buffers, chunk=self.plan.chunk, count=self.plan.chunks)
@@ -197,7 +206,9 @@ class XLASteps:
         return jax.tree.map(unfold, sums)
 
 
-def forward(operands: Operands, *, blocks: Size, chunk: int) -> tuple[jax.Array, Sums, Sums]:
+def forward(
+    operands: Operands, *, blocks: Size, chunk: int, use_tanh: bool
+) -> tuple[jax.Array, Sums, Sums]:
     """Computes causal attention in one walk over the tokens, block after block.
 
     On a CPU this is faster than the steps, because it forms the features of the keys only once.
@@ -206,6 +217,7 @@ def forward(operands: Operands, *, blocks: Size, chunk: int) -> tuple[jax.Array,
       operands: the arrays, with T >= 1.
       blocks: the number of blocks. The sums at the start of each are residuals.
       chunk: the largest number of tokens that one step of the walk takes.
+      use_tanh: whether hash projections go through tanh.
 
     Returns:
       The output ``(B, T, N, V)``, the final sums, and the sums at the start of every block,
@@ -213,7 +225,7 @@ def forward(operands: Operands, *, blocks: Size, chunk: int) -> tuple[jax.Array,
     """
     plan = _layout(operands.value.shape[1], blocks, chunk)
     tokens = pad_operands(operands, plan)
-    step = _forward_chunk(operands.sharpness)
+    step = _forward_chunk(SoftHash(operands.sharpness, use_tanh))
 
     def block(index: jax.Array, loop: tuple[Sums, Sums, jax.Array]):
         sums, starts, out = loop
@@ -230,7 +242,13 @@ def forward(operands: Operands, *, blocks: Size, chunk: int) -> tuple[jax.Array,
 
 
 def backward(
-    operands: Operands, starts: Sums, d_out: jax.Array, d_final: Sums, *, chunk: int
+    operands: Operands,
+    starts: Sums,
+    d_out: jax.Array,
+    d_final: Sums,
+    *,
+    chunk: int,
+    use_tanh: bool,
 ) -> Operands:
     """Returns the cotangents of the operands, with None for masks and segments.
 
@@ -240,7 +258,9 @@ def backward(
       d_out: ``(B, T, N, V)``.
       d_final: the cotangent of the final sums.
       chunk: as given to ``forward``.
+      use_tanh: as given to ``forward``.
     """
+    soft = SoftHash(operands.sharpness, use_tanh)
     blocks = starts.mass.shape[2]
     plan = _layout(operands.value.shape[1], blocks, chunk)
     tokens = pad_operands(operands, plan)
@@ -251,7 +271,7 @@ def backward(
         index = blocks - 1 - turn
         sums = jax.tree.map(lambda x: x[index], starts)
         start = index * plan.block
-        return _backward_block(operands.sharpness, plan, tokens, d_out, sums, loop, start)
+        return _backward_block(soft, plan, tokens, d_out, sums, loop, start)
 
     loop = d_final, jnp.zeros_like(operands.sharpness), _write_buffers(tokens)
     d_initial, d_sharpness, written = jax.lax.fori_loop(0, blocks, block, loop)
@@ -312,10 +332,10 @@ def pad_operands(operands: Operands, plan: Layout) -> Tokens:
     return Tokens(*arrays, segment, before)
 
 
-def features(sharpness: jax.Array, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array]:
+def features(soft: SoftHash, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns phi_q, phi_k and v of a chunk, with the head axes first."""
-    phi_q = chunks.features(tokens.z_q, sharpness)
-    phi_k = chunks.key_features(tokens, sharpness)
+    phi_q = soft.features(tokens.z_q)
+    phi_k = soft.key_features(tokens)
     return phi_q, phi_k, chunks.head_values(tokens.value, phi_k.dtype)
 
 
@@ -326,10 +346,10 @@ def visible_rows(tokens: Tokens, rows: jax.Array) -> jax.Array:
     )
 
 
-def _forward_chunk(sharpness: jax.Array) -> Callable:
+def _forward_chunk(soft: SoftHash) -> Callable:
     def step(sums: Sums, tokens: Tokens, index: jax.Array) -> tuple[Sums, jax.Array]:
         del index
-        phi_q, phi_k, value = features(sharpness, tokens)
+        phi_q, phi_k, value = features(soft, tokens)
         decay = chunks.decay_factors(tokens)
         out = state.normalize(*chunks.forward(phi_q, phi_k, value, decay, sums))
         out = jnp.moveaxis(visible_rows(tokens, out), 3, 1)
@@ -339,7 +359,7 @@ def _forward_chunk(sharpness: jax.Array) -> Callable:
 
 
 def _backward_block(
-    sharpness: jax.Array,
+    soft: SoftHash,
     plan: Layout,
     tokens: Tokens,
     d_out: jax.Array,
@@ -353,7 +373,7 @@ def _backward_block(
 
     def remember(carry: tuple[Sums, Sums], tokens: Tokens, index: jax.Array):
         sums, history = carry
-        return (_add_keys(sharpness, sums, tokens), _store(history, index, sums)), ()
+        return (_add_keys(soft, sums, tokens), _store(history, index, sums)), ()
 
     (end, history), _ = walk(remember, (sums, _history(sums, plan.chunks)), tokens, ())
     later = None
@@ -363,7 +383,7 @@ def _backward_block(
 
     def differentiate(carry: tuple, piece: tuple[Tokens, jax.Array], index: jax.Array):
         sums = jax.tree.map(lambda x: x[index], history)
-        return _backward_chunk(sharpness, sums, carry, *piece)
+        return _backward_chunk(soft, sums, carry, *piece)
 
     carry = d_sums, d_sharpness, later
     (d_sums, d_sharpness, _), written = walk(
@@ -373,14 +393,14 @@ def _backward_block(
 
 
 def _backward_chunk(
-    sharpness: jax.Array,
+    soft: SoftHash,
     sums: Sums,
     carry: tuple[Sums, jax.Array, jax.Array | None],
     tokens: Tokens,
     d_out: jax.Array,
 ) -> tuple[tuple[Sums, jax.Array, jax.Array | None], _Written]:
     d_sums, d_sharpness, later = carry
-    phi_q, phi_k, value = features(sharpness, tokens)
+    phi_q, phi_k, value = features(soft, tokens)
     decay = chunks.decay_factors(tokens)
     d_out = visible_rows(tokens, jnp.moveaxis(d_out, 1, 3).astype(value.dtype))
     rows = chunks.backward_rows(phi_q, phi_k, value, decay, sums, d_out)
@@ -388,15 +408,15 @@ def _backward_chunk(
     d_log_decay = None
     if later is not None:
         d_log_decay, later = chunks.log_decay_gradient(phi_q, phi_k, d_phi_q, d_phi_k, later)
-    d_z_q, d_beta_q = chunks.pull_features(tokens.z_q, sharpness, phi_q, d_phi_q)
-    d_z_k, d_beta_k = chunks.pull_features(tokens.z_k, sharpness, phi_k, d_phi_k)
+    d_z_q, d_beta_q = soft.pull(tokens.z_q, phi_q, d_phi_q)
+    d_z_k, d_beta_k = soft.pull(tokens.z_k, phi_k, d_phi_k)
     d_sharpness += d_beta_q + d_beta_k
     written = _Written(d_z_q, d_z_k, jnp.moveaxis(d_value, 2, 1), d_log_decay)
     return (chunks.add_rows(rows, decay, d_sums), d_sharpness, later), written
 
 
-def _add_keys(sharpness: jax.Array, sums: Sums, tokens: Tokens) -> Sums:
-    phi_k = chunks.key_features(tokens, sharpness)
+def _add_keys(soft: SoftHash, sums: Sums, tokens: Tokens) -> Sums:
+    phi_k = soft.key_features(tokens)
     value = chunks.head_values(tokens.value, phi_k.dtype)
     return chunks.add_keys(phi_k, value, chunks.decay_factors(tokens), sums)
 

@@ -10,6 +10,7 @@ tokens of the chunk, ``into`` the decay from its start, ``out_of`` the decay to 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -108,35 +109,40 @@ def _select(keep: jax.Array | None, factor: jax.Array) -> jax.Array:
     return factor if keep is None else jnp.where(keep, factor, 0.0)
 
 
-def features(z: jax.Array, sharpness: Sharpness) -> jax.Array:
-    """Returns phi ``(B, K, .., F, C)`` of z ``(B, C, K, .., L, P)``.
+@dataclasses.dataclass(frozen=True)
+class SoftHash:
+    """The map from hash projections to soft buckets, with one sharpness per key/value head.
 
-    The head axes come first, so that products batch over them. Tokens come last, which makes long
-    vectors.
+    The head axes of features come first, so that products batch over them. Tokens come last, which
+    makes long vectors.
+
+    Attributes:
+      sharpness: ``(K,)``.
+      use_tanh: whether projections go through tanh.
     """
-    z, sharpness = _heads_first(z, sharpness)
-    return hashing.soft_buckets(z, sharpness)
 
+    sharpness: Sharpness
+    use_tanh: bool
 
-def key_features(tokens: Tokens, sharpness: Sharpness) -> KeyFeatures:
-    """Returns phi_k ``(B, K, F, C)``, zero in padded slots."""
-    phi = features(tokens.z_k, sharpness)
-    return phi if tokens.mask is None else jnp.where(tokens.mask[:, None, None], phi, 0.0)
+    def features(self, z: jax.Array) -> jax.Array:
+        """Returns phi ``(B, K, .., F, C)`` of z ``(B, C, K, .., L, P)``."""
+        return hashing.soft_buckets(*self._heads_first(z), self.use_tanh)
 
+    def key_features(self, tokens: Tokens) -> KeyFeatures:
+        """Returns phi_k ``(B, K, F, C)``, zero in padded slots."""
+        phi = self.features(tokens.z_k)
+        return phi if tokens.mask is None else jnp.where(tokens.mask[:, None, None], phi, 0.0)
 
-def pull_features(
-    z: jax.Array, sharpness: Sharpness, phi: jax.Array, d_phi: jax.Array
-) -> tuple[jax.Array, Sharpness]:
-    """Returns the cotangents of z ``(B, C, K, .., L, P)`` and of sharpness ``(K,)``."""
-    heads_first = _heads_first(z, sharpness)
-    d_z, d_sharpness = hashing.soft_buckets_pullback(*heads_first, phi, d_phi)
-    axes = tuple(axis for axis in range(d_z.ndim) if axis != 1)
-    return jnp.moveaxis(d_z, -1, 1), d_sharpness.sum(axes)
+    def pull(self, z: jax.Array, phi: jax.Array, d_phi: jax.Array) -> tuple[jax.Array, Sharpness]:
+        """Returns the cotangents of z ``(B, C, K, .., L, P)`` and of sharpness ``(K,)``."""
+        heads_first = self._heads_first(z)
+        d_z, d_sharpness = hashing.soft_buckets_pullback(*heads_first, self.use_tanh, phi, d_phi)
+        axes = tuple(axis for axis in range(d_z.ndim) if axis != 1)
+        return jnp.moveaxis(d_z, -1, 1), d_sharpness.sum(axes)
 
-
-def _heads_first(z: jax.Array, sharpness: jax.Array) -> tuple[jax.Array, jax.Array]:
-    z = jnp.moveaxis(z, 1, -1).astype(sharpness.dtype)
-    return z, sharpness.reshape(1, -1, *(1,) * (z.ndim - 2))
+    def _heads_first(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        z = jnp.moveaxis(z, 1, -1).astype(self.sharpness.dtype)
+        return z, self.sharpness.reshape(1, -1, *(1,) * (z.ndim - 2))
 
 
 def head_values(value: jax.Array, dtype: jnp.dtype) -> HeadValues:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from race_jax.core import state
 from race_jax.core.xla import bidirectional, causal
 from race_jax.core.xla import chunk as chunks
-from race_jax.core.xla.chunk import Decay, Sums, Tokens
+from race_jax.core.xla.chunk import Decay, SoftHash, Sums, Tokens
 from race_jax.core.xla.sweep import layout, pad_time
 
 CHUNK = 64
@@ -34,7 +34,7 @@ class Chunk(NamedTuple):
     sums: Sums
 
 
-def causal_bucket(operands: causal.Operands) -> tuple[jax.Array, Sums]:
+def causal_bucket(operands: causal.Operands, use_tanh: bool) -> tuple[jax.Array, Sums]:
     """Computes causal attention normalised per bucket: the output and the final sums."""
 
     def rows(chunk: Chunk, tokens: Tokens) -> jax.Array:
@@ -43,22 +43,22 @@ def causal_bucket(operands: causal.Operands) -> tuple[jax.Array, Sums]:
         out, _ = chunks.forward(phi_q, *chunk[1:])
         return causal.visible_rows(tokens, out).astype(tokens.value.dtype)
 
-    out, final = _causal_scan(operands, rows)
+    out, final = _causal_scan(operands, use_tanh, rows)
     return _join_heads(out), final
 
 
-def bidirectional_packed(operands: causal.Operands) -> jax.Array:
+def bidirectional_packed(operands: causal.Operands, use_tanh: bool) -> jax.Array:
     """Computes bidirectional attention within segments, ``(B, T, N, V)``, in linear time."""
 
     def rows(chunk: Chunk, tokens: Tokens) -> jax.Array:
         numerator, mass = chunks.forward(*chunk)
         return jnp.concatenate([numerator, mass[..., None]], axis=-1)
 
-    both = _join_heads(_both_directions(operands, rows))
+    both = _join_heads(_both_directions(operands, use_tanh, rows))
     return state.normalize(both[..., :-1], both[..., -1]).astype(operands.value.dtype)
 
 
-def bidirectional_packed_bucket(operands: causal.Operands) -> jax.Array:
+def bidirectional_packed_bucket(operands: causal.Operands, use_tanh: bool) -> jax.Array:
     """Computes bidirectional attention within segments, normalised per bucket.
 
     A first pass forms, for every token, the bucket masses of its segment.
@@ -68,20 +68,24 @@ def bidirectional_packed_bucket(operands: causal.Operands) -> jax.Array:
         mass = chunks.running_mass(chunk.phi_k, chunk.decay, chunk.sums)
         return jnp.swapaxes(mass, 2, 3)[:, :, None]
 
-    mass = _both_directions(operands, masses)  # (B, T, K, 1, F)
+    mass = _both_directions(operands, use_tanh, masses)  # (B, T, K, 1, F)
 
     def rows(chunk: Chunk, tokens: Tokens, mass: jax.Array) -> jax.Array:
         phi_q = _per_bucket(chunk.phi_q, jnp.moveaxis(mass, 1, -1), tokens.z_q.shape[-2])
         return chunks.forward(phi_q, *chunk[1:])[0]
 
-    return _join_heads(_both_directions(operands, rows, mass)).astype(operands.value.dtype)
+    out = _join_heads(_both_directions(operands, use_tanh, rows, mass))
+    return out.astype(operands.value.dtype)
 
 
-def bidirectional_bucket(operands: bidirectional.Operands) -> tuple[jax.Array, Sums]:
+def bidirectional_bucket(
+    operands: bidirectional.Operands, use_tanh: bool
+) -> tuple[jax.Array, Sums]:
     """Computes bidirectional attention normalised per bucket: the output and the total sums."""
+    soft = SoftHash(operands.sharpness, use_tanh)
 
     def add(sums: Sums, piece: tuple[jax.Array, ...]) -> tuple[Sums, tuple]:
-        phi_k, value = bidirectional.hash_keys(operands.sharpness, *piece)
+        phi_k, value = bidirectional.hash_keys(soft, *piece)
         own = Sums(jnp.einsum("bkfs,bksv->bkfv", phi_k, value), phi_k.sum(axis=-1))
         return jax.tree.map(jnp.add, sums, own), ()
 
@@ -92,7 +96,7 @@ def bidirectional_bucket(operands: bidirectional.Operands) -> tuple[jax.Array, S
     totals, _ = _scan(add, operands.sums, (operands.z_k, operands.value, mask))
 
     def read(carry: tuple, z_q: jax.Array) -> tuple[tuple, jax.Array]:
-        phi_q = chunks.features(z_q, operands.sharpness)
+        phi_q = soft.features(z_q)
         phi_q = _per_bucket(phi_q, totals.mass[:, :, None, :, None], z_q.shape[-2])
         return carry, jnp.moveaxis(jnp.einsum("bkgft,bkfv->bkgtv", phi_q, totals.numerator), 3, 1)
 
@@ -122,12 +126,17 @@ def _scan(step: Callable, carry: Any, arrays: Any) -> tuple[Any, Any]:
 
 
 def _causal_scan(
-    operands: causal.Operands, rows: Callable, *extra: jax.Array, inclusive: bool = True
+    operands: causal.Operands,
+    use_tanh: bool,
+    rows: Callable,
+    *extra: jax.Array,
+    inclusive: bool = True,
 ) -> tuple[jax.Array, Sums]:
     """Returns ``rows(chunk, tokens, *extra)`` of all chunks, and the final sums.
 
     The rows have the shape ``(B, T, K, G, ..)``.
     """
+    soft = SoftHash(operands.sharpness, use_tanh)
     length = operands.value.shape[1]
     tokens = causal.pad_operands(operands, layout(length, 1, CHUNK))
     extra = jax.tree.map(lambda x: pad_time(x, tokens.value.shape[1]), extra)
@@ -135,7 +144,7 @@ def _causal_scan(
     def step(sums: Sums, piece: tuple) -> tuple[Sums, jax.Array]:
         tokens, *extra = piece
         decay = chunks.decay_factors(tokens, inclusive=inclusive)
-        chunk = Chunk(*causal.features(operands.sharpness, tokens), decay, sums)
+        chunk = Chunk(*causal.features(soft, tokens), decay, sums)
         out = rows(chunk, tokens, *extra)
         return chunks.add_keys(chunk.phi_k, chunk.value, decay, sums), jnp.moveaxis(out, 3, 1)
 
@@ -143,13 +152,15 @@ def _causal_scan(
     return out[:, :length], final
 
 
-def _both_directions(operands: causal.Operands, rows: Callable, *extra: jax.Array) -> jax.Array:
+def _both_directions(
+    operands: causal.Operands, use_tanh: bool, rows: Callable, *extra: jax.Array
+) -> jax.Array:
     """Adds a causal pass that includes the own token and a reversed pass that excludes it."""
     flip = lambda tree: jax.tree.map(lambda x: jnp.flip(x, axis=1), tree)  # noqa: E731
-    before, _ = _causal_scan(operands, rows, *extra)
+    before, _ = _causal_scan(operands, use_tanh, rows, *extra)
     arrays = {name: getattr(operands, name) for name in ("z_q", "z_k", "value", "mask", "segment")}
     flipped = operands._replace(**flip(arrays))
-    after, _ = _causal_scan(flipped, rows, *flip(extra), inclusive=False)
+    after, _ = _causal_scan(flipped, use_tanh, rows, *flip(extra), inclusive=False)
     return before + flip(after)
 
 
