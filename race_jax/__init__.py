@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from race_jax import sparse
 from race_jax.core.attention import race_attention, race_attention_from_projections
 from race_jax.core.dispatch import explain
 from race_jax.core.hashing import hash_projections, init_planes, soft_hash
@@ -16,6 +17,9 @@ from race_jax.core.state import RACEState, merge
 from race_jax.layers.attention_fn import attention_fn
 from race_jax.sparse.attention import dense_decode_attention
 from race_jax.sparse.cache import KVCache
+from race_jax.sparse.coded import SparseCache
+from race_jax.sparse.config import SparseConfig
+from race_jax.sparse.sparse_attention import sparse_decode_attention
 
 if TYPE_CHECKING:
     from race_jax import linen
@@ -28,6 +32,8 @@ __all__ = [
     "KVCache",
     "RACEAttention",
     "RACEState",
+    "SparseCache",
+    "SparseConfig",
     "attention_fn",
     "dense_decode_attention",
     "explain",
@@ -38,6 +44,8 @@ __all__ = [
     "race_attention",
     "race_attention_from_projections",
     "soft_hash",
+    "sparse",
+    "sparse_decode_attention",
 ]
 
 

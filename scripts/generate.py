@@ -109,6 +109,8 @@ def main(arguments: Sequence[str]) -> None:
         )
     except (ValueError, RuntimeError) as error:
         _fail(str(error))
+    if not model.trunk.carries_state:
+        _say("this model carries no state, so every token reads the whole sequence again")
     clock: list[float] = []
     try:
         _write(_PROMPT.value)

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from race_jax.core import masking
-from race_jax.sparse.attention import dense_decode_attention, query_positions
+from race_jax.layers import cached
+from race_jax.layers.rotary import alibi_slopes, rotate
 from race_jax.sparse.cache import KVCache
 
 IMPLEMENTATIONS = (None, "xla", "cudnn")
-ROPE_BASE = 10_000.0
 default_kernel_init = nnx.initializers.lecun_normal()
 
 
@@ -109,33 +109,6 @@ def softmax_attention(
     return jnp.where(seeing[:, :, None, None], out, jnp.zeros((), out.dtype))
 
 
-def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
-    r"""Applies rotary positions, which turn pair i of a head by :math:`p \cdot 10000^{-2i/H}`.
-
-    Args:
-        x: shape (B, T, N, H), with H even. Pair i is (x[i], x[i + H/2]).
-        positions: shape (B, T) int32, the position p of each token.
-
-    Returns:
-        Shape (B, T, N, H), with the dtype of x. Angles and products are float32.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from race_jax.layers.softmax import rotate
-        >>> rotate(jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1), jnp.int32)).tolist()
-        [[[[1.0, 1.0]]]]
-
-    Source: Su et al. 2021 (RoFormer), section 3.2.2.
-    """
-    half = x.shape[-1] // 2
-    frequencies = ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
-    cosine, sine = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
 def alibi_bias(num_heads: int, positions: jax.Array) -> jax.Array:
     r"""Returns the linear biases :math:`-2^{-8(n+1)/N} \, |p_t - p_s|` of the logits of head n.
 
@@ -156,11 +129,6 @@ def alibi_bias(num_heads: int, positions: jax.Array) -> jax.Array:
     """
     distance = jnp.abs(positions[:, :, None] - positions[:, None, :]).astype(jnp.float32)
     return -alibi_slopes(num_heads)[None, :, None, None] * distance[:, None]
-
-
-def alibi_slopes(num_heads: int) -> jax.Array:
-    """Returns the slopes 2^(-8(n+1)/N) of the heads, shape (N,) float32."""
-    return 2.0 ** (-8.0 * jnp.arange(1, num_heads + 1, dtype=jnp.float32) / num_heads)
 
 
 # By name, how queries, keys and positions become queries, keys and the bias of the logits.
@@ -295,8 +263,17 @@ class SoftmaxAttention(nnx.Module):
         del deterministic, rngs
         query, key, value = self.query(x), self.key(x), self.value(x)
         if state is not None:
-            _refuse_with_cache(state, is_causal, segment_ids)
-            attended, state = self._from_cache(query, key, value, positions, mask, state)
+            attended, state = cached.attend_and_keep(
+                query,
+                key,
+                value,
+                state,
+                scheme=self.config.positions,
+                positions=positions,
+                mask=mask,
+                segment_ids=segment_ids,
+                is_causal=is_causal,
+            )
             return self.out(attended), state
         bias = None
         if self.config.positions in POSITIONS:
@@ -312,34 +289,6 @@ class SoftmaxAttention(nnx.Module):
             implementation=self.config.implementation,
         )
         return self.out(attended)
-
-    def _from_cache(self, query, key, value, positions, mask, cache) -> tuple[jax.Array, KVCache]:
-        """Appends the tokens to the cache, and attends from them to all that it holds."""
-        if self.config.positions == "rope":
-            query, key = rotate(query, positions), rotate(key, positions)
-        cache = cache.append(key, value, key_value_mask=mask)
-        if self.config.positions != "alibi":
-            return dense_decode_attention(query, cache, query_mask=mask), cache
-        slopes = alibi_slopes(query.shape[2])
-        out = dense_decode_attention(query, cache, query_mask=mask, slopes=slopes)
-        # Distances are those between slots. Positions that were counted in another way give NaN.
-        counted, _ = query_positions(query.shape[1], cache, mask)
-        wrong = (counted != positions) & (counted >= 0)
-        return jnp.where(wrong[:, :, None, None], jnp.nan, out), cache
-
-
-def _refuse_with_cache(state: object, is_causal: bool, segment_ids: object) -> None:
-    if not isinstance(state, KVCache):
-        raise TypeError(
-            f"state must be a KVCache, from init_cache or an earlier call; got {type(state)}."
-        )
-    if not is_causal:
-        raise ValueError("a state needs is_causal=True; without it, pass the whole sequence.")
-    if segment_ids is not None:
-        raise NotImplementedError(
-            "a cache of keys and values holds one sequence a row; leave out segment_ids, and start "
-            "every document with an empty cache."
-        )
 
 
 def _refuse(log_decay: object, initial_state: object, return_state: bool) -> None:

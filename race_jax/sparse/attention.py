@@ -15,7 +15,7 @@ import numpy as np
 
 from race_jax.core import masking, shards
 from race_jax.core.dispatch import IMPLEMENTATIONS, XLA_ASKED, Choice
-from race_jax.sparse import attend
+from race_jax.sparse import exact
 from race_jax.sparse.cache import KINDS, KVCache
 
 _NO_KERNELS = "decoding from a cache has no GPU kernels yet"
@@ -88,7 +88,7 @@ def dense_decode_attention(
 
 def _dense(query, cache, mask=None, slopes=None) -> jax.Array:
     positions, wrong = query_positions(query.shape[1], cache, mask)
-    return guarded(attend.dense(query, cache, positions, slopes), wrong)
+    return guarded(exact.dense(query, cache, positions, slopes), wrong)
 
 
 def query_positions(

@@ -264,7 +264,9 @@ def test_states_that_do_not_fit_are_refused():
     tokens = jnp.array([[1, 2]])
     with pytest.raises(NotImplementedError, match=r"as in init_state\(1, capacity=1024\)"):
         softmax.init_state(1)
-    with pytest.raises(TypeError, match=r"state must be a KVCache.*got .*LayerState"):
+    with pytest.raises(
+        TypeError, match=r"state must be a KVCache or a SparseCache.*got .*LayerState"
+    ):
         softmax(tokens, state=race.init_state(1))
     with pytest.raises(ValueError, match="state is for a batch of 3"):
         race(tokens, state=race.init_state(3))

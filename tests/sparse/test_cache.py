@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import race_jax
 from race_jax import KVCache, dense_decode_attention
-from race_jax.sparse import attend
+from race_jax.sparse import exact
 from tests.sparse.problems import attend_over, draw_tokens
 
 B, C, K, N, H, V = 3, 600, 2, 4, 8, 5
@@ -58,7 +58,7 @@ def test_long_prompts_are_read_in_groups(rng, assert_close, monkeypatch):
     mask = jnp.asarray(rng.random((B, T)) < 0.9)
     cache = append(empty(), key, value, key_value_mask=mask)
     want = jitted()(query, cache, query_mask=mask)
-    monkeypatch.setattr(attend, "MOST_QUERIES", 16)
+    monkeypatch.setattr(exact, "MOST_QUERIES", 16)
     grouped = jax.jit(lambda *arguments: dense_decode_attention(*arguments, query_mask=mask))
     got = grouped(query, cache)
     assert_close("groups", got, want, kind="resumed")

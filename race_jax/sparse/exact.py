@@ -9,6 +9,8 @@ The cache is read block by block, up to the last block that holds a token that s
 the largest logit so far, c, the sums over the blocks are
 
     mass = sum_s exp(logit_s - c),   total = sum_s exp(logit_s - c) v_s,   out = total / mass
+
+`listed` reads only the slots of a list, in the same way.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from race_jax.sparse.cache import KVCache
+from race_jax.sparse.selection import Selection
 
 # On a CPU a block then stays in its own cache. On a GPU every block costs a wait for its number.
 CPU_BLOCK, OTHER_BLOCK = 512, 8192
@@ -129,3 +132,34 @@ def _add_block(queries: _Query, cache: KVCache, index, sums: _Sums, block: int) 
     added = jnp.einsum("bkgts,bskv->bkgtv", weights, value)
     mass = sums.mass * fade + weights.sum(axis=-1, keepdims=True)
     return _Sums(largest, mass, sums.total * fade + added)
+
+
+def listed(query: jax.Array, cache: KVCache, selection: Selection) -> jax.Array:
+    """Attends to the tokens of a list, exactly.
+
+    Args:
+      query: ``(B, T, N, H)``.
+      cache: the keys and values.
+      selection: lists ``(B, T, M, budget)``, where M is N, or K if heads share a list.
+
+    Returns:
+      ``(B, T, N, V)``, in the dtype of the values, and zeros for an empty list. Sums are float32.
+    """
+    batch, length, heads, width = query.shape
+    kv_heads, lists = cache.key.shape[2], selection.indices.shape[2]
+    scaled = query.astype(jnp.float32) / math.sqrt(width)
+    scaled = scaled.reshape(batch, length, lists, heads // lists, width)
+    rows = jnp.arange(batch)[:, None, None, None]
+    head = (jnp.arange(lists) // (lists // kv_heads))[None, None, :, None]
+    key, value = (
+        x[rows, selection.indices, head].astype(jnp.float32) for x in (cache.key, cache.value)
+    )  # (B, T, M, budget, H or V)
+    real = jnp.arange(selection.indices.shape[-1]) < selection.count[..., None]
+    logits = jnp.einsum("btmgh,btmsh->btmgs", scaled, key)
+    logits = jnp.where(real[:, :, :, None], logits, -jnp.inf)
+    largest = jnp.maximum(logits.max(axis=-1, keepdims=True), LOWEST)
+    weights = jnp.exp(logits - largest)
+    mass = jnp.maximum(weights.sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    value = jnp.where(real[..., None], value, 0)  # slot 0 of an empty row may hold NaN
+    out = jnp.einsum("btmgs,btmsv->btmgv", weights, value) / mass
+    return out.reshape(batch, length, heads, -1).astype(cache.value.dtype)
