@@ -15,7 +15,7 @@ from typing import Any
 
 from race_jax.data.config import DataConfig
 from race_jax.data.documents import Corpus, Document, hold_out
-from race_jax.data.unpack import plain_text
+from race_jax.data.unpack import plain_text, unpacked
 from race_jax.records import as_names, one_of
 
 ROOT_VARIABLE = "RACE_JAX_DATA"
@@ -109,15 +109,30 @@ def read_file(path: Path) -> bytes:
     Raises:
         ValueError: the file cannot be read. The error names it.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        known = (reason for kind, reason in _READ_ERRORS if isinstance(error, kind))
-        raise ValueError(f"{path}: {next(known, str(error))}") from error
-    text = plain_text(str(path), data)
+    text = plain_text(str(path), _read_bytes(path))
     if not text:
         raise ValueError(f"{path}: the file is empty")
     return text
+
+
+def read_unpacked(path: Path) -> bytes:
+    """Returns the content of a file that may be packed, and need not be text.
+
+    Raises:
+        ValueError: the file cannot be read. The error names it.
+    """
+    data = unpacked(str(path), _read_bytes(path))
+    if not data:
+        raise ValueError(f"{path}: the file is empty")
+    return data
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        known = (reason for kind, reason in _READ_ERRORS if isinstance(error, kind))
+        raise ValueError(f"{path}: {next(known, str(error))}") from error
 
 
 def expand(name: str, field: str) -> Path:
@@ -202,6 +217,11 @@ def read_documents(config: DataConfig, field: str) -> list[Document]:
             "config.data.train_files: no file is named; give --config.data.train_files=FILE[,FILE]"
         )
     return [Document(str(path), read_file(path)) for path in _resolve(config, field, names)]
+
+
+def named_paths(config: DataConfig, field: str) -> list[Path]:
+    """Returns the paths of the files that a field such as "train_files" names."""
+    return list(_resolve(config, field, getattr(config, field)))
 
 
 def _resolve(config: DataConfig, field: str, names: str | Sequence[str]) -> Iterator[Path]:

@@ -11,15 +11,14 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from race_jax.core import masking
-from race_jax.layers import cached
-from race_jax.layers.rotary import alibi_slopes, rotate
+from race_jax.layers import cached, positions
+from race_jax.layers.positions import PairsConfig
+from race_jax.layers.self_attention import AttentionState, Call, SelfAttention
 from race_jax.sparse.cache import KVCache
 
 IMPLEMENTATIONS = (None, "xla", "cudnn")
-default_kernel_init = nnx.initializers.lecun_normal()
 
 
 def softmax_attention(
@@ -51,7 +50,7 @@ def softmax_attention(
         key: shape (B, S, K, H). Query head n uses key/value head n // (N // K).
         value: shape (B, S, K, V), with the dtype of the query. V may differ from H.
         aux: a bias that is added to the logits and broadcasts to (B, N, T, S), for instance that
-            of `race_jax.layers.softmax.alibi_bias`, or None.
+            of `race_jax.layers.positions.alibi_bias`, or None.
         is_causal: whether a token sees only itself and earlier tokens. This needs T == S.
         log_decay: not supported.
         key_value_mask: shape (B, S) bool, True where there is a token. Other slots of key and value
@@ -109,82 +108,23 @@ def softmax_attention(
     return jnp.where(seeing[:, :, None, None], out, jnp.zeros((), out.dtype))
 
 
-def alibi_bias(num_heads: int, positions: jax.Array) -> jax.Array:
-    r"""Returns the linear biases :math:`-2^{-8(n+1)/N} \, |p_t - p_s|` of the logits of head n.
-
-    Args:
-        num_heads: the number of query heads N.
-        positions: shape (B, T) int32, the position p of each token.
-
-    Returns:
-        Shape (B, N, T, T) float32.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from race_jax.layers.softmax import alibi_bias
-        >>> alibi_bias(2, jnp.array([[0, 3]]))[0, :, 1, 0].tolist()  # two heads, distance 3
-        [-0.1875, -0.01171875]
-
-    Source: Press et al. 2022 (ALiBi), section 3, with the slopes for N a power of two.
-    """
-    distance = jnp.abs(positions[:, :, None] - positions[:, None, :]).astype(jnp.float32)
-    return -alibi_slopes(num_heads)[None, :, None, None] * distance[:, None]
-
-
-# By name, how queries, keys and positions become queries, keys and the bias of the logits.
-POSITIONS = {
-    "rope": lambda query, key, at: (rotate(query, at), rotate(key, at), None),
-    "alibi": lambda query, key, at: (query, key, alibi_bias(query.shape[2], at)),
-}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SoftmaxConfig:
+class SoftmaxConfig(PairsConfig):
     """Options of softmax attention, and the sizes of a layer.
 
     Attributes:
-        num_heads: the number of query heads N.
-        in_features: the width D of the input and the output.
-        num_kv_heads: the number of key/value heads K, which must divide N.
-        head_dim: the width H of a head.
-        positions: "rope" rotates queries and keys, and "alibi" biases the logits. Other positions
-            change neither.
-        dtype: the dtype of the computation. Parameters are float32.
         implementation: as for `softmax_attention`.
 
     Raises:
-        ValueError: if the implementation is unknown, or a head of odd width has rotary positions.
+        ValueError: if a value is not allowed, or a head of odd width has rotary positions.
     """
 
-    POSITIONS: ClassVar[tuple[str, ...]] = tuple(POSITIONS)
-    LAYER_ONLY: ClassVar[tuple[str, ...]] = ()
-    MODEL_DEFAULTS: ClassVar[dict[str, Any]] = {}
-
-    num_heads: int
-    in_features: int
-    num_kv_heads: int
-    head_dim: int
-    positions: str = "none"
-    dtype: Any = None
-    implementation: str | None = None
-
-    def __post_init__(self) -> None:
-        _check_implementation(self.implementation)
-        if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(
-                f"positions='rope' rotates pairs and needs an even head_dim; got {self.head_dim}."
-            )
-
-    def describe(
-        self, batch: int, length: int, is_packed: bool, is_causal: bool = True
-    ) -> tuple[str, str]:
-        """Returns the name of the method, and which implementation runs."""
-        del batch, length, is_packed, is_causal
-        return "softmax", f"implementation {self.implementation or 'xla'}"
+    NAME: ClassVar[str] = "softmax"
+    IMPLEMENTATIONS: ClassVar[tuple[str | None, ...]] = IMPLEMENTATIONS
 
 
-class SoftmaxAttention(nnx.Module):
-    """Self-attention by softmax, whose projections have the names and shapes of `RACEAttention`.
+class SoftmaxAttention(SelfAttention):
+    """Self-attention by softmax. A forget gate adds its decay to the logits.
 
     Args:
         config: the sizes and options.
@@ -195,105 +135,51 @@ class SoftmaxAttention(nnx.Module):
 
     config_class = SoftmaxConfig
 
-    def __init__(
-        self,
-        config: SoftmaxConfig,
-        *,
-        kernel_init: nnx.Initializer = default_kernel_init,
-        out_kernel_init: nnx.Initializer | None = None,
-        rngs: nnx.Rngs,
-    ):
-        def projection(heads: int) -> nnx.LinearGeneral:
-            return nnx.LinearGeneral(
-                config.in_features,
-                (heads, config.head_dim),
-                dtype=config.dtype,
-                kernel_init=kernel_init,
-                rngs=rngs,
-            )
+    def init_cache(self, batch: int, capacity: int) -> AttentionState | None:
+        """Returns the state before any token, with room for the keys and values of `capacity`.
 
-        self.query = projection(config.num_heads)
-        self.key = projection(config.num_kv_heads)
-        self.value = projection(config.num_kv_heads)
-        self.out = nnx.LinearGeneral(
-            (config.num_heads, config.head_dim),
-            config.in_features,
-            axis=(-2, -1),
-            dtype=config.dtype,
-            kernel_init=out_kernel_init or kernel_init,
-            rngs=rngs,
-        )
-        self.config = config
-
-    @classmethod
-    def from_config(
-        cls, config: SoftmaxConfig, *, is_causal: bool, **options: Any
-    ) -> "SoftmaxAttention":
-        """Makes the layer that a record describes, causal or not."""
-        del is_causal
-        return cls(config, **options)
-
-    def init_state(self, batch: int) -> None:
-        """Returns None, because softmax attention carries no state of fixed size."""
-        del batch
-
-    def init_cache(self, batch: int, capacity: int) -> KVCache:
-        """Returns the state before any token, with room for the keys and values of `capacity`."""
-        config = self.config
-        return KVCache.init(
-            batch, capacity, config.num_kv_heads, config.head_dim, dtype=config.dtype or jnp.float32
-        )
-
-    def __call__(
-        self,
-        x: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        mask: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        is_causal: bool = False,
-        state: object = None,
-        deterministic: bool | None = None,
-        rngs: Any = None,
-    ) -> jax.Array | tuple[jax.Array, KVCache]:
-        """Maps x (B, T, D) to (B, T, D), or to that and the next state if a state is given.
-
-        Positions (B, T) are needed for "rope" and "alibi".
+        With a forget gate it is None, because the cache does not hold the decay of its tokens.
         """
-        del deterministic, rngs
-        query, key, value = self.query(x), self.key(x), self.value(x)
-        if state is not None:
-            attended, state = cached.attend_and_keep(
-                query,
-                key,
-                value,
-                state,
-                scheme=self.config.positions,
-                positions=positions,
-                mask=mask,
-                segment_ids=segment_ids,
-                is_causal=is_causal,
+        settings = self.config
+        if settings.forget_gate is not None:
+            return None
+        dtype = settings.dtype or jnp.float32
+        sizes = settings.num_kv_heads, settings.head_dim
+        return self._state(KVCache.init(batch, capacity, *sizes, dtype=dtype), batch)
+
+    def _checked(self, state: Any) -> AttentionState:
+        """Returns a state with a cache, or raises an error."""
+        if self.config.forget_gate is not None:
+            return super()._checked(state)
+        if not isinstance(state, AttentionState) or not isinstance(state.memory, cached.Cache):
+            raise TypeError(
+                "state must be an AttentionState with a cache of keys and values, from init_cache "
+                f"or an earlier call; got {type(state)}."
             )
-            return self.out(attended), state
-        bias = None
-        if self.config.positions in POSITIONS:
-            query, key, bias = POSITIONS[self.config.positions](query, key, positions)
-        attended = softmax_attention(
-            query,
-            key,
-            value,
-            bias,
-            is_causal=is_causal,
-            key_value_mask=mask,
-            segment_ids=segment_ids,
-            implementation=self.config.implementation,
+        return state
+
+    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, call: Call) -> Any:
+        """Returns the heads' outputs, and the cache if the call has one.
+
+        The positions of the call are needed for RoPE and ALiBi.
+        """
+        settings = self.config
+        if call.memory is not None:
+            return cached.attend_and_keep(query, key, value, call, settings.positions)
+        query, key, bias = positions.place(query, key, call.positions, settings.positions)
+        if call.log_decay is not None:
+            decay = positions.decay_bias(call.log_decay, call.mask, settings.num_heads)
+            bias = decay if bias is None else bias + decay
+        return softmax_attention(
+            query, key, value, bias, implementation=settings.implementation, **call.masks()
         )
-        return self.out(attended)
 
 
 def _refuse(log_decay: object, initial_state: object, return_state: bool) -> None:
     if log_decay is not None:
-        raise NotImplementedError("softmax attention has no forgetting gate; leave out log_decay.")
+        raise NotImplementedError(
+            "softmax_attention has no log_decay; pass race_jax.layers.positions.decay_bias as aux."
+        )
     if initial_state is not None or return_state:
         raise NotImplementedError(
             "softmax attention carries no state of fixed size; pass the whole sequence instead."

@@ -345,7 +345,7 @@ def sparse_state(
         >>> config = ModelConfig(num_layers=1, width=16, num_heads=2, attention="softmax")
         >>> state = TransformerLM(config, vocab_size=10, rngs=nnx.Rngs(0)).init_state(1, 64)
         >>> sparse = race_jax.SparseConfig(budget=8, sink=1, window=2)
-        >>> type(sparse_state(state, sparse, jax.random.key(0)).layers[0]).__name__
+        >>> type(sparse_state(state, sparse, jax.random.key(0)).layers[0].memory).__name__
         'SparseCache'
     """
 

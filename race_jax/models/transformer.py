@@ -94,11 +94,12 @@ class Transformer(nnx.Module):
         self.norm = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(config.dropout_rate)
         self.deterministic = True
-        keep_rngs = keep_rngs and config.dropout_rate > 0
+        attention = self.blocks[0].attention
+        self.needs_rngs = config.dropout_rate > 0 or getattr(attention, "needs_rngs", False)
+        keep_rngs = keep_rngs and self.needs_rngs
         has_stream = "dropout" in rngs or "default" in rngs
         self.rngs = rngs.dropout.fork() if keep_rngs and has_stream else None
-        attention = self.blocks[0].attention
-        self.keeps_tokens = is_causal and hasattr(attention, "init_cache")
+        self.keeps_tokens = is_causal and _has_cache(attention)
         self.carries_state = self.keeps_tokens or (
             is_causal and jax.eval_shape(lambda: attention.init_state(1)) is not None
         )
@@ -236,13 +237,13 @@ class Transformer(nnx.Module):
     def _dropout_keys(self, deterministic: bool | None, rngs) -> list:
         count = len(self.blocks) + 1
         deterministic = self.deterministic if deterministic is None else deterministic
-        if deterministic or self.dropout.rate == 0.0:
+        if deterministic or not self.needs_rngs:
             return [None] * count
         rngs = self.rngs if rngs is None else rngs
         if rngs is None:
             raise ValueError(
-                f"dropout_rate={self.dropout.rate} with deterministic=False needs random numbers; "
-                "pass rngs=nnx.Rngs(dropout=seed)."
+                f"a training step (deterministic=False) with dropout_rate={self.dropout.rate} "
+                "needs random numbers; pass rngs=nnx.Rngs(dropout=seed)."
             )
         key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs()
         return list(jax.random.split(key, count))
@@ -290,6 +291,12 @@ def parameter_count(model: nnx.Module) -> int:
         8
     """
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def _has_cache(attention: nnx.Module) -> bool:
+    """Returns whether an attention keeps the tokens, in a state that grows with the length."""
+    make = getattr(attention, "init_cache", None)
+    return make is not None and jax.eval_shape(lambda: make(1, 1)) is not None
 
 
 def _next_position(positions, start, key_value_mask) -> jax.Array:

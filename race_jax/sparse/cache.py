@@ -92,6 +92,11 @@ class KVCache:
         """C, the number of tokens that a row has room for."""
         return self.key.shape[1]
 
+    @property
+    def segment(self) -> jax.Array:
+        """The segment of the last token of each row, ``(B,)``: 0, or -1 before the first token."""
+        return jnp.where(self.length > 0, 0, -1)
+
     def append(
         self, key: jax.Array, value: jax.Array, *, key_value_mask: jax.Array | None = None
     ) -> KVCache:

@@ -137,6 +137,11 @@ class SparseCache:
         """C, the number of tokens that a row has room for."""
         return self.kv.capacity
 
+    @property
+    def segment(self) -> jax.Array:
+        """The segment of the last token of each row, ``(B,)``: 0, or -1 before the first token."""
+        return self.kv.segment
+
     def append(
         self, key: jax.Array, value: jax.Array, *, key_value_mask: jax.Array | None = None
     ) -> SparseCache:

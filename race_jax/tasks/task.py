@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from race_jax.data.rows import RowsOnDisk
+from race_jax.data.rows import UnreadRows
 
 Batch = dict[str, Any]
 
@@ -58,8 +58,9 @@ class Task(abc.ABC):
         weight_name: what the weights of a batch count, such as "tokens". The speed of a run is
             given in these per second, and the metrics hold their number by this name.
         train: endless batches, which are dicts of arrays (B, T, ...) or (B,). T may differ from
-            batch to batch, if there are only a few lengths. They are `RowsOnDisk` if
-            `config.reads_from_disk()`. The state of the iterator is a JSON value.
+            batch to batch, if there are only a few lengths. They must be `UnreadRows` if
+            `config.reads_from_disk()`, and may be otherwise. The state of the iterator is a JSON
+            value.
         held_out: for each split, by its name, one pass over its batches. The split "valid" is
             always there.
         digests: for all content that affects what is learned, by its name, its digest. A run is
@@ -168,9 +169,9 @@ class Task(abc.ABC):
         return []
 
 
-def shapes_of(batch: dict[str, np.ndarray] | RowsOnDisk) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes_of(batch: dict[str, np.ndarray] | UnreadRows) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shape and dtype of every array of a batch, which may be on the disk."""
-    if isinstance(batch, RowsOnDisk):
+    if isinstance(batch, UnreadRows):
         one = batch.piece(0, 1)
         shape = len(batch), batch.length
         return {name: jax.ShapeDtypeStruct(shape, x.dtype) for name, x in one.items()}

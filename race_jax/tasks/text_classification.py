@@ -25,7 +25,8 @@ class TextClassificationConfig(ClassificationConfig):
         text_columns: the name of the column, or key, of the text, or the two names of a pair. A
             number counts the columns from 0 on, for tables without a header line.
         label_column: the name or the number of the column, or key, of the label.
-        test_text_columns, test_label_column: the same for the test files, if they differ.
+        test_text_columns: the columns of the text in the test files, if they have other names.
+        test_label_column: the column of the label in the test files, if it has another name.
         classes: the labels in their order, as in `negative|0,positive|1`, where "|" divides other
             spellings of the same label. If it is empty, the labels of the training files count.
         pooling: as for every classification: "mean" or "cls".

@@ -89,7 +89,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass
 class MeshConfig:
-    """The device mesh. It has data * seq * fsdp devices.
+    """The device mesh. It has data * seq * fsdp devices, of one process or of several.
 
     Attributes:
         data: number of devices that share the sequences of a batch. None takes as many local
@@ -97,11 +97,19 @@ class MeshConfig:
         seq: number of devices that share every sequence. Each gets a stretch of its tokens.
         fsdp: number of devices that share the parameters and the state of the optimizer. They share
             the sequences of a batch too.
+        coordinator: for a run of several processes, HOST:PORT of the first one, which all of them
+            must reach; "auto" asks the launcher (Slurm, Open MPI and others that JAX knows). None
+            is a run of one process.
+        processes: the number of processes, with HOST:PORT.
+        process: the number of this process, from 0, with HOST:PORT.
     """
 
     data: int | None = None
     seq: int = 1
     fsdp: int = 1
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
 
     def validate(self) -> None:
         """Checks the fields.
@@ -113,6 +121,29 @@ class MeshConfig:
             at_least("config.mesh.data", self.data, 1)
         at_least("config.mesh.seq", self.seq, 1)
         at_least("config.mesh.fsdp", self.fsdp, 1)
+        self._validate_processes()
+
+    def _validate_processes(self) -> None:
+        """Raises ValueError if the fields of several processes do not go together."""
+        given = self.processes, self.process
+        if self.coordinator in (None, "auto"):
+            if given != (None, None):
+                raise ValueError(
+                    "config.mesh.processes and config.mesh.process need config.mesh.coordinator="
+                    f"HOST:PORT, got {self.coordinator!r}"
+                )
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ValueError(
+                f'config.mesh.coordinator must be HOST:PORT or "auto", got {self.coordinator!r}'
+            )
+        if None in given or not 0 <= self.process < self.processes:
+            raise ValueError(
+                "config.mesh.coordinator=HOST:PORT needs config.mesh.processes and "
+                f"config.mesh.process, with 0 <= process < processes; got {self.processes} and "
+                f"{self.process}"
+            )
 
 
 @dataclasses.dataclass

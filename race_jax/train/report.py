@@ -95,12 +95,25 @@ def _attention(config: Config, mesh: Mesh, is_causal: bool) -> tuple[str, str]:
     )
 
 
+def planned_memory(compiled: jax.stages.Compiled) -> tuple[int, int] | None:
+    """Returns the bytes that XLA plans for a device: those of the arguments and the temporary ones.
+
+    Args:
+        compiled: the compiled training step. Its results take the place of its arguments.
+
+    Returns:
+        The two numbers, or None on a platform that does not say.
+    """
+    sizes = compiled.memory_analysis()
+    return None if sizes is None else (sizes.argument_size_in_bytes, sizes.temp_size_in_bytes)
+
+
 def _memory(compiled: jax.stages.Compiled) -> str:
     """Says how much memory a device needs, as XLA estimates it."""
-    sizes = compiled.memory_analysis()
-    if sizes is None:
+    planned = planned_memory(compiled)
+    if planned is None:
         return "no estimate on this platform"
-    state, work = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
+    state, work = planned
     return (
         f"{(state + work) / 1e6:,.0f} MB a device: state and batch {state / 1e6:,.0f}, "
         f"step {work / 1e6:,.0f}"

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from race_jax.data.rows import RowsOnDisk
+from race_jax.data.rows import UnreadRows
 from race_jax.tasks.language_model import LanguageModel
 from race_jax.tasks.task import shapes_of
 from race_jax.train import mesh
@@ -36,14 +36,14 @@ def on_disk():
     batch = small_batch()
     rows = np.concatenate([batch["inputs"], batch["targets"][:, -1:]], axis=1)
     counts = batch["weights"].sum(1).astype(int)
-    return RowsOnDisk([ids[: n + 1] for ids, n in zip(rows, counts, strict=True)], 24)
+    return UnreadRows([ids[: n + 1] for ids, n in zip(rows, counts, strict=True)], 24)
 
 
 def run_steps(sizes, segment_length=None, from_disk=False, steps=3):
     """The metrics of a few steps and of an evaluation, and the parameters after them."""
     config = small_config()
     config.run.batch_size = 4
-    config.model.race.short_conv = True
+    config.model.race.short_conv = "before"
     config.model.race.forget_gate = "data"
     config.mesh.data, config.mesh.seq, config.mesh.fsdp = sizes
     config.optimizer.segment_length = segment_length

@@ -10,7 +10,7 @@ from race_jax.layers.race import HashPlanes
 from race_jax.models import Transformer, TransformerLM, parameter_count
 from race_jax.models.block import Block
 from race_jax.models.decode import Sampling, generate
-from tests.models.small import CONFIGS, VOCAB, build, compiled, describe, draw
+from tests.models.small import CONFIGS, STATEFUL, VOCAB, build, compiled, describe, draw
 
 DTYPES = {name: changes.get("dtype", "float32") for name, changes in CONFIGS.items()}
 
@@ -85,7 +85,7 @@ def test_what_positions_mean(documents, assert_close, name, shift_matters, stret
     assert changes(place * 2) == stretch_matters
 
 
-@pytest.mark.parametrize("name", ["race", "race with everything", "linear"])
+@pytest.mark.parametrize("name", STATEFUL)
 def test_a_sequence_may_be_split_anywhere(rng, assert_close, name):
     tokens = rng.integers(0, VOCAB, (3, 12))
     mask = rng.random((3, 12)) < 0.8
@@ -108,7 +108,11 @@ def test_a_sequence_may_be_split_anywhere(rng, assert_close, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["softmax", "softmax learned", "softmax rope", "softmax alibi", "softmax bfloat16"]
+    "name",
+    [
+        *("softmax", "softmax learned", "softmax rope", "softmax alibi", "softmax bfloat16"),
+        "softmax with convolutions",
+    ],
 )
 def test_a_cache_gives_what_reading_everything_again_gives(rng, assert_close, name):
     """The padding lies anywhere, and the rows have different lengths."""
@@ -125,7 +129,7 @@ def test_a_cache_gives_what_reading_everything_again_gives(rng, assert_close, na
     dtype = DTYPES[name]
     assert_close("logits", got[mask], np.asarray(whole)[mask], kind="outputs", dtype=dtype)
     lengths = mask.sum(axis=1).tolist()
-    assert state.position.tolist() == state.layers[0].length.tolist() == lengths
+    assert state.position.tolist() == state.layers[0].memory.length.tolist() == lengths
 
 
 def test_a_cache_says_what_it_cannot_do():
@@ -134,7 +138,7 @@ def test_a_cache_says_what_it_cannot_do():
     with pytest.raises(NotImplementedError, match="one sequence a row; leave out segment_ids"):
         model(tokens, segment_ids=jnp.zeros((1, 3), jnp.int32), state=state)
     logits, full = model(tokens, state=state)
-    assert full.layers[0].length.tolist() == [3]
+    assert full.layers[0].memory.length.tolist() == [3]
     assert np.isnan(logits).all()
     logits, _ = model(tokens, positions=2 * jnp.arange(3)[None], state=model.init_state(1, 3))
     assert np.isnan(logits[0]).all(axis=-1).tolist() == [False, True, True]
@@ -264,9 +268,7 @@ def test_states_that_do_not_fit_are_refused():
     tokens = jnp.array([[1, 2]])
     with pytest.raises(NotImplementedError, match=r"as in init_state\(1, capacity=1024\)"):
         softmax.init_state(1)
-    with pytest.raises(
-        TypeError, match=r"state must be a KVCache or a SparseCache.*got .*LayerState"
-    ):
+    with pytest.raises(TypeError, match=r"with a cache of keys and values.*got .*LayerState"):
         softmax(tokens, state=race.init_state(1))
     with pytest.raises(ValueError, match="state is for a batch of 3"):
         race(tokens, state=race.init_state(3))
