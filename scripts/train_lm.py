@@ -19,6 +19,7 @@ Options:
     --traceback     shows where an error occurred
 """
 
+import os
 import sys
 
 FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL, "try again"
@@ -27,7 +28,7 @@ FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL, "try agai
 def main(argv: list[str]) -> int:
     """Runs the command line and returns the exit status."""
     try:
-        from race_jax.train import console
+        from race_jax.train import console, processes
     except ImportError as error:
         print(f"train_lm: {error}", file=sys.stderr)
         return REFUSED
@@ -42,6 +43,8 @@ def main(argv: list[str]) -> int:
         status = 130
         console.warn("train_lm: interrupted outside the loop; the last checkpoint is kept")
     console.settle()
+    if status in (FAILED, REFUSED) and processes.are_several():
+        os._exit(status)  # a usual end would wait for the other processes
     return status
 
 

@@ -53,8 +53,9 @@ class Task(abc.ABC):
         loss_unit: the unit of the loss, such as "nats per token".
         weight_name: what the weights of a batch count, such as "tokens". The speed of a run is
             given in these per second, and the metrics hold their number by this name.
-        train: endless batches, which are dicts of arrays (B, T, ...). They must be
-            `UnreadRows` if `config.reads_from_disk()`, and may be otherwise. The state of the iterator is a JSON value.
+        train: endless batches, which are dicts of arrays (B, T, ...). They must be `UnreadRows` if
+            `config.reads_from_disk()`, and may be otherwise. The state of the iterator is a JSON
+            value.
         held_out: for each split, by its name, one pass over its batches. The split "valid" is
             always there.
         digests: for all content that affects what is learned, by its name, its digest. A run is
