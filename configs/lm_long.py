@@ -25,7 +25,7 @@ def get_config() -> Config:
     config = Config()
     config.model.race.forget_gate = "data"
     config.model.race.half_life = 2.0**20
-    config.model.race.short_conv = False
+    config.model.race.short_conv = None
 
     config.data.source = "files"
     config.data.train_files = tuple(f"books/train/{name}.md.xz" for name in TRAIN)

@@ -21,6 +21,7 @@ from race_jax.models.heads import TransformerLM
 
 try:
     from race_jax.data.tokenizer import Tokenizer
+    from race_jax.tasks.registry import task_named
     from race_jax.train.checkpoint import load_for_inference
 except (
     ImportError
@@ -95,6 +96,11 @@ def main(arguments: Sequence[str]) -> None:
             raise ValueError(
                 f"{_CHECKPOINT.value} is a run of the task {config.task!r}, which has no "
                 "tokenizer; give the directory of a run that was trained on text"
+            )
+        if not task_named(config.task).is_causal:
+            raise ValueError(
+                f"{_CHECKPOINT.value} is a run of the task {config.task!r}, whose model does not "
+                "continue a text; give the directory of a run of a language model"
             )
         prompt = np.asarray(tokenizer.encode(_PROMPT.value), np.int32)
         count = _count(model, len(prompt))

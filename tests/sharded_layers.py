@@ -28,7 +28,7 @@ from tests.models.small import draw
 B, T, D, N, K = 2, 12, 8, 4, 2
 ROWS, WHOLE = PartitionSpec("shards"), PartitionSpec()
 HASH = {"num_tables": 2, "num_planes": 2}
-OWN = HASH | {"short_conv": True, "output_gate": True}
+OWN = HASH | {"short_conv": "before", "output_norm": "rms", "output_gate": "silu"}
 
 
 class Case(NamedTuple):
@@ -100,6 +100,11 @@ def make_model(**options: Any) -> TransformerLM:
     return draw(lambda: TransformerLM(config, vocab_size=20, rngs=nnx.Rngs(0)))
 
 
+def drawn_state(**options: Any) -> dict[str, Any]:
+    """A state of a small language model, in the middle of its first segments."""
+    return {"state": drawn(lambda: make_model(**options).init_state(B), least=0.1)}
+
+
 def _rest(split: dict, **names: str) -> dict:
     return {names.get(name, name): x for name, x in split.items() if name != "x"}
 
@@ -113,7 +118,7 @@ def cases() -> dict[str, Callable[[], Case]]:
     by_flax = {"mask": MASK[:, None, None]}
 
     # An output gate normalizes the heads, and the gradient of the state's mass would cancel.
-    gated = HASH | {"short_conv": True, "is_causal": True, "forget_gate": "data"}
+    gated = HASH | {"short_conv": "before", "is_causal": True, "forget_gate": "data"}
     layer = race_jax.linen.RACEAttention(N, num_kv_heads=K, **gated)
     stateful = PACKED | {"state": drawn(lambda: layer.init_state(B, D), least=0.1)}
     plain = race_jax.linen.RACEAttention(N, num_kv_heads=K, **HASH, learn_planes=True)
@@ -140,6 +145,15 @@ def cases() -> dict[str, Callable[[], Case]]:
         "linear, bidirectional": lambda: linear_operation(vectors),
         "model of RACE": lambda: language_model(PACKED | fresh, race=OWN, remat=True),
         "model of linear attention": lambda: language_model(PACKED, **linear),
+        "model of gated linear attention": lambda: language_model(
+            PACKED | drawn_state(attention="gated_linear"), attention="gated_linear"
+        ),
+        "model of the gated delta net": lambda: language_model(
+            PACKED | drawn_state(attention="gated_delta"), attention="gated_delta"
+        ),
+        "model of sigmoid attention": lambda: language_model(
+            PACKED, attention="sigmoid", positions="alibi"
+        ),
         "model of softmax": lambda: language_model(PACKED, attention="softmax", positions="alibi"),
     }
 

@@ -114,7 +114,7 @@ def test_no_keys_give_zeros(queries, keys):
 @pytest.mark.parametrize(
     ("changes", "kind", "words"),
     [
-        ({"log_decay": jnp.zeros((3, 7, 2))}, NotImplementedError, "no forgetting gate"),
+        ({"log_decay": jnp.zeros((3, 7, 2))}, NotImplementedError, "has no log_decay"),
         ({"return_state": True}, NotImplementedError, "no state of fixed size"),
         ({"implementation": "cudnn"}, NotImplementedError, "cuDNN attention needs"),
         ({"implementation": "pallas"}, ValueError, "implementation='pallas' is unknown"),

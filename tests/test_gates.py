@@ -39,13 +39,21 @@ def test_no_gate_is_none():
     assert gates.log_decay(x, {}, forget_gate=None, half_life=None, num_kv_heads=1) is None
 
 
-def test_output_gate_is_its_definition(rng, assert_close):
+def test_output_norm_and_gate_are_their_definitions(rng, assert_close):
     heads = 1e-2 * rng.normal(size=(2, 5, 3, 4)).astype(np.float32)
     x = rng.normal(size=(2, 5, 6)).astype(np.float32)
     kernel = rng.normal(size=(6, 3, 4)).astype(np.float32)
     gate = np.einsum("btd,dnv->btnv", x, kernel)
+    scale = rng.normal(size=4).astype(np.float32)
     rms = np.sqrt(np.mean(heads**2, axis=-1, keepdims=True) + 1e-6)
-    want = heads / rms * gate / (1 + np.exp(-gate))
-    output_gate = jax.jit(gates.output_gate)
-    assert_close("heads", output_gate(heads, x, kernel), want, kind="outputs")
-    assert not np.asarray(output_gate(0 * heads, x, kernel)).any()
+    wants = {"silu": gate / (1 + np.exp(-gate)), "sigmoid": 1 / (1 + np.exp(-gate))}
+
+    @jax.jit
+    def run(heads, x, kernel, scale):
+        return {kind: gates.output_gate(heads, x, kernel, kind) for kind in gates.OUTPUT_GATES} | {
+            "rms": gates.rms_norm(heads, scale)
+        }
+
+    wants = {kind: heads * want for kind, want in wants.items()} | {"rms": heads / rms * scale}
+    assert_close("heads", run(heads, x, kernel, scale), wants, kind="outputs")
+    assert not any(np.asarray(out).any() for out in run(0 * heads, x, kernel, scale).values())

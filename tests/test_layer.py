@@ -21,9 +21,11 @@ ALL = {  # every option that may stand beside the others, in a causal layer
     "num_tables": 2,
     "num_planes": 2,
     "forget_gate": "data",
-    "short_conv": True,
-    "output_gate": True,
+    "short_conv": "before",
+    "output_norm": "rms",
+    "output_gate": "silu",
 }
+QKV = {"short_conv": "qkv", "qkv_activation": "silu", "output_gate": "sigmoid"}
 MASK = np.array([[1, 1, 1, 1, 1, 1, 1, 0, 0], [0, 1, 1, 0, 1, 0, 1, 1, 1]], bool)
 SEGMENTS = np.array([[0, 0, 0, 0, 1, 1, 1, 1, 1], [3, 3, 3, 3, 5, 5, 5, 5, 6]])
 
@@ -88,11 +90,14 @@ def naive_convolution(x, kernel, mask, ids):
 def naive_layer(s, params, planes, x_q, x_k, *, mask, ids_q, ids_k, is_causal):
     """Computes one sequence from all pairs in float64, in the order of the definition."""
     params, x_q, x_k = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, x_q, x_k))
-    if s.short_conv:
+    if s.short_conv == "before":
         x_q = x_k = naive_convolution(x_q, params["conv_kernel"], mask, ids_k)
 
     def project(x, name):
-        return np.tensordot(x, params[name]["kernel"], 1) + params[name]["bias"]
+        heads = np.tensordot(x, params[name]["kernel"], 1) + params[name]["bias"]
+        if s.short_conv == "qkv":
+            heads = naive_convolution(heads, params[f"{name}_conv_kernel"], mask, ids_k)
+        return heads / (1 + np.exp(-heads)) if s.qkv_activation == "silu" else heads
 
     query, key, value = project(x_q, "query"), project(x_k, "key"), project(x_k, "value")
     if s.normalize_qk:
@@ -118,10 +123,12 @@ def naive_layer(s, params, planes, x_q, x_k, *, mask, ids_q, ids_k, is_causal):
             weights *= np.tri(len(x_q)) * mask[:, None]
         sums = weights.sum(-1, keepdims=True)
         heads[:, n] = weights @ value[:, k] / np.where(sums > 0, sums, 1)
+    if s.output_norm:
+        heads /= np.sqrt(np.mean(heads**2, axis=-1, keepdims=True) + 1e-6)
+        heads *= params["out_norm_scale"]
     if s.output_gate:
         gate = np.tensordot(x_q, params["out_gate_kernel"], 1)
-        heads /= np.sqrt(np.mean(heads**2, axis=-1, keepdims=True) + 1e-6)
-        heads *= gate / (1 + np.exp(-gate))
+        heads *= (gate if s.output_gate == "silu" else 1) / (1 + np.exp(-gate))
     return np.tensordot(heads, params["out"]["kernel"], 2) + params["out"]["bias"]
 
 
@@ -131,6 +138,14 @@ CASES = {
     "everything, folded": (
         ALL | {"fold_planes": True, "forget_gate": "learned"},
         {"is_causal": True, "mask": MASK[:, None, None], "segment_ids": SEGMENTS},
+    ),
+    "convolutions on queries, keys and values, causal": (
+        ALL | QKV | {"fold_planes": True, "output_norm": None},
+        {"is_causal": True, "mask": MASK, "segment_ids": SEGMENTS},
+    ),
+    "an activation alone, bidirectional": (
+        {"num_heads": 2, "fold_planes": True, "qkv_activation": "silu", "output_norm": "rms"},
+        {"mask": MASK},
     ),
     "fixed gate": (
         {"num_heads": 2, "forget_gate": "fixed", "half_life": 6.0, "learn_sharpness": False},
@@ -145,7 +160,7 @@ CASES = {
             "num_kv_heads": 2,
             "head_dim": 6,
             "normalize_qk": True,
-            "short_conv": True,
+            "short_conv": "before",
         },
         {"mask": MASK, "segment_ids": SEGMENTS},
     ),
@@ -173,7 +188,9 @@ def test_layer_is_its_definition(rng, assert_close, case):
 
 
 def test_cross_attention_is_its_definition(rng, assert_close):
-    s, params, planes = make(rng, num_heads=2, in_kv_features=6, output_gate=True)
+    s, params, planes = make(
+        rng, num_heads=2, in_kv_features=6, output_norm="rms", output_gate="silu"
+    )
     x_q = rng.normal(size=(BATCH, 4, WIDTH)).astype(np.float32)
     x_k = rng.normal(size=(BATCH, LENGTH, 6)).astype(np.float32)
     got = jax.jit(functools.partial(race_layer, settings=s))(params, planes, x_q, x_k, mask=MASK)
@@ -204,9 +221,10 @@ def test_folded_planes_give_the_same_outputs_and_gradients(rng, assert_close):
     assert_close("gradients and output", got, want, kind="folded")
 
 
-def test_split_anywhere_gives_the_whole(rng, assert_close):
+@pytest.mark.parametrize("options", [ALL, ALL | QKV], ids=["before", "qkv"])
+def test_split_anywhere_gives_the_whole(rng, assert_close, options):
     """One call with a state takes a prompt, one token, many tokens, or none."""
-    s, params, planes = make(rng, **ALL)
+    s, params, planes = make(rng, **options)
     x = rng.normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
 
     @functools.partial(jax.jit, static_argnums=2)
@@ -228,7 +246,7 @@ def test_split_anywhere_gives_the_whole(rng, assert_close):
 
 def test_gradients_flow_through_the_carried_state(rng, assert_close):
     """A scan over pieces gives the gradients of the whole."""
-    s, params, planes = make(rng, **ALL)
+    s, params, planes = make(rng, **ALL | QKV)
     x = rng.normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
     weights = rng.normal(size=(BATCH, LENGTH, s.out_features)).astype(np.float32)
 

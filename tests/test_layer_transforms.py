@@ -17,7 +17,7 @@ from race_jax.layers.race import RACEAttention
 
 BATCH, LENGTH, WIDTH, HEADS, LAYERS = 2, 6, 8, 2, 2
 OPTIONS = {"num_tables": 2, "num_planes": 2, "is_causal": True, "forget_gate": "data"}
-OPTIONS |= {"short_conv": True}
+OPTIONS |= {"short_conv": "before"}
 X = jax.random.normal(jax.random.key(0), (BATCH, LENGTH, WIDTH))
 STREAMS = {"params": jax.random.key(1), "planes": jax.random.key(2)}
 

@@ -22,11 +22,16 @@ EVERYTHING = {
     "out_features": 5,
     "forget_gate": "data",
     "half_life": 100.0,
-    "short_conv": True,
-    "output_gate": True,
+    "short_conv": "before",
+    "output_norm": "rms",
+    "output_gate": "silu",
 }
 CASES = {
     "everything": (EVERYTHING, True),
+    "convolutions on queries, keys and values": (
+        {"short_conv": "qkv", "qkv_activation": "silu", "output_gate": "sigmoid"},
+        True,
+    ),
     "learned planes, norms, no bias": (
         {"learn_planes": True, "normalize_qk": True, "use_bias": False},
         False,
@@ -113,7 +118,7 @@ def test_fixed_planes_must_be_passed_to_apply():
 
 
 def test_a_call_with_a_state_continues(assert_close):
-    layer = linen.RACEAttention(2, forget_gate="learned", short_conv=True)
+    layer = linen.RACEAttention(2, forget_gate="learned", short_conv="before")
     run = jax.jit(
         lambda variables, x, state: layer.apply(variables, x, is_causal=True, state=state)
     )

@@ -51,7 +51,8 @@ def test_parameters_are_those_of_flax(options):
 def test_own_parameters_and_fields():
     make = functools.partial(
         RACEAttention, 4, WIDTH, num_kv_heads=2, value_dim=3, num_tables=5, num_planes=2,
-        forget_gate="data", short_conv=True, output_gate=True, learn_planes=True,
+        forget_gate="data", short_conv="before", output_norm="rms", output_gate="sigmoid",
+        learn_planes=True,
     )  # fmt: skip
     projections = {"query", "key", "value", "out"}
     assert {name: shape for name, shape in shapes(make).items() if name not in projections} == {
@@ -60,6 +61,7 @@ def test_own_parameters_and_fields():
         "gate_kernel": (WIDTH, 2),
         "conv_kernel": (4, WIDTH),
         "out_gate_kernel": (WIDTH, 4, 3),
+        "out_norm_scale": (3,),
         "planes": (5, 2, 4),
     }
     module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
@@ -132,7 +134,7 @@ def test_paper_refuses_what_it_fixes():
 def test_prefill_and_decoding_are_one_call(assert_close):
     """A prompt, and then tokens one by one under jit, give the outputs of the whole sequence."""
     module = RACEAttention(
-        4, WIDTH, num_kv_heads=2, forget_gate="data", short_conv=True, rngs=nnx.Rngs(0)
+        4, WIDTH, num_kv_heads=2, forget_gate="data", short_conv="before", rngs=nnx.Rngs(0)
     )
     x = normal(BATCH, LENGTH, WIDTH)
     prompt, state = resume(module, x[:, :4], module.init_state(BATCH))

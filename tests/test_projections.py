@@ -166,7 +166,12 @@ def test_linen_layers_made_with_one_set_of_planes_are_warned_of():
     assert not np.array_equal(differ[0], differ[1])
 
 
-EVERY_OPTION = {"forget_gate": "data", "short_conv": True, "output_gate": True}
+EVERY_OPTION = {
+    "forget_gate": "data",
+    "short_conv": "before",
+    "output_norm": "rms",
+    "output_gate": "silu",
+}
 
 
 @pytest.mark.parametrize("options", [EVERY_OPTION, EVERY_OPTION | {"fold_planes": True}], ids=str)

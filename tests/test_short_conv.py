@@ -51,6 +51,18 @@ def arrays(rng):
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
+def test_heads_have_kernels_of_their_own(rng, assert_close):
+    heads = 2, FEATURES
+    x = rng.normal(size=(BATCH, LENGTH, *heads)).astype(np.float32)
+    kernel, taps = (rng.normal(size=(*n, *heads)).astype(np.float32) for n in ((4,), (BATCH, 3)))
+    options = {"segment": SEGMENT, "mask": MASK, "segment_ids": SEGMENTS}
+    out, after = convolve(x, kernel, taps=taps, **options)
+    for n in range(2):
+        flat = x[:, :, n], kernel[:, n], taps[:, :, n]
+        want = naive(*flat, SEGMENT, MASK, SEGMENTS)
+        assert_close(f"head {n}", (out[:, :, n], after[:, :, n]), want, kind="outputs")
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_convolution_is_its_definition(arrays, assert_close, padded, packed):
@@ -85,7 +97,7 @@ def test_split_anywhere_gives_the_whole(arrays, assert_close):
 
 def test_identity_kernel_passes_tokens_through(arrays, assert_close):
     x, _, taps = arrays
-    kernel = short_conv.identity_kernel(FEATURES)
+    kernel = short_conv.identity_kernel((FEATURES,))
     out, _ = convolve(x, kernel, taps=taps, segment=SEGMENT)
     assert_close("output", out, x, kind="rerun")
 

@@ -31,7 +31,12 @@ def test_the_operation_never_promotes_ranks(mode):
 
 
 def test_the_layer_never_promotes_ranks():
-    options = {"forget_gate": "data", "short_conv": True, "output_gate": True}
+    options = {
+        "forget_gate": "data",
+        "short_conv": "before",
+        "output_norm": "rms",
+        "output_gate": "silu",
+    }
     layer = race_jax.RACEAttention(2, 16, rngs=nnx.Rngs(0), **options)
     with jax.numpy_rank_promotion("raise"):
         gradient = nnx.grad(lambda layer, x: layer(x, is_causal=True).sum())

@@ -15,7 +15,7 @@ from race_jax.data.workers import WorkerDataset
 
 # Windows are read in the caller's thread. To cut a window out of an array costs less than to hand
 # it from one thread to another.
-_SYNCHRONOUS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+SYNCHRONOUS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 # An endless dataset has this number of windows. No run reads so many, and 64 bits can count them.
 _ENDLESS = 1 << 62
 # The least number of rows that packing fills at the same time. With fewer, rows stay emptier.
@@ -123,7 +123,7 @@ def train_windows(
     batches = endless.map(lambda ids: row(ids, length)).batch(batch_size)
     if num_workers:
         return WorkerDataset(batches, num_workers)
-    return batches.to_iter_dataset(_SYNCHRONOUS)
+    return batches.to_iter_dataset(SYNCHRONOUS)
 
 
 def held_out_windows(
@@ -141,7 +141,7 @@ def held_out_windows(
     if check is not None:
         return _unread(windows, length, batch_size, check)
     batches = windows.map(lambda ids: row(ids, length)).batch(batch_size)
-    return batches.map(lambda rows: filled(rows, batch_size)).to_iter_dataset(_SYNCHRONOUS)
+    return batches.map(lambda rows: filled(rows, batch_size)).to_iter_dataset(SYNCHRONOUS)
 
 
 def train_packed(
@@ -167,7 +167,7 @@ def _pack(
 ) -> grain.IterDataset[Batch]:
     """Returns batches of pieces. Each piece goes whole into the first row that has room for it."""
     packed = grain.experimental.FirstFitPackIterDataset(
-        pieces.map(lambda ids: {"pairs": _pairs(ids)}).to_iter_dataset(_SYNCHRONOUS),
+        pieces.map(lambda ids: {"pairs": _pairs(ids)}).to_iter_dataset(SYNCHRONOUS),
         length_struct={"pairs": length},
         num_packing_bins=max(batch_size, _MIN_PACKING_BINS),
         shuffle_bins=shuffle_seed is not None,
@@ -208,7 +208,7 @@ def _unread(
         empty = [rows[0][:0]] * (batch_size - len(rows))
         return UnreadRows([*rows, *empty], length, check)
 
-    return windows.batch(batch_size, batch_fn=batch).to_iter_dataset(_SYNCHRONOUS)
+    return windows.batch(batch_size, batch_fn=batch).to_iter_dataset(SYNCHRONOUS)
 
 
 def _mixed(seed: int) -> int:

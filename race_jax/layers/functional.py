@@ -1,6 +1,6 @@
 """The RACE attention layer as a pure function of arrays, shared by the NNX and the Linen module.
 
-Parameters have Flax's names. For every head, with x after the short convolution,
+Parameters have Flax's names. For every head, with x after a convolution before the projections,
 
     z_q = W (x A_q),  z_k = W (x A_k),  v = x A_v,  out = race(z_q, z_k, v, g(x)) A_out
 """
@@ -17,11 +17,10 @@ import jax.numpy as jnp
 from race_jax.core import hashing, masking
 from race_jax.core.attention import Options, attend
 from race_jax.core.shapes import Axis
-from race_jax.core.state import RACEState
-from race_jax.layers import gates
+from race_jax.core.state import EMPTY, RACEState
+from race_jax.layers import gates, parts
 from race_jax.layers.attention_fn import key_padding
 from race_jax.layers.race_config import RACEConfig
-from race_jax.layers.short_conv import TAPS, short_convolution
 
 Projection = Mapping[str, Any] | Callable[[jax.Array], jax.Array]
 
@@ -34,12 +33,13 @@ class LayerState(NamedTuple):
 
     Attributes:
       race: the table sums of the attention, a `race_jax.RACEState`.
-      taps: ``(B, 3, D)``, the last hidden states of the current segment, oldest first, or None
-        without a short convolution.
+      taps: the last three tokens of the current segment that the short convolution has seen,
+        oldest first: hidden states ``(B, 3, D)``, a tuple of queries, keys and values
+        ``(B, 3, heads, width)``, or None without a convolution.
     """
 
     race: RACEState
-    taps: jax.Array | None
+    taps: Any
 
 
 def init_state(settings: RACEConfig, batch: int) -> LayerState:
@@ -48,8 +48,7 @@ def init_state(settings: RACEConfig, batch: int) -> LayerState:
     race = RACEState.init(
         batch, settings.num_kv_heads, settings.features, settings.value_dim, dtype
     )
-    taps = jnp.zeros((batch, TAPS, settings.in_features), dtype) if settings.short_conv else None
-    return LayerState(race, taps)
+    return LayerState(race, parts.init_taps(settings, batch, dtype))
 
 
 def race_layer(
@@ -116,18 +115,23 @@ def race_layer(
         x_k, x_v = masking.select_tokens(x_k, mask), masking.select_tokens(x_v, mask)
         if is_causal:
             x_q = masking.select_tokens(x_q, mask)
-        taps = None
-        if settings.short_conv:
-            before = init_state(settings, batch) if state is None else state
-            kernel = params["conv_kernel"]
-            x_q, taps = _convolve(x_k, kernel, before, mask, segment_ids, axis_name)
+        segment = jnp.full(batch, EMPTY, jnp.int32) if state is None else state.race.segment
+        span = parts.Span(segment, mask, segment_ids, axis_name)
+        taps = parts.init_taps(settings, batch) if state is None else state.taps
+        if settings.short_conv == "before":
+            x_q, taps = parts.convolve_inputs(x_k, params, settings, taps, span)
             x_k = x_v = x_q
+        value = _project(x_v, "value", params, settings)
+        named = lambda sources: zip(sources, ("query", "key"), strict=True)  # noqa: E731
+        sources = x_q, x_k  # of the hash: hidden states, or queries and keys if those are convolved
+        if settings.changes_heads:
+            heads = *(_project(x, name, params, settings) for x, name in named(sources)), value
+            (*sources, value), taps = parts.convolve_heads(heads, params, settings, taps, span)
 
     def project(columns):
         wide = hashing.flat_planes(planes, columns)
-        return tuple(_hash(x, name, params, wide, settings) for x, name in named)
+        return tuple(_hash(x, name, params, wide, settings) for x, name in named(sources))
 
-    named = (x_q, "query"), (x_k, "key")
     options = Options(
         sharpness=_sharpness(params, settings),
         use_tanh=settings.use_tanh,
@@ -141,41 +145,17 @@ def race_layer(
         axis_name=axis_name,
         implementation=settings.implementation,
     )
-    value = _project(x_v, "value", params, settings)
     heads = attend(project, _shapes(x_q, x_k, settings), value, options)
     if state is not None:
         heads, race = heads
     with jax.named_scope("race_layer/output"):
-        if settings.output_gate:
-            kernel = params["out_gate_kernel"]
-            heads = gates.output_gate(heads, x_q, kernel, settings.precision)
+        heads = parts.finish(heads, x_q, params, settings)
         out = _project(heads, "out", params, settings)
         if dropout_key is not None and axis_name is not None:
             # Every stretch of the sequence has its own mask.
             dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
         out = _dropout(out, settings.dropout_rate, dropout_key)
     return out if state is None else (out, LayerState(race, taps))
-
-
-def _convolve(
-    x: jax.Array,
-    kernel: jax.Array,
-    before: LayerState,
-    mask: jax.Array | None,
-    segment_ids: jax.Array | None,
-    axis_name: Axis | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the convolved inputs, and the taps after the call."""
-    masking.check_segment_ids(segment_ids, x.shape[:2], mask)
-    return short_convolution(
-        x,
-        kernel,
-        taps=before.taps,
-        segment=before.race.segment,
-        mask=mask,
-        segment_ids=segment_ids,
-        axis_name=axis_name,
-    )
 
 
 def check_static(**flags: Any) -> None:
@@ -236,8 +216,8 @@ def _check_call(
         raise ValueError("a state summarises earlier tokens; pass is_causal=True with state=")
     if settings.short_conv and (x_k is not x_q or x_v is not x_q):
         raise ValueError(
-            "short_conv=True runs along one sequence; leave inputs_k and inputs_v out, or build "
-            "the layer with short_conv=False for cross-attention"
+            f"short_conv={settings.short_conv!r} runs along one sequence; leave inputs_k and "
+            "inputs_v out, or build the layer with short_conv=None for cross-attention"
         )
 
 
@@ -247,8 +227,9 @@ def _check_state(state: LayerState, settings: RACEConfig, batch: int) -> None:
             f"state must be a LayerState, from init_state or an earlier call; got {type(state)}"
         )
     sums = batch, settings.num_kv_heads, settings.features, settings.value_dim
-    taps = (batch, TAPS, settings.in_features) if settings.short_conv else None
-    given = state.race.numerator.shape, None if state.taps is None else state.taps.shape
+    taps = jax.eval_shape(lambda: parts.init_taps(settings, batch))
+    taps, given_taps = (jax.tree.map(jnp.shape, taps) for taps in (taps, state.taps))
+    given = state.race.numerator.shape, given_taps
     if given != (sums, taps):
         raise ValueError(
             f"state must have race.numerator of shape {sums} and taps of shape {taps}, got "
@@ -275,16 +256,19 @@ def _hash(
     planes: jax.Array,
     settings: RACEConfig,
 ) -> jax.Array:
-    """Returns hash projections ``(B, T, heads, L, P)`` of the queries or the keys."""
+    """Returns hash projections ``(B, T, heads, L, P)`` of the queries or the keys.
+
+    x are hidden states, or the queries or keys themselves if those have been convolved.
+    """
     weights = params[name]
-    if settings.fold_planes and isinstance(weights, Mapping):
+    if settings.folds and isinstance(weights, Mapping):
         # This product of weights is small and made once per call, so it is made exactly. TF32,
         # the default on a GPU, would keep only ten bits of each weight.
         with jax.default_matmul_precision("highest"):
             folded = {part: hashing.fold_planes(array, planes) for part, array in weights.items()}
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         return _linear(x, folded, settings.precision, out_dtype=dtype)
-    heads = _project(x, name, params, settings)
+    heads = x if settings.changes_heads else _project(x, name, params, settings)
     if settings.normalize_qk:
         heads = params[f"{name}_ln"](heads).astype(heads.dtype)
     return hashing.hash_projections(heads, planes)

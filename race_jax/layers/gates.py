@@ -1,4 +1,4 @@
-"""The two gates of the layer, which are the forget gate of the sums and the output gate.
+"""The gates of a layer, which are the forget gate of the sums and the output gate, and its norm.
 
     g = log sigmoid(x w + b)          heads = RMSNorm(heads) * silu(x W_g)
 
@@ -19,12 +19,17 @@ FORGET_GATES = (None, "fixed", "learned", "data")
 SHORTEST_HALF_LIFE = 2.0  # tokens
 BIAS_RANGE = (1.0, 6.0)  # half-lives of 2 to 280 tokens
 EPSILON = 1e-6
+OUTPUT_GATES = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 
-def check_gate(forget_gate: str | None, half_life: float | None) -> None:
-    """Raises ValueError unless the gate is a known one and its half-life fits it."""
-    if forget_gate not in FORGET_GATES:
-        choices = ", ".join(map(repr, FORGET_GATES))
+def check_gate(
+    forget_gate: str | None,
+    half_life: float | None,
+    known: tuple[str | None, ...] = FORGET_GATES,
+) -> None:
+    """Raises ValueError unless the gate is one of the known ones and its half-life fits it."""
+    if forget_gate not in known:
+        choices = ", ".join(map(repr, known))
         raise ValueError(f"forget_gate must be one of {choices}; got {forget_gate!r}")
     if half_life is None:
         if forget_gate == "fixed":
@@ -109,28 +114,47 @@ def log_decay(
     return jnp.broadcast_to(rates, (*x.shape[:2], num_kv_heads))
 
 
+def rms_norm(heads: jax.Array, scale: jax.Array) -> jax.Array:
+    """Divides each head by its root mean square.
+
+        heads / sqrt(mean(heads**2) + 1e-6) * scale
+
+    Args:
+      heads: ``(B, T, N, V)``. The mean is taken over V.
+      scale: ``(V,)``.
+
+    Returns:
+      ``(B, T, N, V)`` in float32 or wider.
+
+    Source: Zhang and Sennrich 2019, section 3.
+    """
+    wide = heads.astype(jnp.promote_types(heads.dtype, jnp.float32))
+    wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + EPSILON)
+    return wide * jnp.expand_dims(scale.astype(wide.dtype), (0, 1, 2))
+
+
 def output_gate(
     heads: jax.Array,
     x: jax.Array,
     kernel: jax.Array,
+    kind: str,
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
-    """Normalises and gates the heads.
+    """Multiplies the heads by a function of the hidden states.
 
-        heads / sqrt(mean(heads**2) + 1e-6) * silu(x W_g)
+        heads * silu(x W_g)
 
     Args:
-      heads: ``(B, T, N, V)``. The mean is taken over V, in float32 or wider.
+      heads: ``(B, T, N, V)``.
       x: ``(B, T, D)``, hidden states of the queries.
       kernel: ``(D, N, V)``.
+      kind: the function, "silu" or "sigmoid".
       precision: the precision of the matrix product.
 
     Returns:
-      ``(B, T, N, V)`` in the dtype of `heads`.
+      ``(B, T, N, V)`` in the wider of the dtypes of `heads` and `x`.
 
     Source: beyond the paper.
     """
-    wide = heads.astype(jnp.promote_types(heads.dtype, jnp.float32))
-    wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + EPSILON)
-    gate = jax.nn.silu(jnp.tensordot(x, kernel.astype(x.dtype), axes=1, precision=precision))
-    return (wide * gate).astype(heads.dtype)
+    logits = jnp.tensordot(x, kernel.astype(x.dtype), axes=1, precision=precision)
+    return heads * OUTPUT_GATES[kind](logits)

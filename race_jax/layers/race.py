@@ -57,8 +57,9 @@ class RACEAttention(nnx.Module):
 
     Parameters have Flax's names and shapes. The kernels are ``query`` ``(D, N, H)``, ``key``
     ``(D, K, H)``, ``value`` ``(D, K, V)`` and ``out`` ``(N, V, D)``, each with its bias. The
-    options add ``log_sharpness``, ``gate_bias``, ``gate_kernel``, ``conv_kernel`` and
-    ``out_gate_kernel`` where they need them. ``planes`` ``(L, P, H)`` is a `HashPlanes` variable,
+    options add ``log_sharpness``, ``gate_bias``, ``gate_kernel``, ``conv_kernel``,
+    ``out_gate_kernel``, ``out_norm_scale`` and ``query_conv_kernel`` (and those of keys and values)
+    where they need them. ``planes`` ``(L, P, H)`` is a `HashPlanes` variable,
     or a parameter if the planes are learned. ``config`` is the checked record of the options, whose
     fields can also be read from the layer itself.
 
@@ -108,14 +109,20 @@ class RACEAttention(nnx.Module):
       half_life: the longest initial half-life in tokens. The half-lives of the heads form a
         geometric series from 2 to it. A fixed gate needs it. For other gates it may be None, and
         then the biases b are spaced evenly from 1 to 6.
-      short_conv: whether each token is mixed with the three tokens before it in its segment, before
-        everything else. The mixing is the identity at first. It needs self-attention.
-      output_gate: whether each head is normalized (RMS) and multiplied by ``silu(x W_g)`` before
-        ``out``.
+      short_conv: where each token is mixed with the three tokens before it in its segment. None is
+        nowhere, ``"before"`` is before the projections, and ``"qkv"`` is on queries, keys and
+        values, each with a kernel of its own. The mixing is the identity at first. It needs
+        self-attention.
+      qkv_activation: None, or ``"silu"`` for queries, keys and values after their projections and
+        convolutions.
+      output_norm: None, or ``"rms"`` to divide each head's output by its root mean square.
+      output_gate: None, or ``"silu"`` or ``"sigmoid"`` of ``x W_g``, by which each head's output is
+        multiplied before ``out``, after the norm.
       fold_planes: whether to compute ``x (A W)`` instead of ``(x A) W``. The results are equal up
-        to rounding, and take less work and memory. It excludes `normalize_qk`. If a query or key
-        projection is not the ``nnx.LinearGeneral`` made here, it is called without folding, and a
-        message is logged once.
+        to rounding, and take less work and memory. It excludes `normalize_qk`, and has no effect if
+        a convolution or an activation stands between A and W. If a query or key projection is not
+        the ``nnx.LinearGeneral`` made here, it is called without folding, and a message is logged
+        once.
       normalization: ``"global"`` (the paper) or ``"bucket"`` (its released code).
       implementation: None (the best that works), ``"xla"`` or ``"pallas"``.
       axis_name: inside ``jax.shard_map``, the mesh axis over whose devices the sequence is split.
@@ -191,8 +198,10 @@ class RACEAttention(nnx.Module):
         use_tanh: bool = True,
         forget_gate: str | None = None,
         half_life: float | None = None,
-        short_conv: bool = False,
-        output_gate: bool = False,
+        short_conv: str | None = None,
+        qkv_activation: str | None = None,
+        output_norm: str | None = None,
+        output_gate: str | None = None,
         fold_planes: bool = False,
         normalization: str = "global",
         implementation: str | None = None,
@@ -316,7 +325,7 @@ class RACEAttention(nnx.Module):
         Example:
           >>> import race_jax
           >>> from flax import nnx
-          >>> layer = race_jax.RACEAttention(2, 16, short_conv=True, rngs=nnx.Rngs(0))
+          >>> layer = race_jax.RACEAttention(2, 16, short_conv="before", rngs=nnx.Rngs(0))
           >>> state = layer.init_state(batch=3)
           >>> state.race.numerator.shape, state.taps.shape
           ((3, 2, 64, 8), (3, 3, 16))
@@ -396,7 +405,7 @@ class RACEAttention(nnx.Module):
         parameters = {name: getattr(self, name)[...] for name in self.config.own_parameters()}
         for name in ("query", "key"):
             module = getattr(self, name)
-            if self.config.fold_planes:
+            if self.config.folds:
                 module = _foldable(name, module)
             parameters[name] = module
             if self.config.normalize_qk:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from race_jax.core import dispatch, hashing, state
-from race_jax.layers import gates, short_conv
+from race_jax.layers.parts import Parts
 
 PLANES = 0x9A7E5  # an arbitrary constant that is folded into the keys of planes
 
@@ -31,18 +31,21 @@ PAPER = {
     "use_tanh": True,
     "normalize_qk": False,
     "forget_gate": None,
-    "short_conv": False,
-    "output_gate": False,
+    "short_conv": None,
+    "qkv_activation": None,
+    "output_norm": None,
+    "output_gate": None,
     "normalization": "global",
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RACEConfig:
+class RACEConfig(Parts):
     """Options of RACE attention, and the sizes of a layer.
 
     The NNX layer, the Linen layer and the models use this one record. The fields have the names of
-    the layers' arguments. Sizes that are None are filled in as Flax fills them in.
+    the layers' arguments. Sizes that are None are filled in as Flax fills them in. The parts that
+    every attention can take are those of `race_jax.layers.parts.Parts`.
 
     Attributes:
         num_heads: the number of query heads N.
@@ -68,15 +71,8 @@ class RACEConfig:
         learn_sharpness: whether beta is trained, through its logarithm.
         shared_sharpness: whether the layer has one beta, instead of one per key/value head.
         use_tanh: whether hash projections go through tanh before they are sharpened.
-        forget_gate: how old tokens decay. None is not at all, "fixed" and "learned" are one
-            constant per head, and "data" is a value per token and head. A gate needs a causal
-            model.
-        half_life: the longest initial half-life in tokens, at least 2. A "fixed" gate needs it. For
-            other gates, None means initial logits from 1 to 6.
-        short_conv: whether a depthwise causal convolution over 4 tokens precedes the projections.
-        output_gate: whether each head's output is normalized and multiplied by a gate.
         fold_planes: whether the hash is computed straight from the hidden state, without queries
-            and keys.
+            and keys. It has no effect if a convolution or an activation stands between the two.
         normalization: "global" or "bucket".
         implementation: None (the best that works), "xla" or "pallas".
 
@@ -119,10 +115,6 @@ class RACEConfig:
     learn_sharpness: bool = True
     shared_sharpness: bool = False
     use_tanh: bool = True
-    forget_gate: str | None = None
-    half_life: float | None = None
-    short_conv: bool = False
-    output_gate: bool = False
     fold_planes: bool = False
     normalization: str = "global"
     implementation: str | None = None
@@ -193,7 +185,7 @@ class RACEConfig:
             )
 
     def _check_choices(self) -> None:
-        gates.check_gate(self.forget_gate, self.half_life)
+        self.check_parts()
         _check_among("implementation", self.implementation, dispatch.IMPLEMENTATIONS)
         state.check_normalization(self.normalization)
         for name in ("sharpness", "planes_scale"):
@@ -220,8 +212,10 @@ class RACEConfig:
                 values[name] = jnp.dtype(values[name]).name
         return values
 
-    def describe(self, batch: int, length: int, is_packed: bool) -> tuple[str, str]:
-        """Returns which implementation a causal training step would run, and why."""
+    def describe(
+        self, batch: int, length: int, is_packed: bool, is_causal: bool = True
+    ) -> tuple[str, str]:
+        """Returns which implementation a training step would run, and why."""
         dtype = jnp.dtype(self.dtype or self.param_dtype)
 
         def array(*shape: int) -> jax.ShapeDtypeStruct:
@@ -233,13 +227,18 @@ class RACEConfig:
             array(*heads, self.head_dim),
             array(*heads, self.value_dim),
             array(self.num_tables, self.num_planes, self.head_dim),
-            is_causal=True,
+            is_causal=is_causal,
             log_decay=None if self.forget_gate is None else array(*heads),
             segment_ids=array(batch, length) if is_packed else None,
             normalization=self.normalization,
             implementation=self.implementation,
         )
         return f"race, implementation {choice.implementation}", choice.reason
+
+    @property
+    def folds(self) -> bool:
+        """Whether the planes are folded into the projections."""
+        return self.fold_planes and not self.changes_heads
 
     @property
     def features(self) -> int:
@@ -264,32 +263,12 @@ class RACEConfig:
     def own_parameters(self) -> dict[str, Callable[[jax.Array], jax.Array]]:
         """Returns the initializers of the parameters that Flax's own attention does not have.
 
-        They are ``log_sharpness`` ``(K,)`` or ``()``, ``gate_bias`` ``(K,)``, ``gate_kernel``
-        ``(D, K)``, ``conv_kernel`` ``(4, D)`` and ``out_gate_kernel`` ``(D, N, V)``, as far as the
-        options need them.
+        They are ``log_sharpness`` ``(K,)`` or ``()``, if it is learned, and those of the parts.
         """
-        dtype, heads = self.param_dtype, self.num_kv_heads
-        dense = jax.nn.initializers.lecun_normal()
-        gate_shape = self.in_features, self.num_heads * self.value_dim
-        parameters = {
-            "log_sharpness": lambda key: jnp.full(
-                () if self.shared_sharpness else (heads,), math.log(self.sharpness), dtype
-            ),
-            "gate_bias": lambda key: jnp.asarray(gates.initial_bias(heads, self.half_life), dtype),
-            "gate_kernel": lambda key: dense(key, (self.in_kv_features, heads), dtype),
-            "conv_kernel": lambda key: short_conv.identity_kernel(self.in_features, dtype),
-            "out_gate_kernel": lambda key: dense(key, gate_shape, dtype).reshape(
-                self.in_features, self.num_heads, self.value_dim
-            ),
-        }
-        wanted = {
-            "log_sharpness": self.learn_sharpness,
-            "gate_bias": self.forget_gate in ("learned", "data"),
-            "gate_kernel": self.forget_gate == "data",
-            "conv_kernel": self.short_conv,
-            "out_gate_kernel": self.output_gate,
-        }
-        return {name: init for name, init in parameters.items() if wanted[name]}
+        shape = () if self.shared_sharpness else (self.num_kv_heads,)
+        start = math.log(self.sharpness)
+        own = {"log_sharpness": lambda key: jnp.full(shape, start, self.param_dtype)}
+        return (own if self.learn_sharpness else {}) | self.part_parameters()
 
 
 def _check_among(name: str, value: Any, choices: tuple) -> None:

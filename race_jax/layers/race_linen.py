@@ -77,8 +77,11 @@ class RACEAttention(nn.Module):
       use_tanh: whether hash projections go through tanh before they are sharpened.
       forget_gate: None, ``"fixed"``, ``"learned"`` or ``"data"``.
       half_life: the longest initial half-life of the gate, in tokens.
-      short_conv: whether each token is mixed with the three tokens before it.
-      output_gate: whether the heads are normalized and gated before ``out``.
+      short_conv: None, ``"before"`` (one convolution before the projections) or ``"qkv"`` (three
+        after them).
+      qkv_activation: None or ``"silu"``, which queries, keys and values go through.
+      output_norm: None, or ``"rms"`` to normalize the heads' outputs.
+      output_gate: None, ``"silu"`` or ``"sigmoid"``, which the heads' outputs are multiplied by.
       fold_planes: whether to compute ``x (A W)`` instead of ``(x A) W``.
       normalization: ``"global"`` or ``"bucket"``.
       implementation: None, ``"xla"`` or ``"pallas"``.
@@ -152,8 +155,10 @@ class RACEAttention(nn.Module):
     use_tanh: bool = True
     forget_gate: str | None = None
     half_life: float | None = None
-    short_conv: bool = False
-    output_gate: bool = False
+    short_conv: str | None = None
+    qkv_activation: str | None = None
+    output_norm: str | None = None
+    output_gate: str | None = None
     fold_planes: bool = False
     normalization: str = "global"
     implementation: str | None = None
@@ -251,7 +256,7 @@ class RACEAttention(nn.Module):
         widths = {"query": settings.in_features, "key": settings.in_kv_features}
         parameters: dict[str, Any] = {}
         for name, shape in shapes.items():
-            if self.fold_planes:
+            if settings.folds:
                 parameters[name] = self._weights(name, widths[name], shape)
             else:
                 parameters[name] = self._dense(name, shape)

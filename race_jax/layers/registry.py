@@ -8,12 +8,14 @@ config_class   A frozen dataclass that is checked when it is made. It has those 
                options, `config.model.NAME.*` on the command line. LAYER_ONLY names the fields that
                a model does not set. MODEL_DEFAULTS holds the defaults that differ in a model.
                POSITIONS names the positions that are part of the method, besides those that every
-               model can have. ``describe(batch, length, is_packed)`` returns two texts: what would
-               run, and why.
+               model can have. ``describe(batch, length, is_packed, is_causal)`` returns two texts:
+               what would run, and why.
 from_config    ``(config, *, is_causal, kernel_init, out_kernel_init, rngs)`` makes the layer. It
                raises ValueError if the config does not go with ``is_causal``.
 __call__       ``(x, *, positions, mask, segment_ids, is_causal, state, deterministic, rngs)``
                returns ``(B, T, D)``, or that and the next state if a state is given.
+needs_rngs     only of a method that draws random numbers in a training step, whose calls then get
+               a key as ``rngs``: whether this layer does.
 set_view       only of a method that can work on a stretch of a sequence that is split over
                devices. It has an argument ``axis_name``, which ``nnx.view`` gives it.
 init_state     ``(batch)`` returns the state before any token, a pytree whose leaves keep their
@@ -34,10 +36,16 @@ ATTENTIONS = {
     "race": "race_jax.layers.race.RACEAttention",
     "softmax": "race_jax.layers.softmax.SoftmaxAttention",
     "linear": "race_jax.layers.linear.LinearAttention",
+    "performer": "race_jax.layers.performer.PerformerAttention",
+    "sigmoid": "race_jax.layers.sigmoid.SigmoidAttention",
+    "angular": "race_jax.layers.angular.AngularAttention",
+    "linformer": "race_jax.layers.linformer.LinformerAttention",
+    "gated_linear": "race_jax.layers.gated_linear.GatedLinearAttention",
+    "gated_delta": "race_jax.layers.gated_delta.GatedDeltaAttention",
 }
 SHARED = (
     *("num_heads", "in_features", "num_kv_heads", "head_dim"),
-    *("dtype", "positions", "implementation"),
+    *("dtype", "positions", "max_length", "implementation"),
 )
 
 
@@ -95,9 +103,23 @@ def options_class(name: str) -> type:
     draft = dataclasses.make_dataclass(
         f"{record.__name__}Options", fields, namespace={"__module__": __name__}
     )
-    draft.__doc__ = re.sub(r"\nRaises:.*", "", inspect.getdoc(record), flags=re.DOTALL)
+    draft.__doc__ = _documentation(record)
     globals()[draft.__name__] = draft  # pickle looks it up by this name
     return draft
+
+
+def _documentation(record: type) -> str:
+    """Returns a record's docstring, with the attributes of the records that it extends as well."""
+    parts = [
+        re.sub(r"\nRaises:.*", "", inspect.cleandoc(kind.__doc__), flags=re.DOTALL)
+        .rstrip()
+        .partition("Attributes:\n")
+        for kind in record.__mro__
+        if dataclasses.is_dataclass(kind)
+    ]
+    # A record comes after those that it extends, so that its words on a field are the last.
+    texts = (text for _, _, text in reversed(parts))
+    return "\n".join([parts[0][0].rstrip(), "", "Attributes:", *texts])
 
 
 def add_options(model_config: type) -> type:

@@ -9,6 +9,8 @@ The last three hidden states, called taps, are passed on to the next call.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -19,9 +21,11 @@ WIDTH = 4  # tokens that an output depends on, its own included
 TAPS = WIDTH - 1  # tokens that a later call needs
 
 
-def identity_kernel(features: int, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """Returns the kernel ``(4, D)`` that leaves every token unchanged."""
-    return jnp.zeros((WIDTH, features), dtype).at[0].set(1)
+def identity_kernel(
+    features: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32
+) -> jax.Array:
+    """Returns the kernel ``(4, *features)`` that leaves every token unchanged."""
+    return jnp.zeros((WIDTH, *features), dtype).at[0].set(1)
 
 
 def short_convolution(
@@ -42,9 +46,10 @@ def short_convolution(
     Sums are kept in float32 or wider.
 
     Args:
-      x: ``(B, T, D)``, hidden states. Padded slots may hold any value.
-      kernel: ``(4, D)``. Row j weighs the j-th token back.
-      taps: ``(B, 3, D)``, the last tokens before the call, oldest first, zero where there is none.
+      x: ``(B, T, D)``, hidden states, or heads ``(B, T, K, H)``. Padded slots may hold any value.
+      kernel: ``(4, D)`` or ``(4, K, H)``. Row j weighs the j-th token back.
+      taps: ``(B, 3, D)`` or ``(B, 3, K, H)``, the last tokens before the call, oldest first, zero
+        where there is none.
       segment: ``(B,)`` int32, the segment that the taps belong to.
       mask: ``(B, T)`` bool, True where there is a token.
       segment_ids: ``(B, T)`` int, in contiguous runs. Without them all tokens belong to the taps'
@@ -53,11 +58,14 @@ def short_convolution(
         The devices exchange taps only.
 
     Returns:
-      The output ``(B, T, D)`` in x's dtype, and the taps after the call ``(B, 3, D)`` in the dtype
-      of `taps`.
+      The output in x's shape and dtype, and the taps after the call in the shape and dtype of
+      `taps`.
 
     Source: beyond the paper.
     """
+    has_heads = x.ndim == 4
+    if has_heads:  # their axis comes first, where the mesh axes of heads are expected
+        kernel, taps = jnp.moveaxis(kernel, 1, 0), jnp.moveaxis(taps, 2, 1)
     arrays = {"x": x, "kernel": kernel, "taps": taps, "segment": segment}
     arrays |= {"mask": mask, "segment_ids": segment_ids}
     arrays = {name: array for name, array in arrays.items() if array is not None}
@@ -67,15 +75,31 @@ def short_convolution(
         "kernel": shards.HEADS,
         "taps": shards.TABLES,
     }
-    # Rows of the batch are independent; with one head, features are not split.
-    return shards.over_shards(
-        lambda arrays, axis_name: _convolve_stretch(axis_name, **arrays),
+    run = _convolve_heads if has_heads else _convolve_stretch
+    # Rows of the batch are independent, and so are heads. Features are not split.
+    out, after = shards.over_shards(
+        lambda arrays, axis_name: run(axis_name, **arrays),
         arrays,
         kinds,
         (shards.TOKENS, shards.TABLES),
-        kv_heads=1,
+        kv_heads=x.shape[2] if has_heads else 1,
         axis_name=axis_name,
     )
+    return out, jnp.moveaxis(after, 1, 2) if has_heads else after
+
+
+def _convolve_heads(
+    axis_name: Axis | None,
+    x: jax.Array,
+    kernel: jax.Array,
+    taps: jax.Array,
+    **masks: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """``_convolve_stretch`` of heads, with kernels ``(K, 4, H)`` and taps ``(B, K, 3, H)``."""
+    flat = lambda x: x.reshape(*x.shape[:-2], math.prod(x.shape[-2:]))  # noqa: E731
+    kernel, taps = jnp.moveaxis(kernel, 0, 1), jnp.moveaxis(taps, 1, 2)
+    out, after = _convolve_stretch(axis_name, flat(x), flat(kernel), flat(taps), **masks)
+    return out.reshape(x.shape), jnp.moveaxis(after.reshape(taps.shape), 2, 1)
 
 
 def _convolve_stretch(

@@ -7,17 +7,17 @@ The operation takes query, key, value, an additive bias, and masks as vectors. O
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from race_jax.core import masking
+from race_jax.layers import positions
+from race_jax.layers.positions import PairsConfig
+from race_jax.layers.self_attention import Call, SelfAttention
 
 IMPLEMENTATIONS = (None, "xla", "cudnn")
-ROPE_BASE = 10_000.0
-default_kernel_init = nnx.initializers.lecun_normal()
 
 
 def softmax_attention(
@@ -49,7 +49,7 @@ def softmax_attention(
         key: shape (B, S, K, H). Query head n uses key/value head n // (N // K).
         value: shape (B, S, K, V), with the dtype of the query. V may differ from H.
         aux: a bias that is added to the logits and broadcasts to (B, N, T, S), for instance that
-            of `race_jax.layers.softmax.alibi_bias`, or None.
+            of `race_jax.layers.positions.alibi_bias`, or None.
         is_causal: whether a token sees only itself and earlier tokens. This needs T == S.
         log_decay: not supported.
         key_value_mask: shape (B, S) bool, True where there is a token. Other slots of key and value
@@ -107,108 +107,23 @@ def softmax_attention(
     return jnp.where(seeing[:, :, None, None], out, jnp.zeros((), out.dtype))
 
 
-def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
-    r"""Applies rotary positions, which turn pair i of a head by :math:`p \cdot 10000^{-2i/H}`.
-
-    Args:
-        x: shape (B, T, N, H), with H even. Pair i is (x[i], x[i + H/2]).
-        positions: shape (B, T) int32, the position p of each token.
-
-    Returns:
-        Shape (B, T, N, H), with the dtype of x. Angles and products are float32.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from race_jax.layers.softmax import rotate
-        >>> rotate(jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1), jnp.int32)).tolist()
-        [[[[1.0, 1.0]]]]
-
-    Source: Su et al. 2021 (RoFormer), section 3.2.2.
-    """
-    half = x.shape[-1] // 2
-    frequencies = ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
-    cosine, sine = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
-def alibi_bias(num_heads: int, positions: jax.Array) -> jax.Array:
-    r"""Returns the linear biases :math:`-2^{-8(n+1)/N} \, |p_t - p_s|` of the logits of head n.
-
-    Args:
-        num_heads: the number of query heads N.
-        positions: shape (B, T) int32, the position p of each token.
-
-    Returns:
-        Shape (B, N, T, T) float32.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from race_jax.layers.softmax import alibi_bias
-        >>> alibi_bias(2, jnp.array([[0, 3]]))[0, :, 1, 0].tolist()  # two heads, distance 3
-        [-0.1875, -0.01171875]
-
-    Source: Press et al. 2022 (ALiBi), section 3, with the slopes for N a power of two.
-    """
-    slopes = 2.0 ** (-8.0 * jnp.arange(1, num_heads + 1, dtype=jnp.float32) / num_heads)
-    distance = jnp.abs(positions[:, :, None] - positions[:, None, :]).astype(jnp.float32)
-    return -slopes[None, :, None, None] * distance[:, None]
-
-
-# By name, how queries, keys and positions become queries, keys and the bias of the logits.
-POSITIONS = {
-    "rope": lambda query, key, at: (rotate(query, at), rotate(key, at), None),
-    "alibi": lambda query, key, at: (query, key, alibi_bias(query.shape[2], at)),
-}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SoftmaxConfig:
+class SoftmaxConfig(PairsConfig):
     """Options of softmax attention, and the sizes of a layer.
 
     Attributes:
-        num_heads: the number of query heads N.
-        in_features: the width D of the input and the output.
-        num_kv_heads: the number of key/value heads K, which must divide N.
-        head_dim: the width H of a head.
-        positions: "rope" rotates queries and keys, and "alibi" biases the logits. Other positions
-            change neither.
-        dtype: the dtype of the computation. Parameters are float32.
         implementation: as for `softmax_attention`.
 
     Raises:
-        ValueError: if the implementation is unknown, or a head of odd width has rotary positions.
+        ValueError: if a value is not allowed, or a head of odd width has rotary positions.
     """
 
-    POSITIONS: ClassVar[tuple[str, ...]] = tuple(POSITIONS)
-    LAYER_ONLY: ClassVar[tuple[str, ...]] = ()
-    MODEL_DEFAULTS: ClassVar[dict[str, Any]] = {}
-
-    num_heads: int
-    in_features: int
-    num_kv_heads: int
-    head_dim: int
-    positions: str = "none"
-    dtype: Any = None
-    implementation: str | None = None
-
-    def __post_init__(self) -> None:
-        _check_implementation(self.implementation)
-        if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(
-                f"positions='rope' rotates pairs and needs an even head_dim; got {self.head_dim}."
-            )
-
-    def describe(self, batch: int, length: int, is_packed: bool) -> tuple[str, str]:
-        """Returns the name of the method, and which implementation runs."""
-        del batch, length, is_packed
-        return "softmax", f"implementation {self.implementation or 'xla'}"
+    NAME: ClassVar[str] = "softmax"
+    IMPLEMENTATIONS: ClassVar[tuple[str | None, ...]] = IMPLEMENTATIONS
 
 
-class SoftmaxAttention(nnx.Module):
-    """Self-attention by softmax, whose projections have the names and shapes of `RACEAttention`.
+class SoftmaxAttention(SelfAttention):
+    """Self-attention by softmax. A forget gate adds its decay to the logits.
 
     Args:
         config: the sizes and options.
@@ -219,83 +134,23 @@ class SoftmaxAttention(nnx.Module):
 
     config_class = SoftmaxConfig
 
-    def __init__(
-        self,
-        config: SoftmaxConfig,
-        *,
-        kernel_init: nnx.Initializer = default_kernel_init,
-        out_kernel_init: nnx.Initializer | None = None,
-        rngs: nnx.Rngs,
-    ):
-        def projection(heads: int) -> nnx.LinearGeneral:
-            return nnx.LinearGeneral(
-                config.in_features,
-                (heads, config.head_dim),
-                dtype=config.dtype,
-                kernel_init=kernel_init,
-                rngs=rngs,
-            )
-
-        self.query = projection(config.num_heads)
-        self.key = projection(config.num_kv_heads)
-        self.value = projection(config.num_kv_heads)
-        self.out = nnx.LinearGeneral(
-            (config.num_heads, config.head_dim),
-            config.in_features,
-            axis=(-2, -1),
-            dtype=config.dtype,
-            kernel_init=out_kernel_init or kernel_init,
-            rngs=rngs,
+    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, call: Call) -> jax.Array:
+        """Returns the heads' outputs. The positions of the call are needed for RoPE and ALiBi."""
+        settings = self.config
+        query, key, bias = positions.place(query, key, call.positions, settings.positions)
+        if call.log_decay is not None:
+            decay = positions.decay_bias(call.log_decay, call.mask, settings.num_heads)
+            bias = decay if bias is None else bias + decay
+        return softmax_attention(
+            query, key, value, bias, implementation=settings.implementation, **call.masks()
         )
-        self.config = config
-
-    @classmethod
-    def from_config(
-        cls, config: SoftmaxConfig, *, is_causal: bool, **options: Any
-    ) -> "SoftmaxAttention":
-        """Makes the layer that a record describes, causal or not."""
-        del is_causal
-        return cls(config, **options)
-
-    def init_state(self, batch: int) -> None:
-        """Returns None, because softmax attention carries no state."""
-        del batch
-
-    def __call__(
-        self,
-        x: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        mask: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        is_causal: bool = False,
-        state: None = None,
-        deterministic: bool | None = None,
-        rngs: Any = None,
-    ) -> jax.Array:
-        """Maps x (B, T, D) to (B, T, D). Positions (B, T) are needed for "rope" and "alibi"."""
-        del deterministic, rngs
-        _refuse(None, state, False)
-        query, key, value = self.query(x), self.key(x), self.value(x)
-        bias = None
-        if self.config.positions in POSITIONS:
-            query, key, bias = POSITIONS[self.config.positions](query, key, positions)
-        attended = softmax_attention(
-            query,
-            key,
-            value,
-            bias,
-            is_causal=is_causal,
-            key_value_mask=mask,
-            segment_ids=segment_ids,
-            implementation=self.config.implementation,
-        )
-        return self.out(attended)
 
 
 def _refuse(log_decay: object, initial_state: object, return_state: bool) -> None:
     if log_decay is not None:
-        raise NotImplementedError("softmax attention has no forgetting gate; leave out log_decay.")
+        raise NotImplementedError(
+            "softmax_attention has no log_decay; pass race_jax.layers.positions.decay_bias as aux."
+        )
     if initial_state is not None or return_state:
         raise NotImplementedError(
             "softmax attention carries no state of fixed size; pass the whole sequence instead."

@@ -17,6 +17,8 @@ from race_jax.layers import registry
 from race_jax.models.config import ModelConfig
 from race_jax.models.layers import INIT_STD, MLP, kernel_init
 
+ATTENTION = 2  # folded into a block's key for its attention, beside the two of dropout
+
 
 class Block(nnx.Module):
     """One pre-norm block, in which attention and MLP are each added to their input.
@@ -63,13 +65,16 @@ class Block(nnx.Module):
         """Maps x (B, T, D) to (B, T, D) and the next state, which is None without a state."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         attended, state = self._attend(
-            self.attention_norm(x), positions, key_value_mask, segment_ids, state
+            self.attention_norm(x), positions, key_value_mask, segment_ids, state, dropout_key
         )
         x += self._drop(attended, keys[0])
         x += self._drop(self.mlp(self.mlp_norm(x)), keys[1])
         return x, state
 
-    def _attend(self, x, positions, key_value_mask, segment_ids, state):
+    def _attend(self, x, positions, key_value_mask, segment_ids, state, dropout_key):
+        key = None
+        if dropout_key is not None and getattr(self.attention, "needs_rngs", False):
+            key = jax.random.fold_in(dropout_key, ATTENTION)
         out = self.attention(
             x,
             positions=positions,
@@ -77,7 +82,8 @@ class Block(nnx.Module):
             segment_ids=segment_ids,
             is_causal=self.is_causal,
             state=state,
-            deterministic=True,
+            deterministic=key is None,
+            rngs=key,
         )
         return (out, None) if state is None else out
 

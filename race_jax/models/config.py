@@ -34,7 +34,8 @@ class ModelConfig:
         attention: the name of an attention in `race_jax.layers.registry`.
         positions: "none", "learned" (added to the embedding), or a scheme of the attention, such as
             "rope" or "alibi" of softmax.
-        max_length: the length of the table of learned positions. Other positions ignore it.
+        max_length: the length of the table of learned positions, and the largest length for
+            linformer. Other positions and attentions ignore it.
         dtype: the dtype of the computation, "float32" or "bfloat16". Parameters, the sums of
             linear-time attention and the logits are always float32.
         remat: whether each block is recomputed in the backward pass, instead of keeping its
@@ -91,6 +92,7 @@ class ModelConfig:
             "head_dim": self.head_size,
             "dtype": self.dtype,
             "positions": self.positions,
+            "max_length": self.max_length,
             "implementation": self.implementation,
         }
         return registry.make_config(self.attention, getattr(self, self.attention), shared)

@@ -50,7 +50,8 @@ class Transformer(nnx.Module):
 
     Args:
         config: the sizes and options, which are validated here.
-        vocab_size: the number of tokens.
+        vocab_size: the number of tokens. None makes a trunk without an embedding, which reads
+            vectors with `encode` only.
         is_causal: True for language models, False for encoders, which take no forgetting gate.
         keep_rngs: whether the model keeps a fork of the dropout stream, as Flax's modules do, if
             there are dropout and such a stream.
@@ -65,23 +66,23 @@ class Transformer(nnx.Module):
     def __init__(
         self,
         config: ModelConfig,
-        vocab_size: int,
+        vocab_size: int | None,
         *,
         is_causal: bool,
         keep_rngs: bool = True,
         rngs: nnx.Rngs,
     ):
         config.validate()
-        if vocab_size < 1:
+        if vocab_size is not None and vocab_size < 1:
             raise ValueError(f"{vocab_size=} must be at least 1.")
         dtype = jnp.dtype(config.dtype)
-        learned = config.positions == "learned"
-        self.embedding = TokenEmbedding(
-            vocab_size,
-            config.width,
-            max_length=config.max_length if learned else None,
-            dtype=dtype,
-            rngs=rngs,
+        self.max_length = config.max_length if config.positions == "learned" else None
+        self.embedding = (
+            None
+            if vocab_size is None
+            else TokenEmbedding(
+                vocab_size, config.width, max_length=self.max_length, dtype=dtype, rngs=rngs
+            )
         )
         self.blocks = nnx.List(
             [Block(config, is_causal=is_causal, rngs=rngs) for _ in range(config.num_layers)]
@@ -89,14 +90,14 @@ class Transformer(nnx.Module):
         self.norm = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(config.dropout_rate)
         self.deterministic = True
-        keep_rngs = keep_rngs and config.dropout_rate > 0
+        attention = self.blocks[0].attention
+        self.needs_rngs = config.dropout_rate > 0 or getattr(attention, "needs_rngs", False)
+        keep_rngs = keep_rngs and self.needs_rngs
         has_stream = "dropout" in rngs or "default" in rngs
         self.rngs = rngs.dropout.fork() if keep_rngs and has_stream else None
-        attention = self.blocks[0].attention
         self.carries_state = (
             is_causal and jax.eval_shape(lambda: attention.init_state(1)) is not None
         )
-        self.max_length = config.max_length if learned else None
         self.remat = config.remat
 
     def init_state(self, batch: int) -> TransformerState:
@@ -158,19 +159,54 @@ class Transformer(nnx.Module):
         self._check_positions(positions)
         with jax.named_scope("transformer/embedding"):
             x = self.embedding(tokens, positions)
-            x = self.dropout(x, deterministic=drop_keys[0] is None, rngs=drop_keys[0])
-        layers = [None] * len(self.blocks) if state is None else list(state.layers)
-        for i, block in enumerate(self.blocks):
-            inputs = x, positions, key_value_mask, segment_ids, layers[i], drop_keys[i + 1]
-            with jax.named_scope(f"transformer/block_{i}"):
-                x, layers[i] = block_module.apply(block, *inputs, remat=self.remat)
-        x = self.norm(x)
+        states = None if state is None else state.layers
+        x, layers = self._run_blocks(x, positions, key_value_mask, segment_ids, states, drop_keys)
         if state is None:
             return x
         position = _next_position(positions, start, key_value_mask)
         ids = masking.fill_segments(segment_ids, key_value_mask, start_segment)
         segment = masking.last_segment(ids, key_value_mask, start_segment, tokens.shape[1])
-        return x, TransformerState(tuple(layers), position, segment)
+        return x, TransformerState(layers, position, segment)
+
+    def encode(
+        self,
+        x: jax.Array,
+        *,
+        positions: jax.Array,
+        key_value_mask: jax.Array | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+    ) -> jax.Array:
+        """Returns the hidden states of vectors that are embedded already.
+
+        Args:
+            x: shape (B, T, D), floating.
+            positions: shape (B, T) integers, for attentions that use them.
+            key_value_mask: shape (B, T) bool, True where there is a vector, or None.
+            deterministic: as for `__call__`.
+            rngs: as for `__call__`.
+
+        Returns:
+            Shape (B, T, D) in the dtype of the computation.
+
+        Raises:
+            ValueError: if dropout has no stream of random numbers.
+        """
+        drop_keys = self._dropout_keys(deterministic, rngs)
+        return self._run_blocks(x, positions, key_value_mask, None, None, drop_keys)[0]
+
+    def _run_blocks(
+        self, x, positions, key_value_mask, segment_ids, states, drop_keys
+    ) -> tuple[jax.Array, tuple]:
+        """Returns the hidden states after the last norm, and the next state of each block."""
+        with jax.named_scope("transformer/embedding"):
+            x = self.dropout(x, deterministic=drop_keys[0] is None, rngs=drop_keys[0])
+        layers = [None] * len(self.blocks) if states is None else list(states)
+        for i, block in enumerate(self.blocks):
+            inputs = x, positions, key_value_mask, segment_ids, layers[i], drop_keys[i + 1]
+            with jax.named_scope(f"transformer/block_{i}"):
+                x, layers[i] = block_module.apply(block, *inputs, remat=self.remat)
+        return self.norm(x), tuple(layers)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Sets what ``nnx.view`` changes.
@@ -184,13 +220,13 @@ class Transformer(nnx.Module):
     def _dropout_keys(self, deterministic: bool | None, rngs) -> list:
         count = len(self.blocks) + 1
         deterministic = self.deterministic if deterministic is None else deterministic
-        if deterministic or self.dropout.rate == 0.0:
+        if deterministic or not self.needs_rngs:
             return [None] * count
         rngs = self.rngs if rngs is None else rngs
         if rngs is None:
             raise ValueError(
-                f"dropout_rate={self.dropout.rate} with deterministic=False needs random numbers; "
-                "pass rngs=nnx.Rngs(dropout=seed)."
+                f"a training step (deterministic=False) with dropout_rate={self.dropout.rate} "
+                "needs random numbers; pass rngs=nnx.Rngs(dropout=seed)."
             )
         key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs()
         return list(jax.random.split(key, count))

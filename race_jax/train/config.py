@@ -262,7 +262,7 @@ class Config:
 
     def reads_from_disk(self) -> bool:
         """Whether sequences are read from a token file, segment by segment, and not held whole."""
-        return self.data.source == "tokens" and self.optimizer.segment_length is not None
+        return self.data.is_on_disk and self.optimizer.segment_length is not None
 
     def _validate_stretches(self) -> None:
         """Checks what a mesh needs whose axis "seq" splits the sequences."""
@@ -278,6 +278,11 @@ class Config:
                 f"config.optimizer.segment_length must be a multiple of config.mesh.seq {seq} and "
                 f"divide config.data.sequence_length {length}, got {segment}"
             )
+        if not registry.task_named(self.task).splits_sequences:
+            raise ValueError(
+                f"config.mesh.seq must be 1 with config.task={self.task!r}, whose loss needs whole "
+                f"sequences; got {seq}. Share the sequences of a batch by config.mesh.data instead"
+            )
         if not splits_sequences(self.model.attention):
             raise ValueError(
                 f"config.mesh.seq must be 1 with config.model.attention={self.model.attention!r}, "
@@ -289,14 +294,24 @@ class Config:
                 f"{self.model.positions!r}"
             )
 
+    def _validate_direction(self) -> None:
+        """Checks that a model that sees later tokens has no gate, which works in one direction."""
+        name = self.model.attention
+        gate = getattr(self.model.attention_config(), "forget_gate", None)
+        if gate is not None and not registry.task_named(self.task).is_causal:
+            raise ValueError(
+                f"config.model.{name}.forget_gate must be none with config.task={self.task!r}, "
+                f"whose model reads in both directions; got {gate!r}"
+            )
+
     def _validate_together(self) -> None:
+        self._validate_direction()
         run, parts = self.run, self.optimizer.accumulation_steps
         if run.batch_size * self.data.sequence_length >= 2**31 and not self.reads_from_disk():
             raise ValueError(
                 "config.run.batch_size times config.data.sequence_length must be < 2**31, "
-                f"got {run.batch_size} x {self.data.sequence_length}; longer sequences are read "
-                'from a token file with config.data.source="tokens" and '
-                "config.optimizer.segment_length"
+                f"got {run.batch_size} x {self.data.sequence_length}; docs/streaming.md says how "
+                "longer sequences are read from the disk"
             )
         if run.batch_size % parts:
             raise ValueError(

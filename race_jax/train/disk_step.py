@@ -24,10 +24,10 @@ from race_jax.streaming.host import Programs, ThereAndBack, fold_by
 from race_jax.tasks.task import Task
 from race_jax.train.mesh import (
     AXES,
-    BATCH,
     SEQ,
     WHOLE,
     add_over_axes,
+    batch_spec,
     checks_devices,
     local_blocks,
     parameter_specs,
@@ -308,7 +308,8 @@ class _Programs:
             kept = jax.tree.map(lambda x: x[None], per_device(kept))
             return kept, add_over_axes(WHOLE, sums)
 
-        in_specs, out_specs = (self._specs, WHOLE, BATCH, OWN), (OWN, WHOLE)
+        shares = jax.tree.map(batch_spec, batches)
+        in_specs, out_specs = (self._specs, WHOLE, shares, OWN), (OWN, WHOLE)
         return self._shard_map(on_device, in_specs, out_specs)(params, whole, batches, own)
 
     def _shard_map(self, function, in_specs, out_specs):

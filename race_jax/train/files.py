@@ -24,6 +24,8 @@ try:
 except ImportError:  # Windows has no such locks, so two runs in one folder are not noticed there
     fcntl = None
 
+_TAKEN = errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES  # another process has the lock
+
 # Fields that may change between two starts of a run, because they do not affect what is learned. A
 # task adds its own ones, `Task.free_fields`.
 FREE_FIELDS = frozenset(
@@ -94,6 +96,18 @@ def run_directory(path: Path, *, is_first: bool = True) -> Iterator[Path]:
         yield path
 
 
+def in_use(path: Path) -> bool:
+    """Whether another process trains in the folder of a run."""
+    if fcntl is None or not (path / ".lock").exists():
+        return False
+    with open(path / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in _TAKEN
+    return False
+
+
 def check_space(path: Path, bytes_needed: int) -> None:
     """Checks that the disk of a folder has enough space.
 
@@ -119,7 +133,7 @@ def _take(lock: IO[str], where: str) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+        if error.errno in _TAKEN:
             raise ValueError(
                 f"{where} is in use by another process; wait until it ends, or give another folder"
             ) from None

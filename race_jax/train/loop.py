@@ -1,6 +1,7 @@
 """The whole training run: setup, loop, evaluations and checkpoints.
 
-The run directory holds `config.json`, `checkpoints/`, `metrics.jsonl` and `loss.png`.
+The run directory holds `config.json`, `checkpoints/` and `metrics.jsonl`. At the end of the run
+`summary.json` and `loss.png` are added.
 """
 
 import dataclasses

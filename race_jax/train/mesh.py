@@ -20,8 +20,8 @@ DATA, SEQ, FSDP = AXES = ("data", "seq", "fsdp")
 SHARES = (DATA, FSDP)  # the axes that share the sequences of a batch
 # Parameters with fewer numbers are kept whole on every device.
 LEAST_SHARDED = 2**12
-BATCH = P(SHARES, SEQ)  # arrays (B, T, ...)
 WHOLE = P()  # arrays that every device holds whole
+TOKENS = P(SHARES, SEQ)  # arrays (B, T, ...) of a batch
 
 
 def prepare_cpu_devices(config: Config) -> None:
@@ -102,9 +102,17 @@ def on_every_device(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, WHOLE)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of the arrays (B, T, ...) of a batch."""
-    return NamedSharding(mesh, BATCH)
+def batch_spec(x: Any) -> P:
+    """Returns how an array (B, T, ...) or (B,) of a batch is spread over the devices."""
+    return TOKENS if len(x.shape) > 1 else P(SHARES)
+
+
+def batch_shapes(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes, dtypes and shardings of the arrays of a batch."""
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, batch_spec(x)))
+        for name, x in batch.items()
+    }
 
 
 def parameter_specs(parameters: Any, mesh: Mesh) -> Any:
@@ -161,7 +169,7 @@ def get_whole(mesh: Mesh, values: Any) -> Any:
 def put_batch(
     mesh: Mesh, batch: dict[str, Any], stretch: int | None = None
 ) -> dict[str, jax.Array]:
-    """Spreads a batch of host arrays (B, T, ...) over the devices.
+    """Spreads a batch of host arrays (B, T, ...) or (B,) over the devices.
 
     If sequences are read segment by segment, every device of the axis "seq" gets its stretch of
     every segment, one after the other.
@@ -180,7 +188,7 @@ def put_batch(
             return np.moveaxis(parts, 2, 1).reshape(x.shape)
 
         batch = jax.tree.map(by_device, batch)
-    return jax.tree.map(lambda x: put(x, batch_sharding(mesh)), batch)
+    return jax.tree.map(lambda x: put(x, NamedSharding(mesh, batch_spec(x))), batch)
 
 
 def put_rows(mesh: Mesh, batch: UnreadRows, stretch: int | None = None) -> dict[str, jax.Array]:
@@ -208,7 +216,7 @@ def put_rows(mesh: Mesh, batch: UnreadRows, stretch: int | None = None) -> dict[
 
 def local_blocks(mesh: Mesh, rows: int, length: int) -> list[tuple[slice, slice]]:
     """Returns the blocks of an array (B, T) that the devices of this process hold, each once."""
-    found = batch_sharding(mesh).addressable_devices_indices_map((rows, length))
+    found = NamedSharding(mesh, TOKENS).addressable_devices_indices_map((rows, length))
     blocks = {_bounds(index, (rows, length)) for index in found.values()}
     return [(slice(*row), slice(*time)) for row, time in sorted(blocks)]
 
@@ -222,7 +230,7 @@ def put_blocks(mesh: Mesh, rows: int, length: int, blocks: list[dict[str, np.nda
     def array(name: str, x: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(
             shape + x.shape[2:],
-            batch_sharding(mesh),
+            NamedSharding(mesh, TOKENS),
             lambda index: at[_bounds(index[:2], shape)][name],
         )
 
@@ -273,13 +281,16 @@ def sum_over_devices(
     def on_device(batch, *others):
         return add_over_axes(out_specs, function(batch, *per_device(others)))
 
-    return jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(BATCH, *specs),
-        out_specs=out_specs,
-        check_vma=checks_devices(mesh),
-    )
+    def run(batch, *others):
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(jax.tree.map(batch_spec, batch), *specs),
+            out_specs=out_specs,
+            check_vma=checks_devices(mesh),
+        )(batch, *others)
+
+    return run
 
 
 def add_over_axes(specs: Any, values: Any) -> Any:

@@ -54,7 +54,7 @@ def decay_mask(params: Any) -> Any:
     * biases and the scales of norms, which hold a level and not a map;
     * the biases of gates, which hold a time scale;
     * the sharpness and the planes, whose scale the hash depends on;
-    * the short convolution, which starts as the identity and would be pulled away from it;
+    * short convolutions, which start as the identity and would be pulled away from it;
     * the embedding, whose rows get gradients only when their token occurs, but would decay at
       every step.
 
@@ -67,7 +67,7 @@ def decay_mask(params: Any) -> Any:
 
     def is_linear_map(path: tuple[Any, ...], _: Any) -> bool:
         names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-        return any(name.endswith("kernel") and name != "conv_kernel" for name in names)
+        return any(name.endswith("kernel") and not name.endswith("conv_kernel") for name in names)
 
     return jax.tree_util.tree_map_with_path(is_linear_map, params)
 

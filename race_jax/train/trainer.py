@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 
 from race_jax.data.rows import UnreadRows
 from race_jax.data.workers import read_ahead
 from race_jax.tasks.task import Task
-from race_jax.train import processes, report
+from race_jax.train import processes, report, summary
 from race_jax.train.checkpoint import Checkpoints, checkpoint_folder
 from race_jax.train.config import Config
 from race_jax.train.console import decorate, say
@@ -23,7 +25,7 @@ from race_jax.train.disk_step import DiskStep, make_disk_eval_step
 from race_jax.train.files import check_space, claim
 from race_jax.train.mesh import (
     SEQ,
-    batch_sharding,
+    batch_shapes,
     get_whole,
     make_mesh,
     put_batch,
@@ -100,7 +102,9 @@ class Trainer:
             key = jax.random.key_data(jax.random.key(config.run.seed))
             self._key = jax.random.wrap_key_data(put_whole(self._mesh, key))
             self._eval_step = self._make_eval_step()
-            self._train_step = self._compile(optimizer)
+            self._train_step = self._make_step(optimizer)
+            self._programs: dict[tuple, jax.stages.Compiled] = {}
+            self._compile()
             self._progress = Progress(
                 self.step,
                 config.run.steps,
@@ -134,7 +138,7 @@ class Trainer:
             jax.block_until_ready(self._pending[-1][1])
         batch = self._on_devices(next(self._batches))
         try:
-            self._state, metrics = self._train_step(self._state, batch, self._key)
+            self._state, metrics = self._program(batch)(self._state, batch, self._key)
         except FloatingPointError as error:
             self.log()
             raise FloatingPointError(
@@ -197,7 +201,7 @@ class Trainer:
         )
 
     def finish(self, stop: Callable[[], object] = lambda: None) -> Record | None:
-        """Scores all held-out data, prints the result and draws the losses.
+        """Scores all held-out data, prints the result, writes its summary and draws the losses.
 
         Args:
             stop: a function that is called between two batches. If it returns a true value, the
@@ -217,9 +221,20 @@ class Trainer:
         say("\n".join(report.end_lines(self._task, final, test)))
         whole = get_whole(self._mesh, (self._state.params, self._state.fixed))
         if processes.is_first():
+            decorate("the summary", self._summarize)
             decorate("the picture", self._draw)
             decorate("the sample", lambda: self._show_sample(*whole))
         return final
+
+    def _summarize(self) -> None:
+        summary.write(
+            self._directory,
+            self._task,
+            self._mesh,
+            self._state,
+            self._planned_memory,
+            self._log.records,
+        )
 
     def _draw(self) -> None:
         picture = self._directory / "loss.png"
@@ -248,46 +263,56 @@ class Trainer:
         self.step = int(self._state.step)
         run = self._config.run
         if self.step < run.steps:
+            summary.path(self._directory).unlink(missing_ok=True)  # of an earlier, shorter run
             # A new checkpoint is written before the oldest one is removed. Those that are there
             # already need no more space.
             more = max(1 + run.keep_checkpoints - len(self._checkpoints.steps()), 1)
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
             check_space(self._directory, size * more)
 
-    def _compile(self, optimizer) -> TrainStep:
-        """Prints a description of the run, and then compiles the training step."""
+    def _make_step(self, optimizer: optax.GradientTransformation) -> TrainStep | DiskStep:
+        schedule = make_schedule(self._config.optimizer, self._config.run.steps)
+        parts = self._config.optimizer.accumulation_steps
+        makes = type(self._task), self._graph, optimizer, schedule, self._mesh
+        if self._config.reads_from_disk():
+            return DiskStep(*makes, self._state.params, self._task.batch, self._segments, parts)
+        return make_train_step(*makes, accumulation_steps=parts, segments=self._segments)
+
+    def _make_eval_step(self) -> EvalStep:
+        makes = type(self._task), self._graph, self._mesh
+        if self._config.reads_from_disk():
+            return make_disk_eval_step(*makes, self._state.params, self._task.batch, self._segments)
+        return make_eval_step(*makes, self._segments)
+
+    def _program(self, batch: dict[str, Any] | UnreadRows) -> jax.stages.Compiled | DiskStep:
+        """Returns the training step for batches of this shape. It is compiled when first needed."""
+        if isinstance(self._train_step, DiskStep):
+            return self._train_step
+        shapes = tuple(sorted((name, x.shape) for name, x in batch.items()))
+        if shapes not in self._programs:
+            arrays = batch_shapes(self._mesh, batch)
+            lowered = self._train_step.lower(self._state, arrays, self._key)
+            self._programs[shapes] = lowered.compile()
+        return self._programs[shapes]
+
+    def _compile(self) -> None:
+        """Prints a description of the run, and compiles the step for the largest batches."""
         lines = report.start_lines(
             self._config, self._task, self._mesh, self._state, self._directory
         )
         if self.step:
             lines.append(f"{'resuming':10} after step {self.step}")
         say("\n".join(lines))
-        schedule = make_schedule(self._config.optimizer, self._config.run.steps)
-        parts = self._config.optimizer.accumulation_steps
-        makes = type(self._task), self._graph, optimizer, schedule, self._mesh
         start = time.monotonic()
-        if self._config.reads_from_disk():
-            step = DiskStep(*makes, self._state.params, self._task.batch, self._segments, parts)
-            compiled = step.compile(self._state, self._key)
+        if isinstance(self._train_step, DiskStep):
+            compiled = self._train_step.compile(self._state, self._key)
         else:
-            spread = batch_sharding(self._mesh)
-            batch = {
-                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread)
-                for name, x in self._task.batch.items()
-            }
-            program = make_train_step(*makes, accumulation_steps=parts, segments=self._segments)
-            step = compiled = program.lower(self._state, batch, self._key).compile()
+            compiled = self._program(self._task.batch)
         seconds = time.monotonic() - start
         cache = self._config.run.compilation_cache
         say("\n".join(report.compiled_lines(compiled, seconds, cache)))
-        return step
-
-    def _make_eval_step(self) -> EvalStep:
-        """Returns the evaluation step, for batches in memory or on the disk."""
-        makes = type(self._task), self._graph, self._mesh
-        if self._config.reads_from_disk():
-            return make_disk_eval_step(*makes, self._state.params, self._task.batch, self._segments)
-        return make_eval_step(*makes, self._segments)
+        planned = report.planned_memory(compiled)
+        self._planned_memory = None if planned is None else sum(planned)
 
     def _make_segments(self) -> Segments | None:
         """Returns how sequences are read, or None if they are read whole."""

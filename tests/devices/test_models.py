@@ -10,12 +10,19 @@ from jax.sharding import PartitionSpec as P
 from race_jax import RACEAttention
 from race_jax.models import ModelConfig, TransformerLM
 
-RACE = {"num_tables": 2, "num_planes": 2, "short_conv": True, "output_gate": True}
+RACE = {
+    "num_tables": 2,
+    "num_planes": 2,
+    "short_conv": "before",
+    "output_norm": "rms",
+    "output_gate": "silu",
+}
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_loss_and_gradients_are_those_of_one_device(packed, assert_close):
-    config = ModelConfig(num_layers=2, width=16, num_heads=2, race=RACE)
+    race = RACE | ({"short_conv": "qkv"} if packed else {})
+    config = ModelConfig(num_layers=2, width=16, num_heads=2, race=race)
     model = TransformerLM(config, vocab_size=20, rngs=nnx.Rngs(0))
     graph, params, fixed = nnx.split(model, nnx.Param, ...)
     batch = {"tokens": jnp.arange(96, dtype=jnp.int32).reshape(4, 24) * 7 % 20}

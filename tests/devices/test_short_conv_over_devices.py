@@ -61,3 +61,21 @@ def test_stretches_of_three_tokens_give_the_whole(rng, assert_close, run, padded
     assert_close("out and taps", got, want, kind="outputs")
     for name, one, two in zip("x kernel taps".split(), found, gradients(whole), strict=True):
         assert_close(name, one, two, kind="gradients")
+
+
+def test_heads_that_are_split_over_devices_give_the_whole(rng, assert_close):
+    shapes = (BATCH, LENGTH, 2, FEATURES), (short_conv.WIDTH, 2, FEATURES), (BATCH, 3, 2, FEATURES)
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    masks = {"mask": jnp.asarray(MASK), "segment_ids": jnp.asarray(SEGMENTS)}
+
+    def run(x, kernel, taps):
+        return short_conv.short_convolution(
+            x, kernel, taps=taps, segment=jnp.asarray(SEGMENT), **masks
+        )
+
+    want = jax.device_get(jax.jit(run)(*arrays))
+    with jax.set_mesh(jax.make_mesh((2, 2, 2), ("data", "seq", "heads"))):
+        x = jax.device_put(arrays[0], P("data", "seq", "heads"))
+        got = jax.jit(run)(x, *arrays[1:])
+    assert jax.typeof(got[0]).sharding.spec == P("data", "seq", "heads", None)
+    assert_close("out and taps", jax.device_get(got), want, kind="outputs")

@@ -43,7 +43,7 @@ def run_steps(sizes, segment_length=None, from_disk=False, steps=3):
     """The metrics of a few steps and of an evaluation, and the parameters after them."""
     config = small_config()
     config.run.batch_size = 4
-    config.model.race.short_conv = True
+    config.model.race.short_conv = "before"
     config.model.race.forget_gate = "data"
     config.mesh.data, config.mesh.seq, config.mesh.fsdp = sizes
     config.optimizer.segment_length = segment_length

@@ -21,19 +21,45 @@ CONFIGS = {
     "race with everything": {
         "num_layers": 2,
         "num_kv_heads": 2,
-        "short_conv": True,
-        "output_gate": True,
+        "short_conv": "before",
+        "output_norm": "rms",
+        "output_gate": "silu",
         "fold_planes": False,
         "positions": "learned",
         "max_length": 32,
     },
+    "race, convolutions on q, k, v": {"short_conv": "qkv", "output_gate": "sigmoid"},
     "race bfloat16": {"dtype": "bfloat16"},
     "linear": {"attention": "linear", "num_kv_heads": 2, "linear": {"forget_gate": "data"}},
+    "linear with every part": {
+        "attention": "linear",
+        "num_kv_heads": 2,
+        "linear": {"short_conv": "qkv", "output_norm": "rms", "output_gate": "sigmoid"},
+    },
+    "performer": {"attention": "performer", "num_kv_heads": 2, "performer": {"num_features": 6}},
+    "sigmoid": {"attention": "sigmoid", "num_kv_heads": 2, "positions": "alibi"},
+    "angular": {
+        "attention": "angular",
+        "num_kv_heads": 2,
+        "positions": "rope",
+        "angular": {"forget_gate": "data"},
+    },
+    "gated linear": {"attention": "gated_linear", "num_kv_heads": 2},
+    "gated delta": {"attention": "gated_delta", "num_kv_heads": 2},
     "softmax": {"attention": "softmax", "num_kv_heads": 2},
+    "softmax with every part": {
+        "attention": "softmax",
+        "softmax": {"short_conv": "before", "forget_gate": "data", "output_gate": "silu"},
+    },
     "softmax learned": {"attention": "softmax", "positions": "learned", "max_length": 16},
     "softmax rope": {"attention": "softmax", "positions": "rope"},
     "softmax alibi": {"attention": "softmax", "positions": "alibi"},
 }
+# The models of CONFIGS whose attention carries a state, each kind of state once.
+STATEFUL = (
+    *("race", "race with everything", "race, convolutions on q, k, v"),
+    *("linear", "linear with every part", "performer", "gated linear", "gated delta"),
+)
 
 
 class Compiled(NamedTuple):

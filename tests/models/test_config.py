@@ -60,7 +60,7 @@ def test_a_bad_field_is_named_with_its_value(changes):
         ({"positions": "rope"}, "positions='rope' does not go with attention='race', which takes"),
         ({"attention": "linear", "positions": "alibi"}, "go with attention='linear'"),
         ({"attention": "linear", "linear": {"forget_gate": "fixed"}}, "needs half_life"),
-        ({"attention": "linear", "implementation": "pallas"}, "linear attention takes None or"),
+        ({"attention": "linear", "implementation": "pallas"}, "linear attention takes one of"),
         ({"attention": "softmax", "implementation": "pallas"}, "implementation='pallas'"),
         ({"attention": "softmax", "positions": "rope", "head_dim": 3}, "even head_dim; got 3"),
     ],

@@ -8,7 +8,7 @@ from flax import nnx
 
 from race_jax.models import decode
 from race_jax.models.decode import Sampling, generate, sample, stream
-from tests.models.small import VOCAB, build, compiled
+from tests.models.small import STATEFUL, VOCAB, build, compiled
 
 GREEDY = Sampling(greedy=True)
 LENGTHS = np.array([2, 4, 5])
@@ -25,7 +25,11 @@ def prompts(rng):
 
 
 @pytest.mark.parametrize(
-    "name", ["race", "race with everything", "softmax learned", "softmax rope", "softmax alibi"]
+    "name",
+    [
+        *("race", "race with everything", "gated linear", "gated delta"),
+        *("softmax learned", "softmax rope", "softmax alibi", "softmax with every part"),
+    ],
 )
 def test_greedy_decoding_equals_reading_everything_again(prompts, name):
     model, logits = compiled(name)
@@ -46,7 +50,7 @@ def test_greedy_decoding_equals_reading_everything_again(prompts, name):
     assert len(np.unique(drawn["right"])) > 2
 
 
-@pytest.mark.parametrize("name", ["race", "race with everything", "race bfloat16", "linear"])
+@pytest.mark.parametrize("name", [*STATEFUL, "race bfloat16"])
 def test_the_state_keeps_its_size(name):
     model = compiled(name).model
     before = jax.eval_shape(lambda: model.init_state(2))

@@ -171,6 +171,16 @@ def test_a_run_of_another_task_is_refused(script, tmp_path, capsys):
     )
 
 
+def test_a_model_that_sees_later_tokens_is_refused(script, tmp_path, capsys):
+    network = build(5, forget_gate=None)
+    model, record = describe(forget_gate=None), {"tokenizer": WORDS.to_dict()}
+    directory = save_model(tmp_path / "gaps", network, record, model=model, task="masked_lm")
+    with pytest.raises(SystemExit) as stop:
+        run(script, checkpoint=directory, prompt="the")
+    assert stop.value.code == 2
+    assert "the task 'masked_lm', whose model does not continue a text" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "prompt", "text"),
     [

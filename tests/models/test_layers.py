@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from race_jax.layers.softmax import alibi_bias, rotate
+from race_jax.layers.positions import alibi_bias, rotate
 from race_jax.models.layers import token_positions
 
 

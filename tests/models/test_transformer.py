@@ -10,7 +10,7 @@ from race_jax.layers.race import HashPlanes
 from race_jax.models import Transformer, TransformerLM, parameter_count
 from race_jax.models.block import Block
 from race_jax.models.decode import Sampling, generate
-from tests.models.small import CONFIGS, VOCAB, build, compiled, describe, draw
+from tests.models.small import CONFIGS, STATEFUL, VOCAB, build, compiled, describe, draw
 
 DTYPES = {name: changes.get("dtype", "float32") for name, changes in CONFIGS.items()}
 
@@ -85,7 +85,7 @@ def test_what_positions_mean(documents, assert_close, name, shift_matters, stret
     assert changes(place * 2) == stretch_matters
 
 
-@pytest.mark.parametrize("name", ["race", "race with everything", "linear"])
+@pytest.mark.parametrize("name", STATEFUL)
 def test_a_sequence_may_be_split_anywhere(rng, assert_close, name):
     tokens = rng.integers(0, VOCAB, (3, 12))
     mask = rng.random((3, 12)) < 0.8

@@ -93,7 +93,9 @@ def test_fold_reads_the_whole(segment_length, assert_close):
 @functools.cache
 def language_model(dtype="float32"):
     """A model with everything that crosses borders, its step, arguments and whole gradient."""
-    model = build(num_layers=2, num_kv_heads=2, short_conv=True, output_gate=True, dtype=dtype)
+    model = build(
+        num_layers=2, num_kv_heads=2, short_conv="before", output_gate="silu", dtype=dtype
+    )
     graph, params, fixed = nnx.split(model, nnx.Param, ...)
 
     def nats(params, state, batch):

@@ -50,7 +50,9 @@ def test_without_warm_up_the_first_rate_is_the_highest():
 
 def test_only_the_kernels_of_linear_maps_decay():
     config = small_config().model
-    config.race.learn_planes = config.race.short_conv = config.race.output_gate = True
+    config.race.learn_planes = True
+    config.race.short_conv, config.race.output_gate = "qkv", "sigmoid"
+    config.race.output_norm = "rms"
     params = nnx.eval_shape(
         lambda: nnx.state(TransformerLM(config, VOCAB, rngs=nnx.Rngs(0)), nnx.Param)
     )

@@ -13,7 +13,7 @@ from tests.train.small import small_config, small_parts
 @pytest.fixture(scope="module")
 def parts():
     config = small_config()
-    config.model.race.short_conv, config.model.race.forget_gate = True, "data"
+    config.model.race.short_conv, config.model.race.forget_gate = "before", "data"
     return config, small_parts(config)
 
 

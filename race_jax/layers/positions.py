@@ -1,0 +1,137 @@
+"""Positions of the methods that compare all pairs of tokens: rotary ones, and linear biases.
+
+With the position p of a token, and pair i of a head's numbers,
+
+    RoPE turns pair i by p 10000^(-2i/H)          ALiBi adds -2^(-8(n+1)/N) |p_t - p_s|
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from race_jax.core import masking
+from race_jax.layers.self_attention import AttentionConfig
+
+ROPE_BASE = 10_000.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairsConfig(AttentionConfig):
+    """Sizes and options of a method that compares all pairs of tokens.
+
+    Attributes:
+        positions: "rope" rotates queries and keys, and "alibi" biases the logits. Other positions
+            change neither.
+
+    Raises:
+        ValueError: if a value is not allowed, or a head of odd width has rotary positions.
+    """
+
+    POSITIONS: ClassVar[tuple[str, ...]] = ("rope", "alibi")
+
+    positions: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ValueError(
+                f"positions='rope' rotates pairs and needs an even head_dim; got {self.head_dim}."
+            )
+
+
+def place(
+    query: jax.Array, key: jax.Array, positions: jax.Array | None, scheme: str
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Returns queries and keys with their positions, and the bias of the logits or None.
+
+    Args:
+        query: shape (B, T, N, H).
+        key: shape (B, T, K, H).
+        positions: shape (B, T) int32. The schemes "rope" and "alibi" need it.
+        scheme: the name of the positions. Names other than these two change nothing.
+    """
+    if scheme == "rope":
+        return rotate(query, positions), rotate(key, positions), None
+    return query, key, alibi_bias(query.shape[2], positions) if scheme == "alibi" else None
+
+
+def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
+    r"""Applies rotary positions, which turn pair i of a head by :math:`p \cdot 10000^{-2i/H}`.
+
+    Args:
+        x: shape (B, T, N, H), with H even. Pair i is (x[i], x[i + H/2]).
+        positions: shape (B, T) int32, the position p of each token.
+
+    Returns:
+        Shape (B, T, N, H), with the dtype of x. Angles and products are float32.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from race_jax.layers.positions import rotate
+        >>> rotate(jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1), jnp.int32)).tolist()
+        [[[[1.0, 1.0]]]]
+
+    Source: Su et al. 2021 (RoFormer), section 3.2.2.
+    """
+    half = x.shape[-1] // 2
+    frequencies = ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
+    cosine, sine = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def alibi_bias(num_heads: int, positions: jax.Array) -> jax.Array:
+    r"""Returns the linear biases :math:`-2^{-8(n+1)/N} \, |p_t - p_s|` of the logits of head n.
+
+    Args:
+        num_heads: the number of query heads N.
+        positions: shape (B, T) int32, the position p of each token.
+
+    Returns:
+        Shape (B, N, T, T) float32.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from race_jax.layers.positions import alibi_bias
+        >>> alibi_bias(2, jnp.array([[0, 3]]))[0, :, 1, 0].tolist()  # two heads, distance 3
+        [-0.1875, -0.01171875]
+
+    Source: Press et al. 2022 (ALiBi), section 3, with the slopes for N a power of two.
+    """
+    slopes = 2.0 ** (-8.0 * jnp.arange(1, num_heads + 1, dtype=jnp.float32) / num_heads)
+    distance = jnp.abs(positions[:, :, None] - positions[:, None, :]).astype(jnp.float32)
+    return -slopes[None, :, None, None] * distance[:, None]
+
+
+def decay_bias(log_decay: jax.Array, mask: jax.Array | None, num_heads: int) -> jax.Array:
+    """Returns the logarithm of the decay between two tokens, ``G_t - G_s``.
+
+    G is the running sum of the forget gate. Added to the logits of softmax, it makes the weights
+    those of a gated sum.
+
+    Args:
+        log_decay: shape (B, T, K), <= 0.
+        mask: shape (B, T) bool, True where there is a token, or None.
+        num_heads: the number of query heads N.
+
+    Returns:
+        Shape (B, N, T, T) float32, which is zero for later tokens s.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from race_jax.layers.positions import decay_bias
+        >>> decay_bias(jnp.full((1, 3, 1), -0.5), None, 1)[0, 0].tolist()
+        [[0.0, 0.0, 0.0], [-0.5, 0.0, 0.0], [-1.0, -0.5, 0.0]]
+
+    Source: Lin et al. 2025 (Forgetting Transformer), section 3.
+    """
+    total = jnp.cumsum(masking.bound_log_decay(log_decay, mask), axis=1)
+    total = jnp.moveaxis(total, 2, 1)  # (B, K, T)
+    bias = jnp.minimum(total[..., :, None] - total[..., None, :], 0.0)
+    return jnp.repeat(bias, num_heads // log_decay.shape[2], axis=1)
