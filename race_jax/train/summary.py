@@ -65,7 +65,7 @@ def write(
             "units": task.weight_name,
             "per_second": statistics.median(speeds) if speeds else None,
         },
-        "peak_bytes": max([step_memory or 0, *map(_allocated, devices)]) or None,
+        "peak_bytes": max([step_memory or 0, *map(_allocated, mesh.local_devices)]) or None,
         "device": devices[0].device_kind,
         "platform": devices[0].platform,
         "devices": len(devices),
