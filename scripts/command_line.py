@@ -1,5 +1,6 @@
 """The command line that the training scripts share: what they print, and how they end."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,7 @@ def run(
             train this task, or returns None.
     """
     try:
-        from race_jax.train import console
+        from race_jax.train import console, processes
     except ImportError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return REFUSED
@@ -52,6 +53,8 @@ def run(
         status = 130
         console.warn(f"{name}: interrupted outside the loop; the last checkpoint is kept")
     console.settle()
+    if status in (FAILED, REFUSED) and processes.are_several():
+        os._exit(status)  # a usual end would wait for the other processes
     return status
 
 

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 
-GRACE = 20.0  # seconds that the others have, to end by themselves
+GRACE = 10.0  # seconds that the others have, to end by themselves
 STOPPED = 75  # the exit status of a run that was stopped early and is saved
 
 
@@ -67,7 +67,9 @@ def watch(processes: list[subprocess.Popen]) -> int:
     while failed is None and any(process.poll() is None for process in processes):
         time.sleep(0.1)
         ended = [(i, p.returncode) for i, p in enumerate(processes) if p.poll() is not None]
-        failed = next(((i, code) for i, code in ended if code not in (0, STOPPED)), None)
+        bad = [(i, code) for i, code in ended if code not in (0, STOPPED)]
+        # The death of one makes others fail, perhaps before this loop sees it.
+        failed = min(bad, key=lambda pair: pair[1] > 0, default=None)
     if failed is None:
         return max(process.returncode for process in processes)
     index, code = failed
@@ -82,7 +84,8 @@ def watch(processes: list[subprocess.Popen]) -> int:
         processes[i].wait()
     if left:
         say(f"stopped {', '.join(map(str, left))}")
-    say("all processes have ended; the same command goes on from the last checkpoint")
+    codes = ", ".join(str(process.returncode) for process in processes)
+    say(f"all have ended, with status {codes}; the same command goes on from the last checkpoint")
     return code if code > 0 else 128 - code
 
 

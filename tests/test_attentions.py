@@ -26,7 +26,7 @@ CASES = {
     "linear": ("linear", BEFORE, False),
     "linear, gate": ("linear", {"forget_gate": "learned", **PARTS}, True),
     "performer": ("performer", {"num_features": 7}, False),
-    "performer, gate": ("performer", {"num_features": 7, "forget_gate": "data", **PARTS}, True),
+    "performer, gate": ("performer", {"num_features": 7, "forget_gate": "data", **BEFORE}, True),
     "sigmoid": ("sigmoid", PARTS, False),
     "sigmoid, alibi": ("sigmoid", {"positions": "alibi", "forget_gate": "learned"}, True),
     "sigmoid, fixed bias": ("sigmoid", {"bias": -1.5}, True),

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from race_jax.core import masking
-from race_jax.core.matrix_state import CHUNK, MatrixState, run_chunks
+from race_jax.core.chunks import CHUNK
+from race_jax.core.matrix_state import MatrixState, run_chunks
 
 BLOCK = 8  # tokens whose pairs are weighed one by one
 

@@ -11,10 +11,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from race_jax.core import masking, shards
+from race_jax.core import chunks, masking, shards
+from race_jax.core.chunks import CHUNK
 from race_jax.core.state import RACEState, normalize
-
-CHUNK = 64  # tokens per step of the scan
 
 
 def linear_attention(
@@ -148,12 +147,6 @@ def _scan(
         return jnp.zeros(shape, grouped.dtype), state
     mask = jnp.ones((batch, length), bool) if arrays["mask"] is None else arrays["mask"]
     arrays = arrays | {"phi_q": grouped, "mask": mask}
-    missing = -length % CHUNK
-
-    def chunked(x: jax.Array) -> jax.Array:
-        mode = "edge" if x is arrays["segment"] else "constant"
-        x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), mode=mode)
-        return jnp.moveaxis(x.reshape(batch, x.shape[1] // CHUNK, CHUNK, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
     def step(state: RACEState, chunk: dict) -> tuple[RACEState, jax.Array]:
@@ -167,9 +160,8 @@ def _scan(
         )
         return after, rows
 
-    state, rows = jax.lax.scan(step, state, jax.tree.map(chunked, arrays))
-    rows = jnp.moveaxis(rows, 0, 1)
-    return rows.reshape(batch, length + missing, *rows.shape[3:])[:, :length], state
+    state, rows = jax.lax.scan(step, state, chunks.cut(arrays))
+    return chunks.join(rows, length), state
 
 
 def _chunk_rows(chunk: dict, state: RACEState, *, inclusive: bool) -> jax.Array:

@@ -16,10 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from race_jax.core import masking, shards
+from race_jax.core import chunks, masking, shards
+from race_jax.core.chunks import CHUNK
 from race_jax.core.state import EMPTY
-
-CHUNK = 64  # tokens per step of the scan
 
 
 @jax.tree_util.register_dataclass
@@ -148,22 +147,9 @@ def _scan(
         rows, matrix = step(state, chunk)
         return MatrixState(matrix, ids[:, -1]), jnp.moveaxis(rows, 3, 1)
 
-    state, rows = jax.lax.scan(one, state, _chunked(arrays))
-    rows = jnp.moveaxis(rows, 0, 1)  # (B, chunks, C, K, G, V)
-    rows = rows.reshape(batch, rows.shape[1] * CHUNK, heads, value_dim)[:, :length]
+    state, rows = jax.lax.scan(one, state, chunks.cut(arrays))
+    rows = chunks.join(rows, length).reshape(batch, length, heads, value_dim)
     return masking.select_tokens(rows, mask), dataclasses.replace(state, segment=last)
-
-
-def _chunked(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Cuts ``(B, T, ...)`` into chunks ``(chunks, B, C, ...)``. Slots after the end are empty."""
-
-    def cut(name: str, x: jax.Array) -> jax.Array:
-        mode = "edge" if name == "segment" else "constant"
-        room = [(0, 0), (0, -x.shape[1] % CHUNK)] + [(0, 0)] * (x.ndim - 2)
-        x = jnp.pad(x, room, mode=mode)
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]), 1, 0)
-
-    return {name: cut(name, x) for name, x in arrays.items()}
 
 
 def _check(

@@ -66,6 +66,11 @@ class DataConfig:
     valid_tail: int = 0
     num_workers: int = 0
 
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether the data stay on the disk and are read when they are needed."""
+        return self.source == "tokens"
+
     def validate(self) -> None:
         """Raises ValueError naming the first field that cannot be used."""
         self._expand_source()

@@ -22,7 +22,7 @@ from typing import Any
 
 from race_jax.data.config import DataConfig
 from race_jax.data.documents import Document
-from race_jax.data.sources import load_data_set, read_documents
+from race_jax.data.sources import load_data_set, read_documents, refuse_other_sources
 from race_jax.records import one_of
 
 AUTO = "auto"
@@ -85,6 +85,7 @@ def read_splits(config: DataConfig, columns: Columns, test_columns: Columns) -> 
                 f"config.data.{field} is not used for labeled texts; leave it at {unused!r}, got "
                 f"{value!r}"
             )
+    refuse_other_sources(config)
     splits = read[config.source](config, columns, test_columns)
     if not splits["valid"]:
         splits["train"], splits["valid"] = _hold_out(splits["train"], config.valid_fraction)

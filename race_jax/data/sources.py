@@ -64,10 +64,15 @@ def load_corpus(config: DataConfig) -> Corpus:
     Source: beyond the paper.
     """
     one_of("config.data.source", config.source, tuple(_READERS))
+    refuse_other_sources(config)
+    return _READERS[config.source](config)
+
+
+def refuse_other_sources(config: DataConfig) -> None:
+    """Raises ValueError if a field is set that belongs to another source."""
     named = dict.fromkeys(("train_files", "valid_files", "test_files"), ("files",))
     hosted = dict.fromkeys(("dataset", "dataset_config"), ("huggingface",))
     refuse_ignored(config, "source", named | hosted | {"valid_tail": ("files", "huggingface")})
-    return _READERS[config.source](config)
 
 
 def the_file(config: DataConfig, field: str) -> Path:

@@ -19,7 +19,9 @@ needs_rngs     only of a method that draws random numbers in a training step, wh
 set_view       only of a method that can work on a stretch of a sequence that is split over
                devices. It has an argument ``axis_name``, which ``nnx.view`` gives it.
 init_state     ``(batch)`` returns the state before any token, a pytree whose leaves keep their
-               shapes, or None if the method carries no state.
+               shapes, or None if the method carries no state of fixed size.
+init_cache     only of a method whose state grows with the length. ``(batch, capacity)`` returns the
+               state before any token, with room for so many tokens a row.
 """
 
 from __future__ import annotations

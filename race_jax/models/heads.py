@@ -70,9 +70,9 @@ class TransformerLM(nnx.Module):
         """The table E, shape (vocab, D) float32."""
         return self.trunk.embedding.tokens
 
-    def init_state(self, batch: int) -> TransformerState:
+    def init_state(self, batch: int, capacity: int | None = None) -> TransformerState:
         """Returns the state before any token, as `Transformer.init_state` does."""
-        return self.trunk.init_state(batch)
+        return self.trunk.init_state(batch, capacity)
 
     def hidden(self, tokens: jax.Array, **options: Any) -> jax.Array | tuple:
         """Returns hidden states (B, T, D), with the arguments of `Transformer.__call__`."""

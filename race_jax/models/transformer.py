@@ -21,7 +21,11 @@ from race_jax.models.layers import TokenEmbedding, per_row, token_positions
 
 _NO_STATE = (
     "this model carries no state, because it is not causal or its attention keeps none; pass the "
-    "whole sequence for every token, as race_jax.models.decode does."
+    "whole sequence for every token."
+)
+_NO_CAPACITY = (
+    "this model has no state of fixed size, because its attention keeps the keys and values of all "
+    "tokens; say for how many there must be room, as in init_state({}, capacity=1024)."
 )
 _TOO_LONG = (
     "position {} is beyond the learned positions, max_length={}; shorten the sequence, or train "
@@ -95,20 +99,33 @@ class Transformer(nnx.Module):
         keep_rngs = keep_rngs and self.needs_rngs
         has_stream = "dropout" in rngs or "default" in rngs
         self.rngs = rngs.dropout.fork() if keep_rngs and has_stream else None
-        self.carries_state = (
+        self.keeps_tokens = is_causal and _has_cache(attention)
+        self.carries_state = self.keeps_tokens or (
             is_causal and jax.eval_shape(lambda: attention.init_state(1)) is not None
         )
         self.remat = config.remat
 
-    def init_state(self, batch: int) -> TransformerState:
+    def init_state(self, batch: int, capacity: int | None = None) -> TransformerState:
         """Returns the state before any token, for `batch` sequences.
 
+        Args:
+            batch: the number of sequences B.
+            capacity: the number of tokens of a sequence that there is room for, in a model whose
+                attention keeps all keys and values. Other models need no room and ignore it.
+
         Raises:
-            NotImplementedError: if the model is not causal, or its attention carries no state.
+            NotImplementedError: if the model is not causal, or its attention carries no state, or
+                the state needs a capacity and none is given.
         """
         if not self.carries_state:
             raise NotImplementedError(_NO_STATE)
-        layers = tuple(block.attention.init_state(batch) for block in self.blocks)
+        if self.keeps_tokens and capacity is None:
+            raise NotImplementedError(_NO_CAPACITY.format(batch))
+        attentions = [block.attention for block in self.blocks]
+        if self.keeps_tokens:
+            layers = tuple(attention.init_cache(batch, capacity) for attention in attentions)
+        else:
+            layers = tuple(attention.init_state(batch) for attention in attentions)
         position, segment = jnp.zeros(batch, jnp.int32), jnp.full(batch, EMPTY, jnp.int32)
         return TransformerState(layers, position, segment)
 
@@ -274,6 +291,12 @@ def parameter_count(model: nnx.Module) -> int:
         8
     """
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def _has_cache(attention: nnx.Module) -> bool:
+    """Returns whether an attention keeps the tokens, in a state that grows with the length."""
+    make = getattr(attention, "init_cache", None)
+    return make is not None and jax.eval_shape(lambda: make(1, 1)) is not None
 
 
 def _next_position(positions, start, key_value_mask) -> jax.Array:

@@ -262,7 +262,7 @@ class Config:
 
     def reads_from_disk(self) -> bool:
         """Whether sequences are read from a token file, segment by segment, and not held whole."""
-        return self.data.source == "tokens" and self.optimizer.segment_length is not None
+        return self.data.is_on_disk and self.optimizer.segment_length is not None
 
     def _validate_stretches(self) -> None:
         """Checks what a mesh needs whose axis "seq" splits the sequences."""
@@ -310,9 +310,8 @@ class Config:
         if run.batch_size * self.data.sequence_length >= 2**31 and not self.reads_from_disk():
             raise ValueError(
                 "config.run.batch_size times config.data.sequence_length must be < 2**31, "
-                f"got {run.batch_size} x {self.data.sequence_length}; longer sequences are read "
-                'from a token file with config.data.source="tokens" and '
-                "config.optimizer.segment_length"
+                f"got {run.batch_size} x {self.data.sequence_length}; docs/streaming.md says how "
+                "longer sequences are read from the disk"
             )
         if run.batch_size % parts:
             raise ValueError(

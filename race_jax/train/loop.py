@@ -45,8 +45,8 @@ def train(config: Config, *, exit_at_once: bool = False) -> Result:
 
     Args:
         config: the configuration of the run. It is checked and copied.
-        exit_at_once: whether a second SIGTERM or Ctrl-C ends the whole process. Scripts want this;
-            in a notebook it would end the notebook.
+        exit_at_once: whether a second SIGTERM or Ctrl-C, or the loss of another process of the
+            run, ends the whole process. Scripts want this; in a notebook it would end the notebook.
 
     Returns:
         How the run ended.
@@ -69,15 +69,13 @@ def train(config: Config, *, exit_at_once: bool = False) -> Result:
     if not processes.is_first():
         only_warn()
     path = Path(run.directory or f"runs/{config.task}").expanduser()
-    with (
-        processes.losses_explained(),
-        run_directory(path, is_first=processes.is_first()) as directory,
-    ):
+    with run_directory(path, is_first=processes.is_first()) as directory:
         processes.wait("the run directory is there")
         task = task_named(config.task)(config)
         with (
             StopRequest(run.max_seconds, exit_at_once=exit_at_once) as stop,
             Trainer(config, task, directory) as trainer,
+            processes.end_with_others(exit_at_once=exit_at_once),
         ):
             while trainer.step < run.steps and not processes.any_of(stop.reason):
                 trainer.take_step()

@@ -5,6 +5,7 @@ one also prints, and writes the files of the run.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import jax
@@ -88,15 +89,27 @@ def of_first(number: int) -> int:
 
 
 @contextlib.contextmanager
-def losses_explained() -> Iterator[None]:
-    """Turns an error of JAX into a sentence about the other processes, where there are others."""
+def end_with_others(*, exit_at_once: bool) -> Iterator[None]:
+    """Says, where there are several processes, that an error of JAX means the loss of another one.
+
+    Args:
+        exit_at_once: whether the process then ends, with status 1. Otherwise it would still wait
+            for the others in several places, where JAX ends it after `SILENCE` seconds.
+
+    Raises:
+        RuntimeError: another process has died or cannot be reached.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if not are_several():
             raise
-        raise RuntimeError(
+        text = (
             f"process {jax.process_index()} of {jax.process_count()} stops, because another one "
-            "has died or cannot be reached. The last checkpoint is kept; start all of them again. "
+            "has died or cannot be reached; the last checkpoint is kept; start all of them again. "
             f"JAX says: {console.one_line(error)}"
-        ) from error
+        )
+        if exit_at_once:
+            console.warn(text)
+            os._exit(1)
+        raise RuntimeError(text) from error

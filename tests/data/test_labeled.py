@@ -105,6 +105,10 @@ def test_files_become_splits_and_equal_texts_stay_on_one_side(tmp_path):
     ("fields", "message"),
     [
         ({"source": "stdlib"}, r"config\.data\.source must be files or huggingface .*'stdlib'"),
+        (
+            {"source": "huggingface"},
+            r"train_files=\('one\.tsv',\) is used with .*source=files only",
+        ),
         ({"packing": "packed"}, r"config\.data\.packing is not used .* leave it at 'contiguous'"),
         ({"valid_tail": 5}, r"config\.data\.valid_tail is not used"),
         ({"train_files": ("no.tsv",)}, r"no\.tsv: no such file"),

@@ -104,6 +104,17 @@ def test_steps_without_the_check_of_devices_are_the_same(
     assert_close("optimizer", got, want, kind="gradients")
 
 
+@pytest.mark.parametrize("stretch", [None, 4])
+def test_rows_that_are_read_where_they_are_needed_are_the_batch(stretch):
+    config = small_config()
+    config.mesh.data, config.mesh.seq, config.mesh.fsdp = 2, 2, 2
+    devices, rows = mesh.make_mesh(config), on_disk()
+    want = put_batch(devices, rows.piece(0, 24), stretch)
+    for name, got in mesh.put_rows(devices, rows, stretch).items():
+        assert got.sharding == want[name].sharding
+        np.testing.assert_array_equal(got, want[name])
+
+
 def test_a_segment_may_be_longer_than_the_sequence(tmp_path):
     (tmp_path / "t.txt").write_text("the cat sees the dog\n" * 99)
     config = small_config()

@@ -28,7 +28,8 @@ def prompts(rng):
     "name",
     [
         *("race", "race with everything", "gated linear", "gated delta"),
-        *("softmax learned", "softmax rope", "softmax alibi", "softmax with every part"),
+        *("softmax", "softmax learned", "softmax rope", "softmax alibi", "softmax with every part"),
+        "softmax with convolutions",
     ],
 )
 def test_greedy_decoding_equals_reading_everything_again(prompts, name):
@@ -60,6 +61,14 @@ def test_the_state_keeps_its_size(name):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
             lambda x: (x.shape, x.dtype), before
         )
+
+
+def test_a_cache_compiles_once():
+    """The length grows from 500 to 520 tokens, past a block of 512."""
+    model, before = compiled("softmax rope").model, decode._step._cache_size()
+    prompt = np.arange(500)[None] % VOCAB
+    assert generate(model, prompt, max_tokens=20, sampling=GREEDY).shape == (1, 20)
+    assert decode._step._cache_size() - before == 1
 
 
 def test_seeds_decide_the_draws():

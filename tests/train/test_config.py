@@ -223,10 +223,17 @@ def test_the_command_of_every_config_is_right(file, monkeypatch):
     assert config.run.directory.startswith(f"runs/{file.stem}")
 
 
+GATED = ("gated_linear", "gated_delta")  # as published, they have a gate
+
+
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
 @pytest.mark.parametrize("name", registry.ATTENTIONS)
 def test_every_config_also_trains_the_other_attentions(file, name):
     words = [f"--config={file}", f"--config.model.attention={name}"]
+    if name in GATED and not file.stem.startswith(("lm_", "recall", "needle")):
+        with pytest.raises(ValueError, match=f"model.{name}.forget_gate must be none"):
+            parse_config(words)
+        words.append(f"--config.model.{name}.forget_gate=none")
     assert parse_config(words).model.attention == name
 
 

@@ -35,7 +35,7 @@ def files(tmp_path_factory):
 
 def configure(files, directory, source) -> Config:
     config = small_config()
-    config.model.race.short_conv, config.model.race.forget_gate = True, "data"
+    config.model.race.short_conv, config.model.race.forget_gate = "before", "data"
     config.data.source, ending = source, {"files": "txt", "tokens": "npy"}[source]
     config.data.train_files = (str(files / f"train.{ending}"),)
     config.data.valid_files = (str(files / f"valid.{ending}"),)
