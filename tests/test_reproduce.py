@@ -372,6 +372,17 @@ def test_a_command_line_that_cannot_be_is_refused(tmp_path, capsys):
         assert text in capsys.readouterr().err
 
 
+def test_missing_data_is_named_before_anything_runs(tmp_path, capsys, monkeypatch):
+    words = ["causal_lm", "--data-sets", "ptb", "--out", str(tmp_path / "out")]
+    monkeypatch.delenv("RACE_JAX_DATA", raising=False)
+    assert reproduce.main(words) == 2
+    assert "no root is set" in capsys.readouterr().err
+    assert reproduce.main([*words, "--data", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"ptb needs {tmp_path}/ptb/ptb.train.txt.xz, which does not exist" in said
+    assert "--data" in said
+
+
 def test_a_table_of_runs_that_were_never_started_is_shown_as_unfinished(tmp_path, capsys):
     words = ["listops", "--budget", "tiny", "--seeds", "2", "--show", "--out", str(tmp_path)]
     assert reproduce.main(words) == 75
