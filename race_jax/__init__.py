@@ -9,11 +9,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from race_jax import sparse
 from race_jax.core.attention import race_attention, race_attention_from_projections
 from race_jax.core.dispatch import explain
 from race_jax.core.hashing import hash_projections, init_planes, soft_hash
 from race_jax.core.state import RACEState, merge
 from race_jax.layers.attention_fn import attention_fn
+from race_jax.sparse.attention import dense_decode_attention
+from race_jax.sparse.cache import KVCache
+from race_jax.sparse.coded import SparseCache
+from race_jax.sparse.config import SparseConfig
+from race_jax.sparse.sparse_attention import sparse_decode_attention
 
 if TYPE_CHECKING:
     from race_jax import linen
@@ -23,9 +29,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "HashPlanes",
+    "KVCache",
     "RACEAttention",
     "RACEState",
+    "SparseCache",
+    "SparseConfig",
     "attention_fn",
+    "dense_decode_attention",
     "explain",
     "hash_projections",
     "init_planes",
@@ -34,6 +44,8 @@ __all__ = [
     "race_attention",
     "race_attention_from_projections",
     "soft_hash",
+    "sparse",
+    "sparse_decode_attention",
 ]
 
 

@@ -97,6 +97,9 @@ TOLERANCES = {
         "float32": Tolerance(rms=2e-6, max=1e-5),
         "bfloat16": Tolerance(rms=2e-2, max=1e-1),
     },
+    # The integral over planes against its closed form for hard signs, in equal steps of the angle.
+    # 1.9e-3 and 5e-3 were seen. The step is 2e-3 of the circle.
+    "quadrature": {"float32": Tolerance(rms=7e-3, max=3e-2)},
     # An identity of the mathematics, both sides by one path. float32: 2e-5 was seen of
     # features at sharpness 8, where one of 1024 corners has nearly all and RMS is 1/32 of it.
     "identity": {

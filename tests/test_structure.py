@@ -45,6 +45,8 @@ SOURCES = {
     "core.attention": "core.implementations core.checks core.sequence core.shards",
     "core.reference": "core.shapes",
     "streaming": "core.state",
+    "sparse": "core.hashing core.masking core.dispatch core.shards",
+    "diagnostics": "layers.functional models extras",
     "layers.attention_fn": "core.attention",
     "layers.gates": "core.shapes",
     "layers.short_conv": "core.shapes core.sequence core.shards",
@@ -56,7 +58,8 @@ SOURCES = {
     "layers.race_linen": "layers.functional layers.serialization",
     "layers.self_attention": "layers.parts core.state",
     "layers.positions": "layers.self_attention",
-    "layers.softmax": "layers.positions",
+    "layers.cached": "layers.positions sparse",
+    "layers.softmax": "layers.cached",
     "layers.linear": "core.linear layers.self_attention",
     "layers.performer": "core.favor core.linear layers.self_attention",
     "layers.sigmoid": "core.pairs layers.positions",
@@ -66,7 +69,7 @@ SOURCES = {
     "layers.gated_delta": "core.gated_delta layers.self_attention",
     "layers.registry": "",
     "linen": "layers.race_linen",
-    "models": "layers.registry core.masking core.state core.shards",
+    "models": "layers.registry sparse core.masking core.state core.shards",
     "extras": "",
     "records": "",
     "data": "records extras",
@@ -85,7 +88,7 @@ LIBRARIES = {
     "layers.race_linen": CORE_LIBRARIES | {"flax"},
     "models": CORE_LIBRARIES | {"flax"},
 }
-ANY_LIBRARY = {"data", "tasks", "train", "scripts"}
+ANY_LIBRARY = {"diagnostics", "data", "tasks", "train", "scripts"}
 
 
 def left_of(part: str) -> set[str]:

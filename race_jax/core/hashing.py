@@ -84,14 +84,48 @@ def init_planes(
             "pass orthogonal=False"
         )
     key_direction, key_norm = jax.random.split(key)
-    gaussian = jax.random.normal(key_direction, (*shape[:-2], head_dim, num_planes), jnp.float32)
+    rows = _orthogonal_rows(key_direction, shape)
+    norms = jnp.linalg.norm(jax.random.normal(key_norm, shape, jnp.float32), axis=-1)
+    return (scale * norms[..., None] * rows).astype(dtype)
+
+
+def init_rotations(key: jax.Array, *, num_rotations: int, head_dim: int) -> jax.Array:
+    """Draws random rotations, one below the other.
+
+    Args:
+      key: a ``jax.random`` key.
+      num_rotations: r >= 1.
+      head_dim: H >= 1.
+
+    Returns:
+      ``(r * H, H)`` float32, whose rows r' * H to (r' + 1) * H are orthonormal.
+
+    Raises:
+      ValueError: if a size is below 1.
+
+    Example:
+      >>> import jax
+      >>> from race_jax.core.hashing import init_rotations
+      >>> init_rotations(jax.random.key(0), num_rotations=2, head_dim=8).shape
+      (16, 8)
+
+    Source: beyond the paper.
+    """
+    for name, size in (("num_rotations", num_rotations), ("head_dim", head_dim)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    return _orthogonal_rows(key, (num_rotations, head_dim, head_dim)).reshape(-1, head_dim)
+
+
+def _orthogonal_rows(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Draws matrices ``(..., P, H)`` with P <= H whose rows are orthonormal."""
+    *lead, rows, width = shape
+    gaussian = jax.random.normal(key, (*lead, width, rows), jnp.float32)
     directions, triangle = jnp.linalg.qr(gaussian)
     # QR fixes the signs of Q by convention. Multiplying by the signs of R's diagonal makes the
     # directions uniformly distributed again.
     signs = jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))
-    norms = jnp.linalg.norm(jax.random.normal(key_norm, shape, jnp.float32), axis=-1)
-    rows = jnp.swapaxes(directions * signs[..., None, :], -1, -2)
-    return (scale * norms[..., None] * rows).astype(dtype)
+    return jnp.swapaxes(directions * signs[..., None, :], -1, -2)
 
 
 def _check_sizes(num_tables: int, num_planes: int, head_dim: int, num_kv_heads: int | None) -> None:

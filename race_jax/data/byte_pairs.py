@@ -15,6 +15,9 @@ import numpy as np
 from race_jax.data.sources import read_file
 from race_jax.data.vocabulary import Tokenizer, pieces
 
+# The number of texts that are encoded at a time. The package's records of them are large.
+MOST_TEXTS = 1 << 10
+
 
 class BytePairTokenizer(Tokenizer):
     """A tokenizer of the optional package `tokenizers`, given as its JSON text.
@@ -73,6 +76,14 @@ class BytePairTokenizer(Tokenizer):
         parts = list(pieces(piece, size=1 << 16))
         encoded = self._inner.encode_batch_fast(parts, add_special_tokens=False)
         return np.array([index for part in encoded for index in part.ids], np.int64)
+
+    def encode_all(self, texts: Sequence[str], names: Sequence[str]) -> list[np.ndarray]:
+        """Returns the ids of each text. The package encodes the texts in parallel."""
+        del names  # every text can be encoded
+        encode = functools.partial(self._inner.encode_batch_fast, add_special_tokens=False)
+        starts = range(0, len(texts), MOST_TEXTS)
+        parts = (encode(list(texts[start : start + MOST_TEXTS])) for start in starts)
+        return [np.array(text.ids, np.int32) for part in parts for text in part]
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         """Returns the text, with its special tokens."""

@@ -20,7 +20,8 @@ class DataConfig:
     Attributes:
         source: "stdlib" (the source files of Python's standard library), "files" (local text, plain
             or packed by gzip, bzip2, xz or zip) or "huggingface" (a data set by name, which needs
-            the package `datasets`).
+            the package `datasets`). "hf:NAME" or "hf:NAME:CONFIG" is short for the latter with
+            `dataset` and `dataset_config`.
         root: the folder that relative file names start from. None takes the environment variable
             RACE_JAX_DATA, which is used for nothing else.
         train_files, valid_files, test_files: file names, as a tuple or as one comma-separated
@@ -65,8 +66,14 @@ class DataConfig:
     valid_tail: int = 0
     num_workers: int = 0
 
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether the data stay on the disk and are read when they are needed."""
+        return self.source == "tokens"
+
     def validate(self) -> None:
         """Raises ValueError naming the first field that cannot be used."""
+        self._expand_source()
         one_of("config.data.source", self.source, SOURCES)
         one_of("config.data.tokenizer", self.tokenizer, TOKENIZERS)
         one_of("config.data.packing", self.packing, PACKINGS)
@@ -93,6 +100,18 @@ class DataConfig:
                 'config.data.num_workers must be 0 with packing="packed", because a row depends on '
                 f"all documents before it; got {self.num_workers}. A thread reads ahead in any case"
             )
+
+    def _expand_source(self) -> None:
+        """Writes "hf:NAME:CONFIG" as a source, a data set and its configuration."""
+        if self.source.startswith("hf:"):
+            if self.dataset:
+                raise ValueError(
+                    f"config.data.source={self.source!r} names a data set, and so does "
+                    f"config.data.dataset={self.dataset!r}; give one of the two"
+                )
+            name, _, configuration = self.source.removeprefix("hf:").partition(":")
+            self.source, self.dataset = "huggingface", name
+            self.dataset_config = configuration or self.dataset_config
 
     def _validate_source(self) -> None:
         if self.source in ("files", "tokens") and not self.train_files:

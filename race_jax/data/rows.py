@@ -37,16 +37,16 @@ def row(ids: np.ndarray, length: int) -> Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class RowsOnDisk:
-    """A batch of long rows that stay where they are until a piece of them is read.
+class UnreadRows:
+    """A batch of rows that stay where they are, on the disk or in memory, until a piece is read.
 
     Attributes:
-        ids: for each row, its T + 1 ids or fewer, mapped to a file.
+        ids: for each row, its T + 1 ids or fewer. They may be mapped to a file.
         length: T.
-        check: a function that raises an error if the file has changed.
+        check: a function that raises an error if that file has changed.
 
     Example:
-        >>> batch = RowsOnDisk([np.arange(9), np.arange(3)], length=8)
+        >>> batch = UnreadRows([np.arange(9), np.arange(3)], length=8)
         >>> batch.piece(2, 5)["targets"].tolist()
         [[3, 4, 5], [0, 0, 0]]
     """

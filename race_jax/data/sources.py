@@ -15,7 +15,7 @@ from typing import Any
 
 from race_jax.data.config import DataConfig
 from race_jax.data.documents import Corpus, Document, hold_out
-from race_jax.data.unpack import plain_text
+from race_jax.data.unpack import plain_text, unpacked
 from race_jax.records import as_names, one_of
 
 ROOT_VARIABLE = "RACE_JAX_DATA"
@@ -64,10 +64,15 @@ def load_corpus(config: DataConfig) -> Corpus:
     Source: beyond the paper.
     """
     one_of("config.data.source", config.source, tuple(_READERS))
+    refuse_other_sources(config)
+    return _READERS[config.source](config)
+
+
+def refuse_other_sources(config: DataConfig) -> None:
+    """Raises ValueError if a field is set that belongs to another source."""
     named = dict.fromkeys(("train_files", "valid_files", "test_files"), ("files",))
     hosted = dict.fromkeys(("dataset", "dataset_config"), ("huggingface",))
     refuse_ignored(config, "source", named | hosted | {"valid_tail": ("files", "huggingface")})
-    return _READERS[config.source](config)
 
 
 def the_file(config: DataConfig, field: str) -> Path:
@@ -109,15 +114,30 @@ def read_file(path: Path) -> bytes:
     Raises:
         ValueError: the file cannot be read. The error names it.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        known = (reason for kind, reason in _READ_ERRORS if isinstance(error, kind))
-        raise ValueError(f"{path}: {next(known, str(error))}") from error
-    text = plain_text(str(path), data)
+    text = plain_text(str(path), _read_bytes(path))
     if not text:
         raise ValueError(f"{path}: the file is empty")
     return text
+
+
+def read_unpacked(path: Path) -> bytes:
+    """Returns the content of a file that may be packed, and need not be text.
+
+    Raises:
+        ValueError: the file cannot be read. The error names it.
+    """
+    data = unpacked(str(path), _read_bytes(path))
+    if not data:
+        raise ValueError(f"{path}: the file is empty")
+    return data
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        known = (reason for kind, reason in _READ_ERRORS if isinstance(error, kind))
+        raise ValueError(f"{path}: {next(known, str(error))}") from error
 
 
 def expand(name: str, field: str) -> Path:
@@ -178,17 +198,35 @@ def _unit_hash(text: str) -> float:
 def _read_files(config: DataConfig) -> Corpus:
     """Reads local files by their names."""
     train, valid, test = (
-        [
-            Document(str(path), read_file(path))
-            for path in _resolve(config, field, getattr(config, field))
-        ]
-        for field in ("train_files", "valid_files", "test_files")
+        read_documents(config, field) for field in ("train_files", "valid_files", "test_files")
     )
-    if not train:
+    return _corpus(config, train, valid, test)
+
+
+def read_documents(config: DataConfig, field: str) -> list[Document]:
+    """Reads the files that one field names. Training files must be named.
+
+    Args:
+        config: `root` is the folder of relative names.
+        field: "train_files", "valid_files" or "test_files".
+
+    Returns:
+        One document for each file.
+
+    Raises:
+        ValueError: a file cannot be read, or there is no training file. The error names it.
+    """
+    names = getattr(config, field)
+    if not names and field == "train_files":
         raise ValueError(
             "config.data.train_files: no file is named; give --config.data.train_files=FILE[,FILE]"
         )
-    return _corpus(config, train, valid, test)
+    return [Document(str(path), read_file(path)) for path in _resolve(config, field, names)]
+
+
+def named_paths(config: DataConfig, field: str) -> list[Path]:
+    """Returns the paths of the files that a field such as "train_files" names."""
+    return list(_resolve(config, field, getattr(config, field)))
 
 
 def _resolve(config: DataConfig, field: str, names: str | Sequence[str]) -> Iterator[Path]:
@@ -217,6 +255,21 @@ def _root_folder(root: str | None, config: DataConfig, field: str, name: str) ->
 
 def _read_huggingface(config: DataConfig) -> Corpus:
     """Reads a data set by name. With packing, each row is a document; else each split is one."""
+    splits = load_data_set(config)
+    train, valid, test = (
+        _row_documents(config, name, splits[name]) if name in splits else []
+        for name in ("train", "validation", "test")
+    )
+    return _corpus(config, train, valid, test)
+
+
+def load_data_set(config: DataConfig) -> Any:
+    """Returns the splits of the Hugging Face data set that `config` names, by their names.
+
+    Raises:
+        ValueError: there is no such data set, or it has no training split.
+        ImportError: the package `datasets` is not installed.
+    """
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
@@ -237,11 +290,7 @@ def _read_huggingface(config: DataConfig) -> Corpus:
         raise ValueError(
             f"config.data.dataset: {config.dataset!r} has no split 'train'; it has {list(splits)}"
         )
-    train, valid, test = (
-        _row_documents(config, name, splits[name]) if name in splits else []
-        for name in ("train", "validation", "test")
-    )
-    return _corpus(config, train, valid, test)
+    return splits
 
 
 def _row_documents(config: DataConfig, split: str, rows: Any) -> list[Document]:

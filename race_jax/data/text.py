@@ -18,7 +18,7 @@ import numpy as np
 from race_jax.data import windows
 from race_jax.data.config import PACKINGS, DataConfig
 from race_jax.data.documents import Corpus, Document
-from race_jax.data.rows import RowsOnDisk
+from race_jax.data.rows import UnreadRows
 from race_jax.data.sources import load_corpus, refuse_ignored, the_file
 from race_jax.data.token_file import TokenFile, open_token_file
 from race_jax.data.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer
@@ -48,7 +48,7 @@ class HeldOut:
     num_bytes: int
     encodes_text: bool
     num_unknown: int
-    batches: grain.IterDataset[Batch | RowsOnDisk]
+    batches: grain.IterDataset[Batch | UnreadRows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Data:
     """
 
     tokenizer: Tokenizer
-    train: grain.IterDataset[Batch | RowsOnDisk]
+    train: grain.IterDataset[Batch | UnreadRows]
     valid: HeldOut
     test: HeldOut | None
     num_train_tokens: int
@@ -92,7 +92,7 @@ class Data:
         return self.tokenizer.vocab_size
 
 
-def build_data(config: DataConfig, *, batch_size: int, seed: int, on_disk: bool = False) -> Data:
+def build_data(config: DataConfig, *, batch_size: int, seed: int, unread: bool = False) -> Data:
     """Reads, tokenizes and cuts the text of a run. Every fault of the text is found here.
 
     Training windows follow each other from an offset that changes with the epoch. They are read in
@@ -105,8 +105,9 @@ def build_data(config: DataConfig, *, batch_size: int, seed: int, on_disk: bool 
         config: the source, splits, tokenizer, packing, and `sequence_length` T.
         batch_size: the rows of a batch, at least 1.
         seed: the seed of the order of the training windows, in [0, 2**32).
-        on_disk: whether batches are `RowsOnDisk`, which are read piece by piece. Only the source
-            "tokens" has them.
+        unread: whether batches are `UnreadRows`, of which a process reads what it needs. Rows of
+            packed documents, of other processes (`num_workers`), and held-out rows of a text are
+            read all the same.
 
     Returns:
         The data. All ids are kept in memory, in one byte per token if there are at most 256 ids;
@@ -133,7 +134,7 @@ def build_data(config: DataConfig, *, batch_size: int, seed: int, on_disk: bool 
         raise ValueError(f"seed must lie in [0, 2**32), got {seed}")
     at_least("batch_size", batch_size, 1)
     if config.source == "tokens":
-        return _stored_data(config, batch_size, seed, on_disk)
+        return _stored_data(config, batch_size, seed, unread)
     corpus = _divided(load_corpus(config), config)
     tokenizer = build_tokenizer(config, _vocabulary_texts(corpus, config))
     train = _encode(corpus.train, tokenizer, config)
@@ -141,7 +142,7 @@ def build_data(config: DataConfig, *, batch_size: int, seed: int, on_disk: bool 
     digest = corpus.digest()
     return Data(
         tokenizer=tokenizer,
-        train=_training_batches(train, config, batch_size, seed),
+        train=_training_batches(train, config, batch_size, seed, unread),
         valid=_held_out(corpus.valid, tokenizer, config, batch_size),
         test=_held_out(corpus.test, tokenizer, config, batch_size) if corpus.test else None,
         num_train_tokens=len(train.ids),
@@ -151,7 +152,7 @@ def build_data(config: DataConfig, *, batch_size: int, seed: int, on_disk: bool 
     )
 
 
-def _stored_data(config: DataConfig, batch_size: int, seed: int, on_disk: bool) -> Data:
+def _stored_data(config: DataConfig, batch_size: int, seed: int, unread: bool) -> Data:
     """Returns the data of token files."""
     train_file = open_token_file(the_file(config, "train_files"))
     others = {
@@ -180,7 +181,10 @@ def _stored_data(config: DataConfig, batch_size: int, seed: int, on_disk: bool) 
         if len(ids) < 2:
             raise ValueError(f"{file.path}: two held-out tokens are needed, got {len(ids)}")
         batches = windows.held_out_windows(
-            TokenStream.of([ids]), length, batch_size=batch_size, file=file if on_disk else None
+            TokenStream.of([ids]),
+            length,
+            batch_size=batch_size,
+            check=file.check if unread else None,
         )
         return _scored_ids(tokenizer, ids, batches)
 
@@ -194,7 +198,7 @@ def _stored_data(config: DataConfig, batch_size: int, seed: int, on_disk: bool) 
             length,
             batch_size=batch_size,
             seed=seed,
-            file=train_file if on_disk else None,
+            check=train_file.check if unread else None,
         ),
         valid=held_out(valid, valid.ids[0 if "valid" in others else kept :]),
         test=held_out(others["test"], others["test"].ids) if "test" in others else None,
@@ -204,7 +208,7 @@ def _stored_data(config: DataConfig, batch_size: int, seed: int, on_disk: bool) 
             json.dumps(tokenizer.to_dict(), sort_keys=True).encode()
         ).hexdigest(),
         description=f"{train_file.path}: {kept:,} tokens to train on, "
-        + ("read from the disk by segments; " if on_disk else "")
+        + ("read from the disk when they are needed; " if unread else "")
         + f"{tokenizer.name}, vocabulary {tokenizer.vocab_size:,}; sha256 {digest[:16]}",
     )
 
@@ -294,13 +298,18 @@ def _check_length(documents: Sequence[Document], stream: TokenStream, config: Da
 
 
 def _training_batches(
-    stream: TokenStream, config: DataConfig, batch_size: int, seed: int
-) -> grain.IterDataset[Batch]:
+    stream: TokenStream, config: DataConfig, batch_size: int, seed: int, unread: bool
+) -> grain.IterDataset[Batch | UnreadRows]:
     length = config.sequence_length
     if config.packing == "packed":
         return windows.train_packed(stream, length, batch_size=batch_size, seed=seed)
     return windows.train_windows(
-        stream.ids, length, batch_size=batch_size, seed=seed, num_workers=config.num_workers
+        stream.ids,
+        length,
+        batch_size=batch_size,
+        seed=seed,
+        num_workers=config.num_workers,
+        check=(lambda: None) if unread and not config.num_workers else None,
     )
 
 

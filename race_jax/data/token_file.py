@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -84,26 +84,17 @@ def write_token_file(path: Path, parts: Iterable[np.ndarray], tokenizer: Tokeniz
     for taken in (path, _record_path(path)):
         if taken.exists():
             raise ValueError(f"{taken} exists already; remove it, or give another name")
-    draft, digest, count, dtype = path.with_name(path.name + ".tmp"), hashlib.sha256(), 0, None
-    with open(draft, "wb") as stream:
-        for part in parts:
-            dtype = part.dtype if dtype is None else dtype
-            if count == 0:
-                stream.seek(0)
-                _write_header(stream, dtype, 0)
-            data = np.ascontiguousarray(part, dtype).data
-            digest.update(data)
-            stream.write(data)
-            count += len(part)
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        with open(draft, "wb") as stream:
+            count, digest = _write_ids(stream, parts)
         if count == 0:
             raise ValueError(f"{path}: there are no tokens to write")
-        stream.seek(0)
-        _write_header(stream, dtype, count)
-        stream.flush()
-        os.fsync(stream.fileno())
-    record = {"tokenizer": tokenizer.to_dict(), "tokens": count, "sha256": digest.hexdigest()}
-    _record_path(path).write_text(json.dumps(record))
-    os.replace(draft, path)
+        record = {"tokenizer": tokenizer.to_dict(), "tokens": count, "sha256": digest}
+        _record_path(path).write_text(json.dumps(record))
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
     return count
 
 
@@ -144,7 +135,26 @@ def open_token_file(path: Path) -> TokenFile:
     return TokenFile(path, ids, tokenizer, record["sha256"], stamp)
 
 
-def _write_header(stream: Any, dtype: np.dtype, count: int) -> None:
+def _write_ids(stream: IO[bytes], parts: Iterable[np.ndarray]) -> tuple[int, str]:
+    """Writes a NumPy file of all parts, and returns the number of ids and their SHA-256."""
+    digest, count, dtype = hashlib.sha256(), 0, None
+    for part in parts:
+        if dtype is None:
+            dtype = part.dtype
+            _write_header(stream, dtype, 0)
+        data = np.ascontiguousarray(part, dtype).data
+        digest.update(data)
+        stream.write(data)
+        count += len(part)
+    if count:
+        stream.seek(0)
+        _write_header(stream, dtype, count)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return count, digest.hexdigest()
+
+
+def _write_header(stream: IO[bytes], dtype: np.dtype, count: int) -> None:
     """Writes the start of a NumPy file, which has the same size for every count."""
     described = np.lib.format.dtype_to_descr(dtype)
     header = {"descr": described, "fortran_order": False, "shape": (count,)}

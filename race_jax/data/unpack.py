@@ -73,6 +73,30 @@ def plain_text(name: str, data: bytes) -> bytes:
         >>> plain_text("poem.txt", "one line".encode("utf-16"))
         b'one line'
     """
+    data = unpacked(name, data)
+    for begins, what, way_out in _REFUSED:
+        if data.startswith(begins):
+            raise ValueError(f"{name}: holds {what}, which is not read as text; {way_out}")
+    if data[_TAR_OFFSET:].startswith(_TAR):
+        raise ValueError(f"{name}: holds a tar archive, which is not read as text; {_EXTRACT}")
+    return _without_mark(name, data)
+
+
+def unpacked(name: str, data: bytes) -> bytes:
+    """Returns the content of a file that may be packed, once or more often.
+
+    Args:
+        name: the name of the file, for errors. If it ends in .gz, .bz2, .xz or .zip, the data must
+            be of that form.
+        data: the whole file.
+
+    Raises:
+        ValueError: the data is damaged. The error names the file.
+
+    Example:
+        >>> list(unpacked("numbers.gz", gzip.compress(bytes([1, 2, 3]))))
+        [1, 2, 3]
+    """
     promised = _SUFFIXES.get(PurePath(name).suffix.lower())
     form = _form(data)
     if data and promised is not None and form != promised:
@@ -83,12 +107,7 @@ def plain_text(name: str, data: bytes) -> bytes:
     while form is not None:
         data = _unpack(name, form, data)
         form = _form(data)
-    for begins, what, way_out in _REFUSED:
-        if data.startswith(begins):
-            raise ValueError(f"{name}: holds {what}, which is not read as text; {way_out}")
-    if data[_TAR_OFFSET:].startswith(_TAR):
-        raise ValueError(f"{name}: holds a tar archive, which is not read as text; {_EXTRACT}")
-    return _without_mark(name, data)
+    return data
 
 
 def _form(data: bytes) -> str | None:

@@ -46,6 +46,16 @@ class Tokenizer(abc.ABC):
         parts = [self._encode_piece(piece).astype(dtype) for piece in pieces(text)]
         return np.concatenate([np.zeros(0, dtype), *parts])
 
+    def encode_all(self, texts: Sequence[str], names: Sequence[str]) -> list[np.ndarray]:
+        """Returns the ids of each text. `names` are what errors call the texts."""
+        return [self._encode_named(text, name) for text, name in zip(texts, names, strict=True)]
+
+    def _encode_named(self, text: str, name: str) -> np.ndarray:
+        try:
+            return self.encode(text)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
     @abc.abstractmethod
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         """Returns the text of `ids`. Raises ValueError for an id outside the vocabulary."""

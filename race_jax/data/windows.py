@@ -5,17 +5,17 @@ batches. A row has T tokens, and targets[t] is the token after inputs[t].
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import grain
 import numpy as np
 
-from race_jax.data.rows import Batch, RowsOnDisk, row
-from race_jax.data.token_file import TokenFile
+from race_jax.data.rows import Batch, UnreadRows, row
 from race_jax.data.workers import WorkerDataset
 
 # Windows are read in the caller's thread. To cut a window out of an array costs less than to hand
 # it from one thread to another.
-_SYNCHRONOUS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+SYNCHRONOUS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 # An endless dataset has this number of windows. No run reads so many, and 64 bits can count them.
 _ENDLESS = 1 << 62
 # The least number of rows that packing fills at the same time. With fewer, rows stay emptier.
@@ -103,8 +103,8 @@ def train_windows(
     batch_size: int,
     seed: int,
     num_workers: int = 0,
-    file: TokenFile | None = None,
-) -> grain.IterDataset[Batch | RowsOnDisk]:
+    check: Callable[[], None] | None = None,
+) -> grain.IterDataset[Batch | UnreadRows]:
     """Returns endless batches of windows over one stream, in a new order in each epoch.
 
     Args:
@@ -113,31 +113,35 @@ def train_windows(
         batch_size: the rows of a batch.
         seed: the seed of the order.
         num_workers: the number of processes that read.
-        file: the file that `ids` are mapped to, if rows shall stay there; None reads them.
+        check: if given, batches are `UnreadRows` with this check.
     """
     windows = ShiftedWindows(ids, length, seed)
     # `repeat()` has the greatest length that Python allows, and batches of one row would exceed it.
     endless = windows.shuffle(seed=_mixed(seed)).repeat(_ENDLESS // len(windows))
-    if file is not None:
-        return _on_disk(endless, length, batch_size, file)
+    if check is not None:
+        return _unread(endless, length, batch_size, check)
     batches = endless.map(lambda ids: row(ids, length)).batch(batch_size)
     if num_workers:
         return WorkerDataset(batches, num_workers)
-    return batches.to_iter_dataset(_SYNCHRONOUS)
+    return batches.to_iter_dataset(SYNCHRONOUS)
 
 
 def held_out_windows(
-    stream: TokenStream, length: int, *, batch_size: int, file: TokenFile | None = None
-) -> grain.IterDataset[Batch | RowsOnDisk]:
+    stream: TokenStream,
+    length: int,
+    *,
+    batch_size: int,
+    check: Callable[[], None] | None = None,
+) -> grain.IterDataset[Batch | UnreadRows]:
     """Returns one pass over a stream, in windows whose targets do not overlap.
 
-    The last window is padded, with weight 0. `file` is as for `train_windows`.
+    The last window is padded, with weight 0. `check` is as for `train_windows`.
     """
     windows = grain.MapDataset.source(Pieces(stream, length))
-    if file is not None:
-        return _on_disk(windows, length, batch_size, file)
+    if check is not None:
+        return _unread(windows, length, batch_size, check)
     batches = windows.map(lambda ids: row(ids, length)).batch(batch_size)
-    return batches.map(lambda rows: filled(rows, batch_size)).to_iter_dataset(_SYNCHRONOUS)
+    return batches.map(lambda rows: filled(rows, batch_size)).to_iter_dataset(SYNCHRONOUS)
 
 
 def train_packed(
@@ -163,7 +167,7 @@ def _pack(
 ) -> grain.IterDataset[Batch]:
     """Returns batches of pieces. Each piece goes whole into the first row that has room for it."""
     packed = grain.experimental.FirstFitPackIterDataset(
-        pieces.map(lambda ids: {"pairs": _pairs(ids)}).to_iter_dataset(_SYNCHRONOUS),
+        pieces.map(lambda ids: {"pairs": _pairs(ids)}).to_iter_dataset(SYNCHRONOUS),
         length_struct={"pairs": length},
         num_packing_bins=max(batch_size, _MIN_PACKING_BINS),
         shuffle_bins=shuffle_seed is not None,
@@ -192,16 +196,19 @@ def filled(batch: Batch, batch_size: int) -> Batch:
     }
 
 
-def _on_disk(
-    windows: grain.MapDataset[np.ndarray], length: int, batch_size: int, file: TokenFile
-) -> grain.IterDataset[RowsOnDisk]:
+def _unread(
+    windows: grain.MapDataset[np.ndarray],
+    length: int,
+    batch_size: int,
+    check: Callable[[], None],
+) -> grain.IterDataset[UnreadRows]:
     """Returns batches of rows that are not read yet. Missing rows of the last one are empty."""
 
-    def batch(rows: list[np.ndarray]) -> RowsOnDisk:
-        empty = [file.ids[:0]] * (batch_size - len(rows))
-        return RowsOnDisk([*rows, *empty], length, file.check)
+    def batch(rows: list[np.ndarray]) -> UnreadRows:
+        empty = [rows[0][:0]] * (batch_size - len(rows))
+        return UnreadRows([*rows, *empty], length, check)
 
-    return windows.batch(batch_size, batch_fn=batch).to_iter_dataset(_SYNCHRONOUS)
+    return windows.batch(batch_size, batch_fn=batch).to_iter_dataset(SYNCHRONOUS)
 
 
 def _mixed(seed: int) -> int:

@@ -121,11 +121,11 @@ def race_layer(
         if settings.short_conv == "before":
             x_q, taps = parts.convolve_inputs(x_k, params, settings, taps, span)
             x_k = x_v = x_q
-        value = _project(x_v, "value", params, settings)
+        value = projected(x_v, "value", params, settings)
         named = lambda sources: zip(sources, ("query", "key"), strict=True)  # noqa: E731
         sources = x_q, x_k  # of the hash: hidden states, or queries and keys if those are convolved
         if settings.changes_heads:
-            heads = *(_project(x, name, params, settings) for x, name in named(sources)), value
+            heads = *(projected(x, name, params, settings) for x, name in named(sources)), value
             (*sources, value), taps = parts.convolve_heads(heads, params, settings, taps, span)
 
     def project(columns):
@@ -150,7 +150,7 @@ def race_layer(
         heads, race = heads
     with jax.named_scope("race_layer/output"):
         heads = parts.finish(heads, x_q, params, settings)
-        out = _project(heads, "out", params, settings)
+        out = projected(heads, "out", params, settings)
         if dropout_key is not None and axis_name is not None:
             # Every stretch of the sequence has its own mask.
             dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
@@ -268,13 +268,15 @@ def _hash(
             folded = {part: hashing.fold_planes(array, planes) for part, array in weights.items()}
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         return _linear(x, folded, settings.precision, out_dtype=dtype)
-    heads = x if settings.changes_heads else _project(x, name, params, settings)
+    heads = x if settings.changes_heads else projected(x, name, params, settings)
     if settings.normalize_qk:
         heads = params[f"{name}_ln"](heads).astype(heads.dtype)
     return hashing.hash_projections(heads, planes)
 
 
-def _project(x: jax.Array, name: str, params: Mapping[str, Any], settings: RACEConfig) -> jax.Array:
+def projected(
+    x: jax.Array, name: str, params: Mapping[str, Any], settings: RACEConfig
+) -> jax.Array:
     """Applies the projection `name` to x, and returns heads or the layer's output in x's dtype."""
     projection: Projection = params[name]
     shape = {

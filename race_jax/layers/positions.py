@@ -104,9 +104,13 @@ def alibi_bias(num_heads: int, positions: jax.Array) -> jax.Array:
 
     Source: Press et al. 2022 (ALiBi), section 3, with the slopes for N a power of two.
     """
-    slopes = 2.0 ** (-8.0 * jnp.arange(1, num_heads + 1, dtype=jnp.float32) / num_heads)
     distance = jnp.abs(positions[:, :, None] - positions[:, None, :]).astype(jnp.float32)
-    return -slopes[None, :, None, None] * distance[:, None]
+    return -alibi_slopes(num_heads)[None, :, None, None] * distance[:, None]
+
+
+def alibi_slopes(num_heads: int) -> jax.Array:
+    """Returns the slopes 2^(-8(n+1)/N) of the heads, shape (N,) float32."""
+    return 2.0 ** (-8.0 * jnp.arange(1, num_heads + 1, dtype=jnp.float32) / num_heads)
 
 
 def decay_bias(log_decay: jax.Array, mask: jax.Array | None, num_heads: int) -> jax.Array:

@@ -374,7 +374,7 @@ class RACEAttention(nnx.Module):
         """
         del positions
         return race_layer(
-            self._parameters(),
+            self.parameters(),
             self.planes[...],
             inputs_q,
             inputs_k,
@@ -401,7 +401,8 @@ class RACEAttention(nnx.Module):
         if axis_name is not None:
             self.axis_name = axis_name
 
-    def _parameters(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, Any]:
+        """Returns the weights and projections, as `functional.race_layer` takes them."""
         parameters = {name: getattr(self, name)[...] for name in self.config.own_parameters()}
         for name in ("query", "key"):
             module = getattr(self, name)

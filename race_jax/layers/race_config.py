@@ -212,8 +212,10 @@ class RACEConfig(Parts):
                 values[name] = jnp.dtype(values[name]).name
         return values
 
-    def describe(self, batch: int, length: int, is_packed: bool) -> tuple[str, str]:
-        """Returns which implementation a causal training step would run, and why."""
+    def describe(
+        self, batch: int, length: int, is_packed: bool, is_causal: bool = True
+    ) -> tuple[str, str]:
+        """Returns which implementation a training step would run, and why."""
         dtype = jnp.dtype(self.dtype or self.param_dtype)
 
         def array(*shape: int) -> jax.ShapeDtypeStruct:
@@ -225,7 +227,7 @@ class RACEConfig(Parts):
             array(*heads, self.head_dim),
             array(*heads, self.value_dim),
             array(self.num_tables, self.num_planes, self.head_dim),
-            is_causal=True,
+            is_causal=is_causal,
             log_decay=None if self.forget_gate is None else array(*heads),
             segment_ids=array(batch, length) if is_packed else None,
             normalization=self.normalization,

@@ -8,8 +8,8 @@ config_class   A frozen dataclass that is checked when it is made. It has those 
                options, `config.model.NAME.*` on the command line. LAYER_ONLY names the fields that
                a model does not set. MODEL_DEFAULTS holds the defaults that differ in a model.
                POSITIONS names the positions that are part of the method, besides those that every
-               model can have. ``describe(batch, length, is_packed)`` returns two texts: what would
-               run, and why.
+               model can have. ``describe(batch, length, is_packed, is_causal)`` returns two texts:
+               what would run, and why.
 from_config    ``(config, *, is_causal, kernel_init, out_kernel_init, rngs)`` makes the layer. It
                raises ValueError if the config does not go with ``is_causal``.
 __call__       ``(x, *, positions, mask, segment_ids, is_causal, state, deterministic, rngs)``
@@ -19,7 +19,9 @@ needs_rngs     only of a method that draws random numbers in a training step, wh
 set_view       only of a method that can work on a stretch of a sequence that is split over
                devices. It has an argument ``axis_name``, which ``nnx.view`` gives it.
 init_state     ``(batch)`` returns the state before any token, a pytree whose leaves keep their
-               shapes, or None if the method carries no state.
+               shapes, or None if the method carries no state of fixed size.
+init_cache     only of a method whose state grows with the length. ``(batch, capacity)`` returns the
+               state before any token, with room for so many tokens a row.
 """
 
 from __future__ import annotations

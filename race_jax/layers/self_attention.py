@@ -88,9 +88,11 @@ class AttentionConfig(parts.Parts):
         """Returns the initializers of the parameters besides the projections."""
         return self.part_parameters()
 
-    def describe(self, batch: int, length: int, is_packed: bool) -> tuple[str, str]:
+    def describe(
+        self, batch: int, length: int, is_packed: bool, is_causal: bool = True
+    ) -> tuple[str, str]:
         """Returns the name of the method, and which implementation runs."""
-        del batch, length, is_packed
+        del batch, length, is_packed, is_causal
         return self.NAME, f"implementation {self.implementation or 'xla'}"
 
 

@@ -7,15 +7,16 @@ The operation takes query, key, value, an additive bias, and masks as vectors. O
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from race_jax.core import masking
-from race_jax.layers import positions
+from race_jax.layers import cached, positions
 from race_jax.layers.positions import PairsConfig
-from race_jax.layers.self_attention import Call, SelfAttention
+from race_jax.layers.self_attention import AttentionState, Call, SelfAttention
+from race_jax.sparse.cache import KVCache
 
 IMPLEMENTATIONS = (None, "xla", "cudnn")
 
@@ -134,9 +135,37 @@ class SoftmaxAttention(SelfAttention):
 
     config_class = SoftmaxConfig
 
-    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, call: Call) -> jax.Array:
-        """Returns the heads' outputs. The positions of the call are needed for RoPE and ALiBi."""
+    def init_cache(self, batch: int, capacity: int) -> AttentionState | None:
+        """Returns the state before any token, with room for the keys and values of `capacity`.
+
+        With a forget gate it is None, because the cache does not hold the decay of its tokens.
+        """
         settings = self.config
+        if settings.forget_gate is not None:
+            return None
+        dtype = settings.dtype or jnp.float32
+        sizes = settings.num_kv_heads, settings.head_dim
+        return self._state(KVCache.init(batch, capacity, *sizes, dtype=dtype), batch)
+
+    def _checked(self, state: Any) -> AttentionState:
+        """Returns a state with a cache, or raises an error."""
+        if self.config.forget_gate is not None:
+            return super()._checked(state)
+        if not isinstance(state, AttentionState) or not isinstance(state.memory, cached.Cache):
+            raise TypeError(
+                "state must be an AttentionState with a cache of keys and values, from init_cache "
+                f"or an earlier call; got {type(state)}."
+            )
+        return state
+
+    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, call: Call) -> Any:
+        """Returns the heads' outputs, and the cache if the call has one.
+
+        The positions of the call are needed for RoPE and ALiBi.
+        """
+        settings = self.config
+        if call.memory is not None:
+            return cached.attend_and_keep(query, key, value, call, settings.positions)
         query, key, bias = positions.place(query, key, call.positions, settings.positions)
         if call.log_decay is not None:
             decay = positions.decay_bias(call.log_decay, call.mask, settings.num_heads)

@@ -12,7 +12,7 @@ import math
 import operator
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,16 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from race_jax.models.heads import TransformerLM
+from race_jax.models.transformer import TransformerState
+from race_jax.sparse.cache import KVCache
+from race_jax.sparse.coded import SparseCache
+from race_jax.sparse.config import SparseConfig
+
+_NO_TOKENS = (
+    "this model keeps no keys, so there is nothing to select from; its state has constant size "
+    "already. Leave out the options of sparse decoding."
+)
+CAPACITY_STEP = 1024  # tokens; the room of a cache is a multiple of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +121,17 @@ def stream(
     sampling: Sampling = Sampling(),
     seed: int = 0,
     stop_token: int | Sequence[int] = (),
+    sparse: SparseConfig | None = None,
+    dense_layers: int = 0,
 ) -> Iterator[np.ndarray]:
     """Draws the continuation of each prompt, and yields it token by token.
 
-    A model that carries a state reads the prompt once, and every further token costs the same time
-    and memory, whatever the length so far. A model without a state, such as one with softmax
-    attention, reads the whole sequence again for every token. With learned positions the
-    continuation ends where their table ends, with a warning.
+    The prompt is read once. With a state of fixed size, every further token costs the same time and
+    memory, whatever the length so far. With softmax attention the state is a cache of the keys and
+    values of all tokens, and a further token costs as much as the cache is long. Its room is that
+    of the prompt and ``max_tokens``, rounded up. An attention without a state reads the whole
+    sequence again for every token. With learned positions the continuation ends where their table
+    ends, with a warning.
 
     Args:
         model: a causal language model.
@@ -131,14 +145,17 @@ def stream(
         stop_token: a token, or several, after which a row ends. The stop token itself is yielded,
             and repeated while other rows go on. The iterator ends once every row has stopped. The
             tokens of other rows do not depend on it.
+        sparse: for a softmax model, which tokens of the cache a new token reads, or None for all.
+            The prompt is read densely in any case.
+        dense_layers: with ``sparse``, the number of first layers that read all tokens.
 
     Returns:
         An iterator of arrays of shape (B,) int32, at most ``max_tokens`` of them.
 
     Raises:
         ValueError: if the prompt is empty, a token is outside the vocabulary, the mask has a wrong
-            shape, ``max_tokens`` is below 1, the prompt is longer than the learned positions, or
-            the seed is out of range.
+            shape, ``max_tokens`` is below 1, the prompt is longer than the learned positions, the
+            seed is out of range, or ``sparse`` is given for a model that keeps no tokens.
         TypeError: if the prompt, the seed or a stop token is not an integer.
         FloatingPointError: if the logits of a row that has not stopped are NaN or infinite. The
             iterator raises it, after it has yielded the tokens before.
@@ -167,10 +184,15 @@ def stream(
             stacklevel=2,
         )
         count = room
-    draw = _carry_state if model.trunk.carries_state else _read_again
+    if sparse is not None:
+        _check_sparse(model, sparse, dense_layers)
+    capacity = room_for(prompt.shape[1] + count, sparse)
     if isinstance(sharding, NamedSharding):
         prompt, mask = jax.device_put((prompt, mask), sharding)
-    return _until_stopped(draw(model, prompt, mask, count, sampling, key), stops)
+    if model.trunk.carries_state:
+        state = _Plan(capacity, sparse, dense_layers)
+        return _until_stopped(_carry_state(model, prompt, mask, count, state, sampling, key), stops)
+    return _until_stopped(_read_again(model, prompt, mask, count, sampling, key), stops)
 
 
 def generate(model: TransformerLM, prompt: np.ndarray, **options: Any) -> np.ndarray:
@@ -281,25 +303,113 @@ def _until_stopped(tokens: Iterator[np.ndarray], stops: np.ndarray) -> Iterator[
             return
 
 
-def _carry_state(model, prompt, mask, count, sampling, key) -> Iterator[np.ndarray]:
+def room_for(length: int, sparse: SparseConfig | None = None) -> int:
+    """Returns the capacity of a cache for `length` tokens, which is a multiple of 1,024.
+
+    Prompts of similar lengths then share their programs. With "quest" it is also a multiple of the
+    page size.
+    """
+    step = CAPACITY_STEP
+    if sparse is not None:
+        step = math.lcm(step, sparse.coding().page_size or 1)
+    return -(-length // step) * step
+
+
+class _Plan(NamedTuple):
+    """How a state is made: its room, and the options of sparse decoding."""
+
+    capacity: int
+    sparse: SparseConfig | None
+    dense_layers: int
+
+
+def sparse_state(
+    state: TransformerState, config: SparseConfig, key: jax.Array, *, dense_layers: int = 0
+) -> TransformerState:
+    """Returns the state with the tokens of all caches coded, so that further tokens are sparse.
+
+    Args:
+        state: a state of a softmax model, which has read any number of tokens.
+        config: what each query reads.
+        key: a key of `jax.random`. Every layer draws rotations or planes of its own from it.
+        dense_layers: the number of first layers that stay dense.
+
+    Raises:
+        ValueError: if the state keeps no tokens, or their number does not fit the configuration.
+
+    Example:
+        >>> import jax, race_jax
+        >>> from flax import nnx
+        >>> from race_jax.models import ModelConfig, TransformerLM
+        >>> from race_jax.models.decode import sparse_state
+        >>> config = ModelConfig(num_layers=1, width=16, num_heads=2, attention="softmax")
+        >>> state = TransformerLM(config, vocab_size=10, rngs=nnx.Rngs(0)).init_state(1, 64)
+        >>> sparse = race_jax.SparseConfig(budget=8, sink=1, window=2)
+        >>> type(sparse_state(state, sparse, jax.random.key(0)).layers[0].memory).__name__
+        'SparseCache'
+    """
+
+    def is_cache(x: object) -> bool:
+        return isinstance(x, KVCache)
+
+    if not any(map(is_cache, jax.tree.leaves(state, is_leaf=is_cache))):
+        raise ValueError(_NO_TOKENS)
+    layers = [
+        jax.tree.map(
+            lambda x, i=i: (
+                SparseCache.of(jax.random.fold_in(key, i), x, config)
+                if is_cache(x) and i >= dense_layers
+                else x
+            ),
+            layer,
+            is_leaf=is_cache,
+        )
+        for i, layer in enumerate(state.layers)
+    ]
+    return state._replace(layers=tuple(layers))
+
+
+def _check_sparse(model: TransformerLM, config: SparseConfig, dense_layers: int) -> None:
+    """Raises what a step would raise, before anything is drawn."""
+    if not isinstance(config, SparseConfig):
+        raise TypeError(f"sparse must be a SparseConfig or None; got {type(config).__name__}.")
+    if not model.trunk.keeps_tokens:
+        raise ValueError(_NO_TOKENS)
+    layers = len(model.trunk.blocks)
+    if not 0 <= dense_layers <= layers:
+        raise ValueError(f"{dense_layers=} must lie from 0 to the {layers} layers of the model.")
+
+    def step() -> object:
+        state = model.init_state(1, room_for(1, config))
+        state = sparse_state(state, config, jax.random.key(0), dense_layers=dense_layers)
+        return model(jnp.zeros((1, 1), jnp.int32), state=state, deterministic=True)
+
+    jax.eval_shape(step)
+
+
+def _carry_state(model, prompt, mask, count, plan, sampling, key) -> Iterator[np.ndarray]:
     graph, variables = nnx.split(model)
     masked = None if mask.all() else mask
-    tokens, state = _prefill(graph, variables, prompt, masked, key, sampling)
+    tokens, state = _prefill(graph, variables, prompt, masked, key, plan, sampling)
     yield np.asarray(tokens)
     for i in range(1, count):
         tokens, state = _step(graph, variables, tokens, state, key, i, sampling)
         yield np.asarray(tokens)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _prefill(graph, variables, prompt, mask, key, sampling):
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+def _prefill(graph, variables, prompt, mask, key, plan, sampling):
     model = nnx.merge(graph, variables)
     hidden, state = model.hidden(
         prompt,
         key_value_mask=mask,
-        state=model.init_state(prompt.shape[0]),
+        state=model.init_state(prompt.shape[0], plan.capacity),
         deterministic=True,
     )
+    if plan.sparse is not None:
+        # The prompt is read densely. The rotations are the same for every seed of the draws.
+        options = {"dense_layers": plan.dense_layers}
+        state = sparse_state(state, plan.sparse, jax.random.key(0), **options)
     last = _last_hidden(hidden, jnp.ones(prompt.shape, bool) if mask is None else mask)
     return sample(model.logits(last), jax.random.fold_in(key, 0), sampling), state
 

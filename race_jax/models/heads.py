@@ -20,9 +20,13 @@ from race_jax.models.transformer import Transformer, TransformerState
 class TransformerLM(nnx.Module):
     r"""Causal language model: :math:`p(x_{t+1} \mid x_{\le t}) = softmax(h_t E^\top)`.
 
+    If it is not causal, it is a masked language model, and row t of the logits is about token t.
+
     Args:
         config: the sizes and options.
         vocab_size: the number of tokens.
+        is_causal: whether a token sees only itself and earlier tokens. If not, the attention takes
+            no forgetting gate.
         rngs: the random streams "params", "planes" for the hash planes, and "dropout" if there is
             dropout.
         keep_rngs: whether the model keeps a fork of the dropout stream, as Flax's modules do, if
@@ -49,18 +53,26 @@ class TransformerLM(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, vocab_size: int, *, keep_rngs: bool = True, rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        *,
+        is_causal: bool = True,
+        keep_rngs: bool = True,
+        rngs: nnx.Rngs,
     ):
-        self.trunk = Transformer(config, vocab_size, is_causal=True, keep_rngs=keep_rngs, rngs=rngs)
+        self.trunk = Transformer(
+            config, vocab_size, is_causal=is_causal, keep_rngs=keep_rngs, rngs=rngs
+        )
 
     @property
     def embedding(self) -> nnx.Param:
         """The table E, shape (vocab, D) float32."""
         return self.trunk.embedding.tokens
 
-    def init_state(self, batch: int) -> TransformerState:
+    def init_state(self, batch: int, capacity: int | None = None) -> TransformerState:
         """Returns the state before any token, as `Transformer.init_state` does."""
-        return self.trunk.init_state(batch)
+        return self.trunk.init_state(batch, capacity)
 
     def hidden(self, tokens: jax.Array, **options: Any) -> jax.Array | tuple:
         """Returns hidden states (B, T, D), with the arguments of `Transformer.__call__`."""

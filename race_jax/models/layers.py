@@ -149,6 +149,41 @@ class TokenEmbedding(nnx.Module):
         return x.astype(self.dtype)
 
 
+class ValueEmbedding(nnx.Module):
+    """A projection of vectors, such as pixels, and learned positions if they are wanted.
+
+    Args:
+        channels: the width C of the vectors.
+        width: the width D.
+        max_length: the number of learned positions, or None for none.
+        dtype: the dtype of the output. The parameters are float32.
+        rngs: random streams; "params" is needed.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        *,
+        max_length: int | None,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.project = nnx.Linear(channels, width, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
+        self.positions = (
+            None
+            if max_length is None
+            else nnx.Param(kernel_init(rngs.params(), (max_length, width), jnp.float32))
+        )
+
+    def __call__(self, values: jax.Array, positions: jax.Array) -> jax.Array:
+        """Maps vectors (B, T, C) and positions (B, T) int32 to (B, T, D)."""
+        x = self.project(values)
+        if self.positions is not None:
+            x += _look_up(self.positions[...], positions).astype(x.dtype)
+        return x
+
+
 def _look_up(table: jax.Array, rows: jax.Array) -> jax.Array:
     """Returns rows of a table ``(number, D)``, or NaN outside it, sharded as the numbers are."""
     sharding = jax.typeof(rows).sharding

@@ -21,7 +21,11 @@ from race_jax.models.layers import TokenEmbedding, per_row, token_positions
 
 _NO_STATE = (
     "this model carries no state, because it is not causal or its attention keeps none; pass the "
-    "whole sequence for every token, as race_jax.models.decode does."
+    "whole sequence for every token."
+)
+_NO_CAPACITY = (
+    "this model has no state of fixed size, because its attention keeps the keys and values of all "
+    "tokens; say for how many there must be room, as in init_state({}, capacity=1024)."
 )
 _TOO_LONG = (
     "position {} is beyond the learned positions, max_length={}; shorten the sequence, or train "
@@ -50,7 +54,8 @@ class Transformer(nnx.Module):
 
     Args:
         config: the sizes and options, which are validated here.
-        vocab_size: the number of tokens.
+        vocab_size: the number of tokens. None makes a trunk without an embedding, which reads
+            vectors with `encode` only.
         is_causal: True for language models, False for encoders, which take no forgetting gate.
         keep_rngs: whether the model keeps a fork of the dropout stream, as Flax's modules do, if
             there are dropout and such a stream.
@@ -65,23 +70,23 @@ class Transformer(nnx.Module):
     def __init__(
         self,
         config: ModelConfig,
-        vocab_size: int,
+        vocab_size: int | None,
         *,
         is_causal: bool,
         keep_rngs: bool = True,
         rngs: nnx.Rngs,
     ):
         config.validate()
-        if vocab_size < 1:
+        if vocab_size is not None and vocab_size < 1:
             raise ValueError(f"{vocab_size=} must be at least 1.")
         dtype = jnp.dtype(config.dtype)
-        learned = config.positions == "learned"
-        self.embedding = TokenEmbedding(
-            vocab_size,
-            config.width,
-            max_length=config.max_length if learned else None,
-            dtype=dtype,
-            rngs=rngs,
+        self.max_length = config.max_length if config.positions == "learned" else None
+        self.embedding = (
+            None
+            if vocab_size is None
+            else TokenEmbedding(
+                vocab_size, config.width, max_length=self.max_length, dtype=dtype, rngs=rngs
+            )
         )
         self.blocks = nnx.List(
             [Block(config, is_causal=is_causal, rngs=rngs) for _ in range(config.num_layers)]
@@ -94,21 +99,33 @@ class Transformer(nnx.Module):
         keep_rngs = keep_rngs and self.needs_rngs
         has_stream = "dropout" in rngs or "default" in rngs
         self.rngs = rngs.dropout.fork() if keep_rngs and has_stream else None
-        self.carries_state = (
+        self.keeps_tokens = is_causal and _has_cache(attention)
+        self.carries_state = self.keeps_tokens or (
             is_causal and jax.eval_shape(lambda: attention.init_state(1)) is not None
         )
-        self.max_length = config.max_length if learned else None
         self.remat = config.remat
 
-    def init_state(self, batch: int) -> TransformerState:
+    def init_state(self, batch: int, capacity: int | None = None) -> TransformerState:
         """Returns the state before any token, for `batch` sequences.
 
+        Args:
+            batch: the number of sequences B.
+            capacity: the number of tokens of a sequence that there is room for, in a model whose
+                attention keeps all keys and values. Other models need no room and ignore it.
+
         Raises:
-            NotImplementedError: if the model is not causal, or its attention carries no state.
+            NotImplementedError: if the model is not causal, or its attention carries no state, or
+                the state needs a capacity and none is given.
         """
         if not self.carries_state:
             raise NotImplementedError(_NO_STATE)
-        layers = tuple(block.attention.init_state(batch) for block in self.blocks)
+        if self.keeps_tokens and capacity is None:
+            raise NotImplementedError(_NO_CAPACITY.format(batch))
+        attentions = [block.attention for block in self.blocks]
+        if self.keeps_tokens:
+            layers = tuple(attention.init_cache(batch, capacity) for attention in attentions)
+        else:
+            layers = tuple(attention.init_state(batch) for attention in attentions)
         position, segment = jnp.zeros(batch, jnp.int32), jnp.full(batch, EMPTY, jnp.int32)
         return TransformerState(layers, position, segment)
 
@@ -159,19 +176,54 @@ class Transformer(nnx.Module):
         self._check_positions(positions)
         with jax.named_scope("transformer/embedding"):
             x = self.embedding(tokens, positions)
-            x = self.dropout(x, deterministic=drop_keys[0] is None, rngs=drop_keys[0])
-        layers = [None] * len(self.blocks) if state is None else list(state.layers)
-        for i, block in enumerate(self.blocks):
-            inputs = x, positions, key_value_mask, segment_ids, layers[i], drop_keys[i + 1]
-            with jax.named_scope(f"transformer/block_{i}"):
-                x, layers[i] = block_module.apply(block, *inputs, remat=self.remat)
-        x = self.norm(x)
+        states = None if state is None else state.layers
+        x, layers = self._run_blocks(x, positions, key_value_mask, segment_ids, states, drop_keys)
         if state is None:
             return x
         position = _next_position(positions, start, key_value_mask)
         ids = masking.fill_segments(segment_ids, key_value_mask, start_segment)
         segment = masking.last_segment(ids, key_value_mask, start_segment, tokens.shape[1])
-        return x, TransformerState(tuple(layers), position, segment)
+        return x, TransformerState(layers, position, segment)
+
+    def encode(
+        self,
+        x: jax.Array,
+        *,
+        positions: jax.Array,
+        key_value_mask: jax.Array | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+    ) -> jax.Array:
+        """Returns the hidden states of vectors that are embedded already.
+
+        Args:
+            x: shape (B, T, D), floating.
+            positions: shape (B, T) integers, for attentions that use them.
+            key_value_mask: shape (B, T) bool, True where there is a vector, or None.
+            deterministic: as for `__call__`.
+            rngs: as for `__call__`.
+
+        Returns:
+            Shape (B, T, D) in the dtype of the computation.
+
+        Raises:
+            ValueError: if dropout has no stream of random numbers.
+        """
+        drop_keys = self._dropout_keys(deterministic, rngs)
+        return self._run_blocks(x, positions, key_value_mask, None, None, drop_keys)[0]
+
+    def _run_blocks(
+        self, x, positions, key_value_mask, segment_ids, states, drop_keys
+    ) -> tuple[jax.Array, tuple]:
+        """Returns the hidden states after the last norm, and the next state of each block."""
+        with jax.named_scope("transformer/embedding"):
+            x = self.dropout(x, deterministic=drop_keys[0] is None, rngs=drop_keys[0])
+        layers = [None] * len(self.blocks) if states is None else list(states)
+        for i, block in enumerate(self.blocks):
+            inputs = x, positions, key_value_mask, segment_ids, layers[i], drop_keys[i + 1]
+            with jax.named_scope(f"transformer/block_{i}"):
+                x, layers[i] = block_module.apply(block, *inputs, remat=self.remat)
+        return self.norm(x), tuple(layers)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Sets what ``nnx.view`` changes.
@@ -239,6 +291,12 @@ def parameter_count(model: nnx.Module) -> int:
         8
     """
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def _has_cache(attention: nnx.Module) -> bool:
+    """Returns whether an attention keeps the tokens, in a state that grows with the length."""
+    make = getattr(attention, "init_cache", None)
+    return make is not None and jax.eval_shape(lambda: make(1, 1)) is not None
 
 
 def _next_position(positions, start, key_value_mask) -> jax.Array:

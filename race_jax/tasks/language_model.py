@@ -66,7 +66,7 @@ class LanguageModel(Task):
             config.data,
             batch_size=config.run.batch_size,
             seed=self._seed,
-            on_disk=config.reads_from_disk(),
+            unread=config.reads_from_disk() or config.mesh.coordinator is not None,
         )
         self._prompt = prompt_ids(self._options, self._data)
         self._splits = {"valid": self._data.valid}

@@ -4,12 +4,26 @@ import dataclasses
 
 from race_jax.records import one_of
 from race_jax.tasks.copy import Copy
+from race_jax.tasks.images import ImageClassification
 from race_jax.tasks.language_model import LanguageModel
+from race_jax.tasks.listops import ListOps
+from race_jax.tasks.long_documents import LongDocuments
+from race_jax.tasks.masked_lm import MaskedLM
+from race_jax.tasks.needle import Needle
+from race_jax.tasks.recall import Recall
 from race_jax.tasks.task import Task
+from race_jax.tasks.text_classification import TextClassification
 
 TASKS: dict[str, type[Task]] = {
     "language_model": LanguageModel,
     "copy": Copy,
+    "masked_lm": MaskedLM,
+    "text_classification": TextClassification,
+    "listops": ListOps,
+    "images": ImageClassification,
+    "long_documents": LongDocuments,
+    "recall": Recall,
+    "needle": Needle,
 }
 DEFAULT = "language_model"
 

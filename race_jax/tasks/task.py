@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from race_jax.data.rows import RowsOnDisk
+from race_jax.data.rows import UnreadRows
 
 Batch = dict[str, Any]
 
@@ -51,22 +51,30 @@ class Task(abc.ABC):
         free_fields: names of the fields of that record that may change between two starts of a
             run, because they do not affect what is learned.
         loss_unit: the unit of the loss, such as "nats per token".
+        is_causal: whether a token of the model sees only itself and earlier tokens. If it is False,
+            attentions that work in one direction only are refused.
+        splits_sequences: whether every array of a batch is (B, T, ...) and the loss is a sum over
+            tokens, so that several devices can share a sequence.
         weight_name: what the weights of a batch count, such as "tokens". The speed of a run is
             given in these per second, and the metrics hold their number by this name.
-        train: endless batches, which are dicts of arrays (B, T, ...). They are `RowsOnDisk` if
-            `config.reads_from_disk()`. The state of the iterator is a JSON value.
+        train: endless batches, which are dicts of arrays (B, T, ...) or (B,). T may differ from
+            batch to batch, if there are only a few lengths. They must be `UnreadRows` if
+            `config.reads_from_disk()`, and may be otherwise. The state of the iterator is a JSON
+            value.
         held_out: for each split, by its name, one pass over its batches. The split "valid" is
             always there.
         digests: for all content that affects what is learned, by its name, its digest. A run is
             not continued with other digests.
         record: JSON values that are kept in checkpoints. Together with the configuration they are
             all that `make_model` needs.
-        batch: the shape and dtype of every array of a batch.
+        batch: the shape and dtype of every array of the largest batch.
         description: one line about the data.
     """
 
     config_class: ClassVar[type[TaskConfig]] = TaskConfig
     free_fields: ClassVar[tuple[str, ...]] = ()
+    is_causal: ClassVar[bool] = True
+    splits_sequences: ClassVar[bool] = True
     loss_unit: ClassVar[str]
     weight_name: ClassVar[str]
     train: grain.IterDataset[Batch]
@@ -161,9 +169,9 @@ class Task(abc.ABC):
         return []
 
 
-def shapes_of(batch: dict[str, np.ndarray] | RowsOnDisk) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes_of(batch: dict[str, np.ndarray] | UnreadRows) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shape and dtype of every array of a batch, which may be on the disk."""
-    if isinstance(batch, RowsOnDisk):
+    if isinstance(batch, UnreadRows):
         one = batch.piece(0, 1)
         shape = len(batch), batch.length
         return {name: jax.ShapeDtypeStruct(shape, x.dtype) for name, x in one.items()}

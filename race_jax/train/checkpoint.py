@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from race_jax.tasks.registry import task_named
+from race_jax.train import processes
 from race_jax.train.config import Config
 from race_jax.train.console import one_line
 from race_jax.train.console import say as print_line
@@ -68,7 +69,9 @@ class Checkpoints:
         self._read_only = read_only
         self._say = say
         if not read_only:
-            self._remove_unfinished()
+            if processes.is_first():
+                self._remove_unfinished()
+            processes.wait("what was not finished is removed")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             create=not read_only,
@@ -112,10 +115,14 @@ class Checkpoints:
             about=ocp.args.JsonSave(about),
         )
         try:
-            self._marker.write_text(str(step))
+            if processes.is_first():
+                self._marker.write_text(str(step))
             self._manager.save(step, args=items, force=True)
-            write_text(self._folder(step) / _DIGESTS, json.dumps(self._digests(step)))
-            self._marker.unlink()
+            self._manager.wait_until_finished()
+            if processes.is_first():
+                write_text(self._folder(step) / _DIGESTS, json.dumps(self._digests(step)))
+                self._marker.unlink()
+            processes.wait("the checkpoint is whole")
         except Exception as error:  # Orbax raises many kinds of errors
             raise RuntimeError(
                 f"the checkpoint of step {step} could not be written to {self._directory}; those "
@@ -173,6 +180,13 @@ class Checkpoints:
         Raises:
             RuntimeError: there are checkpoints, but all are damaged. Nothing is moved.
         """
+        if self._read_only or not processes.are_several():
+            return self._newest_whole()
+        step = processes.of_first((self._newest_whole() or 0) if processes.is_first() else 0)
+        self._manager.reload()  # the first process may have moved some away
+        return step or None
+
+    def _newest_whole(self) -> int | None:
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             damage = self._damage(step)

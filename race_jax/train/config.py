@@ -89,7 +89,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass
 class MeshConfig:
-    """The device mesh. It has data * seq * fsdp devices.
+    """The device mesh. It has data * seq * fsdp devices, of one process or of several.
 
     Attributes:
         data: number of devices that share the sequences of a batch. None takes as many local
@@ -97,11 +97,19 @@ class MeshConfig:
         seq: number of devices that share every sequence. Each gets a stretch of its tokens.
         fsdp: number of devices that share the parameters and the state of the optimizer. They share
             the sequences of a batch too.
+        coordinator: for a run of several processes, HOST:PORT of the first one, which all of them
+            must reach; "auto" asks the launcher (Slurm, Open MPI and others that JAX knows). None
+            is a run of one process.
+        processes: the number of processes, with HOST:PORT.
+        process: the number of this process, from 0, with HOST:PORT.
     """
 
     data: int | None = None
     seq: int = 1
     fsdp: int = 1
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
 
     def validate(self) -> None:
         """Checks the fields.
@@ -113,6 +121,29 @@ class MeshConfig:
             at_least("config.mesh.data", self.data, 1)
         at_least("config.mesh.seq", self.seq, 1)
         at_least("config.mesh.fsdp", self.fsdp, 1)
+        self._validate_processes()
+
+    def _validate_processes(self) -> None:
+        """Raises ValueError if the fields of several processes do not go together."""
+        given = self.processes, self.process
+        if self.coordinator in (None, "auto"):
+            if given != (None, None):
+                raise ValueError(
+                    "config.mesh.processes and config.mesh.process need config.mesh.coordinator="
+                    f"HOST:PORT, got {self.coordinator!r}"
+                )
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ValueError(
+                f'config.mesh.coordinator must be HOST:PORT or "auto", got {self.coordinator!r}'
+            )
+        if None in given or not 0 <= self.process < self.processes:
+            raise ValueError(
+                "config.mesh.coordinator=HOST:PORT needs config.mesh.processes and "
+                f"config.mesh.process, with 0 <= process < processes; got {self.processes} and "
+                f"{self.process}"
+            )
 
 
 @dataclasses.dataclass
@@ -231,7 +262,7 @@ class Config:
 
     def reads_from_disk(self) -> bool:
         """Whether sequences are read from a token file, segment by segment, and not held whole."""
-        return self.data.source == "tokens" and self.optimizer.segment_length is not None
+        return self.data.is_on_disk and self.optimizer.segment_length is not None
 
     def _validate_stretches(self) -> None:
         """Checks what a mesh needs whose axis "seq" splits the sequences."""
@@ -247,6 +278,11 @@ class Config:
                 f"config.optimizer.segment_length must be a multiple of config.mesh.seq {seq} and "
                 f"divide config.data.sequence_length {length}, got {segment}"
             )
+        if not registry.task_named(self.task).splits_sequences:
+            raise ValueError(
+                f"config.mesh.seq must be 1 with config.task={self.task!r}, whose loss needs whole "
+                f"sequences; got {seq}. Share the sequences of a batch by config.mesh.data instead"
+            )
         if not splits_sequences(self.model.attention):
             raise ValueError(
                 f"config.mesh.seq must be 1 with config.model.attention={self.model.attention!r}, "
@@ -258,14 +294,24 @@ class Config:
                 f"{self.model.positions!r}"
             )
 
+    def _validate_direction(self) -> None:
+        """Checks that a model that sees later tokens has no gate, which works in one direction."""
+        name = self.model.attention
+        gate = getattr(self.model.attention_config(), "forget_gate", None)
+        if gate is not None and not registry.task_named(self.task).is_causal:
+            raise ValueError(
+                f"config.model.{name}.forget_gate must be none with config.task={self.task!r}, "
+                f"whose model reads in both directions; got {gate!r}"
+            )
+
     def _validate_together(self) -> None:
+        self._validate_direction()
         run, parts = self.run, self.optimizer.accumulation_steps
         if run.batch_size * self.data.sequence_length >= 2**31 and not self.reads_from_disk():
             raise ValueError(
                 "config.run.batch_size times config.data.sequence_length must be < 2**31, "
-                f"got {run.batch_size} x {self.data.sequence_length}; longer sequences are read "
-                'from a token file with config.data.source="tokens" and '
-                "config.optimizer.segment_length"
+                f"got {run.batch_size} x {self.data.sequence_length}; docs/streaming.md says how "
+                "longer sequences are read from the disk"
             )
         if run.batch_size % parts:
             raise ValueError(

@@ -11,6 +11,14 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
+_says = True  # whether this process prints what it does
+
+
+def only_warn() -> None:
+    """Makes `say` print nothing from now on, because another process of the run prints the same."""
+    global _says
+    _says = False
+
 
 def say(text: str) -> None:
     r"""Prints `text` to standard output at once.
@@ -21,7 +29,8 @@ def say(text: str) -> None:
     Args:
         text: one or more lines, without the line end of the last one.
     """
-    _print(text, sys.stdout)
+    if _says:
+        _print(text, sys.stdout)
 
 
 def warn(text: str) -> None:

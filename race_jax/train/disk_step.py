@@ -18,20 +18,22 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from race_jax.data.rows import RowsOnDisk
+from race_jax.data.rows import UnreadRows
 from race_jax.streaming import step as one_segment
 from race_jax.streaming.host import Programs, ThereAndBack, fold_by
 from race_jax.tasks.task import Task
 from race_jax.train.mesh import (
     AXES,
-    BATCH,
     SEQ,
     WHOLE,
     add_over_axes,
+    batch_spec,
     checks_devices,
+    local_blocks,
     parameter_specs,
     per_device,
     put_batch,
+    put_blocks,
 )
 from race_jax.train.state import TrainState
 from race_jax.train.step import (
@@ -49,7 +51,7 @@ OWN = P(AXES)  # arrays with one entry for each device
 class DiskStep:
     """A training step `(state, batch, key) -> (state, metrics)`, as `make_train_step` makes.
 
-    The batch is `RowsOnDisk`. A step donates its state only after all segments were read.
+    The batch is `UnreadRows`. A step donates its state only after all segments were read.
 
     Args:
         task: the task that is trained.
@@ -98,14 +100,14 @@ class DiskStep:
         zeros = {name: np.zeros(shape + x.shape[2:], x.dtype) for name, x in self._shapes.items()}
         segment = put_batch(self._mesh, zeros)
         carry, d_floats, grads = self._begin(state.params, state.fixed)
-        keys = key, state.step, jnp.int32(0)
+        keys = key, state.step, np.int32(0)
         self._forward.compile(state.params, state.fixed, keys, carry, segment)
         d_floats = None if self._segments.truncated else d_floats
         arguments = state.params, state.fixed, keys, carry, segment, d_floats, grads
         return self._backward.compile(*arguments)
 
     def __call__(
-        self, state: TrainState, batch: RowsOnDisk, key: jax.Array
+        self, state: TrainState, batch: UnreadRows, key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Takes a step.
 
@@ -116,7 +118,7 @@ class DiskStep:
         grads, total, weight = None, 0.0, 0.0
         for part in range(self._parts):
             carry, d_floats, zeros = self._begin(state.params, state.fixed)
-            keys = key, state.step, jnp.int32(part)
+            keys = key, state.step, np.int32(part)
             read = RowSegments(batch, self._mesh, self._segments.length, part, self._parts)
             sums, grads = self._there_and_back(
                 state, keys, read, carry, d_floats, zeros if grads is None else grads
@@ -134,7 +136,7 @@ class DiskStep:
             Programs(forward, backward),
             read,
             group_size(len(read), carry_bytes),
-            functools.partial(put_batch, self._mesh),
+            read.put,
             None if report is None else lambda done, count: report(),
         )
         if self._segments.truncated:
@@ -152,7 +154,7 @@ def make_disk_eval_step(
     params: nnx.State,
     shapes: dict[str, jax.ShapeDtypeStruct],
     segments: Segments,
-) -> Callable[[nnx.State, nnx.State, RowsOnDisk], dict[str, Any]]:
+) -> Callable[[nnx.State, nnx.State, UnreadRows], dict[str, Any]]:
     """Makes a step `(params, fixed, batch) -> sums` that scores a whole batch.
 
     Args:
@@ -171,12 +173,11 @@ def make_disk_eval_step(
     programs = _Programs(task, graph, mesh, params, shapes, 1)
     begin, score = jax.jit(programs.begin), jax.jit(programs.score)
 
-    def evaluate(params: nnx.State, fixed: nnx.State, batch: RowsOnDisk) -> dict[str, Any]:
+    def evaluate(params: nnx.State, fixed: nnx.State, batch: UnreadRows) -> dict[str, Any]:
         carry, _, _ = begin(params, fixed)
         read = RowSegments(batch, mesh, segments.length)
         program = lambda params, *rest: score(params, fixed, *rest)  # noqa: E731
-        place = functools.partial(put_batch, mesh)
-        _, (loss, weight) = fold_by(program, params, carry, read, place)
+        _, (loss, weight) = fold_by(program, params, carry, read, read.put)
         return {"loss": loss, "weight": weight}
 
     return evaluate
@@ -193,18 +194,28 @@ class RowSegments:
         parts: the number of parts.
     """
 
-    def __init__(self, batch: RowsOnDisk, mesh: Mesh, stretch: int, part: int = 0, parts: int = 1):
-        self._batch, self._length = batch, stretch * mesh.shape[SEQ]
+    def __init__(self, batch: UnreadRows, mesh: Mesh, stretch: int, part: int = 0, parts: int = 1):
+        self._batch, self._mesh, self._length = batch, mesh, stretch * mesh.shape[SEQ]
         shares = np.arange(len(batch)).reshape(mesh.size // mesh.shape[SEQ], parts, -1)
         self._rows = shares[:, part].reshape(-1).tolist()
 
     def __len__(self) -> int:
         return -(-self._batch.length // self._length)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[int, list[dict[str, np.ndarray]]]:
+        """Reads what the devices of this process need, and returns it after the length."""
         first = index * self._length
-        stop = min(first + self._length, self._batch.length)
-        return self._batch.piece(first, stop, self._rows)
+        length = min(self._length, self._batch.length - first)
+        blocks = local_blocks(self._mesh, len(self._rows), length)
+        return length, [
+            self._batch.piece(first + time.start, first + time.stop, self._rows[rows])
+            for rows, time in blocks
+        ]
+
+    def put(self, segment: tuple[int, list[dict[str, np.ndarray]]]) -> dict[str, jax.Array]:
+        """Moves a segment to the devices."""
+        length, blocks = segment
+        return put_blocks(self._mesh, len(self._rows), int(length), blocks)
 
 
 class _Programs:
@@ -297,7 +308,8 @@ class _Programs:
             kept = jax.tree.map(lambda x: x[None], per_device(kept))
             return kept, add_over_axes(WHOLE, sums)
 
-        in_specs, out_specs = (self._specs, WHOLE, BATCH, OWN), (OWN, WHOLE)
+        shares = jax.tree.map(batch_spec, batches)
+        in_specs, out_specs = (self._specs, WHOLE, shares, OWN), (OWN, WHOLE)
         return self._shard_map(on_device, in_specs, out_specs)(params, whole, batches, own)
 
     def _shard_map(self, function, in_specs, out_specs):

@@ -24,12 +24,14 @@ try:
 except ImportError:  # Windows has no such locks, so two runs in one folder are not noticed there
     fcntl = None
 
+_TAKEN = errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES  # another process has the lock
+
 # Fields that may change between two starts of a run, because they do not affect what is learned. A
 # task adds its own ones, `Task.free_fields`.
 FREE_FIELDS = frozenset(
     f"config.{name}"
     for name in "model.implementation model.remat data.root data.num_workers mesh.data "
-    "mesh.seq mesh.fsdp "
+    "mesh.seq mesh.fsdp mesh.coordinator mesh.processes mesh.process "
     "run.directory run.max_seconds run.log_every run.eval_every run.eval_batches "
     "run.checkpoint_every run.keep_checkpoints run.tensorboard run.compilation_cache".split()
 )
@@ -67,11 +69,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def run_directory(path: Path) -> Iterator[Path]:
+def run_directory(path: Path, *, is_first: bool = True) -> Iterator[Path]:
     """Opens the folder of a run for this process alone.
 
     Args:
         path: the folder. It is made if it is missing.
+        is_first: False for the other processes of a run of several, which only read there.
 
     Yields:
         The folder.
@@ -80,6 +83,9 @@ def run_directory(path: Path) -> Iterator[Path]:
         ValueError: the folder cannot be made or written, or another process uses it.
     """
     where = f"config.run.directory {path}"
+    if not is_first:
+        yield path
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / ".lock", "a")  # noqa: SIM115 (held for the whole run)
@@ -88,6 +94,18 @@ def run_directory(path: Path) -> Iterator[Path]:
     with lock:
         _take(lock, where)
         yield path
+
+
+def in_use(path: Path) -> bool:
+    """Whether another process trains in the folder of a run."""
+    if fcntl is None or not (path / ".lock").exists():
+        return False
+    with open(path / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in _TAKEN
+    return False
 
 
 def check_space(path: Path, bytes_needed: int) -> None:
@@ -115,7 +133,7 @@ def _take(lock: IO[str], where: str) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+        if error.errno in _TAKEN:
             raise ValueError(
                 f"{where} is in use by another process; wait until it ends, or give another folder"
             ) from None

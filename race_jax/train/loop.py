@@ -1,13 +1,16 @@
 """The whole training run: setup, loop, evaluations and checkpoints.
 
-The run directory holds `config.json`, `checkpoints/`, `metrics.jsonl` and `loss.png`.
+The run directory holds `config.json`, `checkpoints/` and `metrics.jsonl`. At the end of the run
+`summary.json` and `loss.png` are added.
 """
 
 import dataclasses
 from pathlib import Path
 
 from race_jax.tasks.registry import task_named
+from race_jax.train import processes
 from race_jax.train.config import Config
+from race_jax.train.console import only_warn
 from race_jax.train.files import run_directory
 from race_jax.train.interrupt import StopRequest
 from race_jax.train.mesh import keep_compiled_programs, prepare_cpu_devices
@@ -37,10 +40,13 @@ def train(config: Config, *, exit_at_once: bool = False) -> Result:
 
     SIGTERM, SIGHUP, Ctrl-C and `run.max_seconds` end the run early, with a checkpoint.
 
+    With `mesh.coordinator`, several processes call this function with the same configuration, apart
+    from `mesh.process`. One of them that is asked to stop stops all.
+
     Args:
         config: the configuration of the run. It is checked and copied.
-        exit_at_once: whether a second SIGTERM or Ctrl-C ends the whole process. Scripts want this;
-            in a notebook it would end the notebook.
+        exit_at_once: whether a second SIGTERM or Ctrl-C, or the loss of another process of the
+            run, ends the whole process. Scripts want this; in a notebook it would end the notebook.
 
     Returns:
         How the run ended.
@@ -49,22 +55,29 @@ def train(config: Config, *, exit_at_once: bool = False) -> Result:
         ValueError: a field, a file or the run directory cannot be used. This is found before any
             training.
         FloatingPointError: a loss or a gradient is not finite. The last checkpoint is kept.
-        RuntimeError: a checkpoint cannot be written, or no checkpoint can be read.
+        RuntimeError: a checkpoint cannot be written, or no checkpoint can be read; or another
+            process of the run has died.
         OSError: a file of the run directory cannot be written at the start.
 
     Source: beyond the paper.
     """
     config = config.validate()
     run = config.run
+    processes.join(config)
     prepare_cpu_devices(config)
     keep_compiled_programs(config)
-    with run_directory(Path(run.directory or f"runs/{config.task}").expanduser()) as directory:
+    if not processes.is_first():
+        only_warn()
+    path = Path(run.directory or f"runs/{config.task}").expanduser()
+    with run_directory(path, is_first=processes.is_first()) as directory:
+        processes.wait("the run directory is there")
         task = task_named(config.task)(config)
         with (
             StopRequest(run.max_seconds, exit_at_once=exit_at_once) as stop,
             Trainer(config, task, directory) as trainer,
+            processes.end_with_others(exit_at_once=exit_at_once),
         ):
-            while trainer.step < run.steps and stop.reason is None:
+            while trainer.step < run.steps and not processes.any_of(stop.reason):
                 trainer.take_step()
                 stop.start_clock()
                 if trainer.is_due(run.log_every):
@@ -76,8 +89,10 @@ def train(config: Config, *, exit_at_once: bool = False) -> Result:
             trainer.save()
             final = None
             if trainer.step == run.steps:
-                final = trainer.finish(lambda: stop.signalled)
-            stopped = (stop.signalled or stop.reason) if final is None else None
+                final = trainer.finish(lambda: processes.any_of(stop.signalled))
+            stopped = None
+            if final is None:
+                stopped = stop.signalled or stop.reason or "another process was asked to stop"
             if stopped:
                 trainer.say_stopped(stopped)
             return Result(trainer.step, stopped, final, directory)

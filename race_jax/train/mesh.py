@@ -13,14 +13,15 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from race_jax.data.rows import UnreadRows
 from race_jax.train.config import Config
 
 DATA, SEQ, FSDP = AXES = ("data", "seq", "fsdp")
 SHARES = (DATA, FSDP)  # the axes that share the sequences of a batch
 # Parameters with fewer numbers are kept whole on every device.
 LEAST_SHARDED = 2**12
-BATCH = P(SHARES, SEQ)  # arrays (B, T, ...)
 WHOLE = P()  # arrays that every device holds whole
+TOKENS = P(SHARES, SEQ)  # arrays (B, T, ...) of a batch
 
 
 def prepare_cpu_devices(config: Config) -> None:
@@ -28,11 +29,14 @@ def prepare_cpu_devices(config: Config) -> None:
 
     One device runs most of a step on one core, so two devices are needed to use two cores. JAX
     fixes its devices when it is first used. A later call has no effect, and the run uses the
-    devices that there are. Accelerators are not affected.
+    devices that there are. Accelerators are not affected. A run of several processes has the CPU
+    devices that JAX_NUM_CPU_DEVICES gives each of them, or one each.
 
     Args:
         config: the checked configuration. `mesh` overrides the number of cores.
     """
+    if config.mesh.coordinator is not None:
+        return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         jax.config.update("jax_num_cpu_devices", math.prod(_sizes(config, cores or 1)))
@@ -56,7 +60,7 @@ def keep_compiled_programs(config: Config) -> None:
 
 
 def make_mesh(config: Config) -> Mesh:
-    """Makes the mesh of a run over local devices.
+    """Makes the mesh of a run, over the devices of all its processes.
 
     Args:
         config: the checked configuration. `mesh` gives the sizes of the axes. Where `mesh.data` is
@@ -67,12 +71,19 @@ def make_mesh(config: Config) -> Mesh:
         A mesh with the axes "data", "seq" and "fsdp".
 
     Raises:
-        ValueError: the mesh needs more devices than there are.
+        ValueError: the mesh needs more devices than there are, or leaves out devices of a run of
+            several processes.
     """
-    devices = jax.local_devices()
+    devices = jax.devices()
     sizes = _sizes(config, len(devices))
+    wanted = " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+    if jax.process_count() > 1 and math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"config.mesh {wanted} has {math.prod(sizes)} devices, and the {jax.process_count()} "
+            f"processes of this run have {len(devices)} ({devices[0].platform}), all of which must "
+            "take part; set config.mesh.data, seq or fsdp"
+        )
     if math.prod(sizes) > len(devices):
-        wanted = " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
         raise ValueError(
             f"config.mesh {wanted} needs {math.prod(sizes)} devices, and this process has "
             f"{len(devices)} ({devices[0].platform}); lower config.mesh.data, seq or fsdp"
@@ -91,9 +102,17 @@ def on_every_device(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, WHOLE)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of the arrays (B, T, ...) of a batch."""
-    return NamedSharding(mesh, BATCH)
+def batch_spec(x: Any) -> P:
+    """Returns how an array (B, T, ...) or (B,) of a batch is spread over the devices."""
+    return TOKENS if len(x.shape) > 1 else P(SHARES)
+
+
+def batch_shapes(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes, dtypes and shardings of the arrays of a batch."""
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, batch_spec(x)))
+        for name, x in batch.items()
+    }
 
 
 def parameter_specs(parameters: Any, mesh: Mesh) -> Any:
@@ -120,16 +139,37 @@ def parameter_specs(parameters: Any, mesh: Mesh) -> Any:
     return jax.tree.map(spec, parameters)
 
 
+def put(x: Any, sharding: NamedSharding) -> jax.Array:
+    """Spreads an array, which every process has whole, over the devices of a mesh."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def put_whole(mesh: Mesh, values: Any) -> Any:
+    """Copies arrays to every device."""
+    return jax.tree.map(lambda x: put(x, NamedSharding(mesh, WHOLE)), values)
+
+
 def put_parameters(mesh: Mesh, parameters: Any) -> Any:
     """Spreads parameters, or the optimizer's state, over the devices."""
-    place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
+    place = lambda x, spec: put(x, NamedSharding(mesh, spec))  # noqa: E731
     return jax.tree.map(place, parameters, parameter_specs(parameters, mesh))
+
+
+def get_whole(mesh: Mesh, values: Any) -> Any:
+    """Returns arrays, which may be spread over devices of several processes, as NumPy arrays."""
+    if mesh.is_multi_process:
+        whole = jax.tree.map(lambda x: NamedSharding(mesh, WHOLE), values)
+        values = jax.jit(lambda x: x, out_shardings=whole)(values)
+    return jax.tree.map(np.asarray, values)
 
 
 def put_batch(
     mesh: Mesh, batch: dict[str, Any], stretch: int | None = None
 ) -> dict[str, jax.Array]:
-    """Spreads a batch of host arrays (B, T, ...) over the devices.
+    """Spreads a batch of host arrays (B, T, ...) or (B,) over the devices.
 
     If sequences are read segment by segment, every device of the axis "seq" gets its stretch of
     every segment, one after the other.
@@ -148,7 +188,57 @@ def put_batch(
             return np.moveaxis(parts, 2, 1).reshape(x.shape)
 
         batch = jax.tree.map(by_device, batch)
-    return jax.device_put(batch, batch_sharding(mesh))
+    return jax.tree.map(lambda x: put(x, NamedSharding(mesh, batch_spec(x))), batch)
+
+
+def put_rows(mesh: Mesh, batch: UnreadRows, stretch: int | None = None) -> dict[str, jax.Array]:
+    """Reads the rows that the devices of this process need, and spreads them as `put_batch` does.
+
+    Args:
+        mesh: the mesh of the run.
+        batch: the rows.
+        stretch: as for `put_batch`.
+    """
+
+    def read(rows: slice, time: slice) -> dict[str, np.ndarray]:
+        chosen = range(len(batch))[rows]
+        if stretch is None:
+            return batch.piece(time.start, time.stop, chosen)
+        device = time.start // (time.stop - time.start)
+        starts = range(device * stretch, batch.length, mesh.shape[SEQ] * stretch)
+        pieces = [batch.piece(start, start + stretch, chosen) for start in starts]
+        return {name: np.concatenate([p[name] for p in pieces], axis=1) for name in pieces[0]}
+
+    stretch = None if mesh.shape[SEQ] == 1 else stretch
+    blocks = local_blocks(mesh, len(batch), batch.length)
+    return put_blocks(mesh, len(batch), batch.length, [read(*block) for block in blocks])
+
+
+def local_blocks(mesh: Mesh, rows: int, length: int) -> list[tuple[slice, slice]]:
+    """Returns the blocks of an array (B, T) that the devices of this process hold, each once."""
+    found = NamedSharding(mesh, TOKENS).addressable_devices_indices_map((rows, length))
+    blocks = {_bounds(index, (rows, length)) for index in found.values()}
+    return [(slice(*row), slice(*time)) for row, time in sorted(blocks)]
+
+
+def put_blocks(mesh: Mesh, rows: int, length: int, blocks: list[dict[str, np.ndarray]]) -> Any:
+    """Makes a batch (B, T, ...) of the blocks of `local_blocks`, on the devices that hold them."""
+    shape = rows, length
+    where = [_bounds(index, shape) for index in local_blocks(mesh, rows, length)]
+    at = dict(zip(where, blocks, strict=True))
+
+    def array(name: str, x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(
+            shape + x.shape[2:],
+            NamedSharding(mesh, TOKENS),
+            lambda index: at[_bounds(index[:2], shape)][name],
+        )
+
+    return {name: array(name, x) for name, x in blocks[0].items()}
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 def gather(parameters: Any, specs: Any) -> Any:
@@ -191,13 +281,16 @@ def sum_over_devices(
     def on_device(batch, *others):
         return add_over_axes(out_specs, function(batch, *per_device(others)))
 
-    return jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(BATCH, *specs),
-        out_specs=out_specs,
-        check_vma=checks_devices(mesh),
-    )
+    def run(batch, *others):
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(jax.tree.map(batch_spec, batch), *specs),
+            out_specs=out_specs,
+            check_vma=checks_devices(mesh),
+        )(batch, *others)
+
+    return run
 
 
 def add_over_axes(specs: Any, values: Any) -> Any:

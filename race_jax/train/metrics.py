@@ -28,13 +28,21 @@ class MetricsLog:
         directory: the run's folder.
         step: the step that the run continues from; 0 starts an empty log.
         tensorboard: whether to write TensorBoard events too, if tensorboardX is installed.
+        writes: whether anything is written. Of several processes of a run, one writes.
 
     Attributes:
         records: all records, the oldest first.
     """
 
-    def __init__(self, directory: Path, step: int, *, tensorboard: bool = False):
-        self._path = directory / "metrics.jsonl"
+    def __init__(
+        self, directory: Path, step: int, *, tensorboard: bool = False, writes: bool = True
+    ):
+        self._path, self._writes = directory / "metrics.jsonl", writes
+        self._events: Events | None = None
+        self._kept: list[Record] = []  # records that are not in the file yet
+        self.records: list[Record] = []
+        if not writes:
+            return
         self.records = [
             record
             for record in (read_records(self._path) if self._path.is_file() else [])
@@ -43,8 +51,6 @@ class MetricsLog:
         text = "".join(_line(record) for record in self.records)
         write_text(self._path, text)
         self._end = len(text.encode())  # bytes of the file that are known to be whole lines
-        self._kept: list[Record] = []  # records that are not in the file yet
-        self._events: Events | None = None
         if tensorboard:
             self._decorate(lambda: setattr(self, "_events", event_file(directory, step)))
 
@@ -57,6 +63,8 @@ class MetricsLog:
         Returns:
             False if the file cannot be written, but could be before. A sentence says so.
         """
+        if not self._writes:
+            return True
         self.records += records
         could = not self._kept
         self._kept += records

@@ -74,7 +74,7 @@ class Progress:
         rate = count / seconds
         left = (self._steps - step) * self._trained_seconds / self._trained_steps
         speed = f"{rate:,.0f} {self._unit}/s"
-        text = f"{self._loss_text(loss)}  {speed}  {_duration(left)} left"
+        text = f"{self._loss_text(loss)}  {speed}  {duration(left)} left"
         if self._bar is None:
             width = len(str(self._steps))
             say(f"step {step:{width}}/{self._steps}  {text}")
@@ -93,7 +93,8 @@ class Progress:
         parts = max(self._parts, 1)
         steps, done = divmod(self._parts_done - 1, parts)
         percent = min(100 * (done + 1) // parts, 99)
-        text = f"step {self._step + steps + 1}: {percent} % done"
+        left = (now - self._mark) * max(parts - done - 1, 0) / self._parts_done
+        text = f"step {self._step + steps + 1}: {percent} % done, {duration(left)} left"
         if self._bar is None:
             say(text)
         else:
@@ -121,7 +122,13 @@ class Progress:
             self._bar = None
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Returns a time in words.
+
+    Example:
+        >>> duration(8.2), duration(70), duration(7260)
+        ('8 s', '1 min 10 s', '2 h 01 min')
+    """
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -33,7 +33,7 @@ def start_lines(
     """
     run, model = config.run, config.model
     device = mesh.devices.flat[0]
-    attention, reason = _attention(config, mesh)
+    attention, reason = _attention(config, mesh, task.is_causal)
     parts = config.optimizer.accumulation_steps
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     facts = {
@@ -85,22 +85,35 @@ def end_lines(task: Task, final: Record, test: Record | None) -> list[str]:
     return [f"{name:10} {text}" for name, text in facts.items()]
 
 
-def _attention(config: Config, mesh: Mesh) -> tuple[str, str]:
+def _attention(config: Config, mesh: Mesh, is_causal: bool) -> tuple[str, str]:
     """Returns the name of the attention, and which implementation runs it and why."""
     shares = mesh.size // mesh.shape[SEQ]
     batch = config.run.batch_size // config.optimizer.accumulation_steps // shares
     is_packed = config.data.packing != "contiguous"
     return config.model.attention_config().describe(
-        batch, config.data.sequence_length // mesh.shape[SEQ], is_packed
+        batch, config.data.sequence_length // mesh.shape[SEQ], is_packed, is_causal
     )
+
+
+def planned_memory(compiled: jax.stages.Compiled) -> tuple[int, int] | None:
+    """Returns the bytes that XLA plans for a device: those of the arguments and the temporary ones.
+
+    Args:
+        compiled: the compiled training step. Its results take the place of its arguments.
+
+    Returns:
+        The two numbers, or None on a platform that does not say.
+    """
+    sizes = compiled.memory_analysis()
+    return None if sizes is None else (sizes.argument_size_in_bytes, sizes.temp_size_in_bytes)
 
 
 def _memory(compiled: jax.stages.Compiled) -> str:
     """Says how much memory a device needs, as XLA estimates it."""
-    sizes = compiled.memory_analysis()
-    if sizes is None:
+    planned = planned_memory(compiled)
+    if planned is None:
         return "no estimate on this platform"
-    state, work = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
+    state, work = planned
     return (
         f"{(state + work) / 1e6:,.0f} MB a device: state and batch {state / 1e6:,.0f}, "
         f"step {work / 1e6:,.0f}"

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from race_jax.train.mesh import on_every_device, put_parameters
+from race_jax.train.mesh import put_parameters, put_whole
 
 
 @jax.tree_util.register_dataclass
@@ -59,8 +59,8 @@ def init_state(
     graph, params, fixed = nnx.split(model, nnx.Param, ...)
     state = TrainState(
         params=put_parameters(mesh, params),
-        fixed=jax.device_put(fixed, on_every_device(mesh)),
+        fixed=put_whole(mesh, fixed),
         opt_state=put_parameters(mesh, optimizer.init(params)),
-        step=jax.device_put(jnp.zeros((), jnp.int32), on_every_device(mesh)),
+        step=put_whole(mesh, np.int32(0)),
     )
     return graph, state

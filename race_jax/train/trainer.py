@@ -2,19 +2,22 @@
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 
-from race_jax.data.rows import RowsOnDisk
+from race_jax.data.rows import UnreadRows
 from race_jax.data.workers import read_ahead
 from race_jax.tasks.task import Task
-from race_jax.train import report
+from race_jax.train import processes, report, summary
 from race_jax.train.checkpoint import Checkpoints, checkpoint_folder
 from race_jax.train.config import Config
 from race_jax.train.console import decorate, say
@@ -22,10 +25,12 @@ from race_jax.train.disk_step import DiskStep, make_disk_eval_step
 from race_jax.train.files import check_space, claim
 from race_jax.train.mesh import (
     SEQ,
-    batch_sharding,
+    batch_shapes,
+    get_whole,
     make_mesh,
-    on_every_device,
     put_batch,
+    put_rows,
+    put_whole,
 )
 from race_jax.train.metrics import MetricsLog, Record
 from race_jax.train.optimizer import make_optimizer, make_schedule
@@ -41,7 +46,8 @@ from race_jax.train.step import (
     make_train_step,
 )
 
-MOST_AHEAD = 2**28  # bytes of a batch that is moved to the devices before it is needed
+# Bytes that a device may hold of a batch that is not needed yet.
+MOST_AHEAD = 2**28
 
 
 class Trainer:
@@ -85,18 +91,27 @@ class Trainer:
             )
             opened.callback(self._checkpoints.close)
             self._resume()
-            self._log = MetricsLog(directory, self.step, tensorboard=config.run.tensorboard)
+            self._log = MetricsLog(
+                directory,
+                self.step,
+                tensorboard=config.run.tensorboard,
+                writes=processes.is_first(),
+            )
             opened.callback(self._log.close)
             self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-            self._key = jax.device_put(jax.random.key(config.run.seed), on_every_device(self._mesh))
+            key = jax.random.key_data(jax.random.key(config.run.seed))
+            self._key = jax.random.wrap_key_data(put_whole(self._mesh, key))
             self._eval_step = self._make_eval_step()
-            self._train_step = self._compile(optimizer)
+            self._train_step = self._make_step(optimizer)
+            self._programs: dict[tuple, jax.stages.Compiled] = {}
+            self._compile()
             self._progress = Progress(
                 self.step,
                 config.run.steps,
                 task.loss_text,
                 task.weight_name,
                 parts=self._parts(),
+                terminal=None if processes.is_first() else False,
             )
             opened.callback(self._progress.close)
             self._opened = opened.pop_all()
@@ -123,7 +138,7 @@ class Trainer:
             jax.block_until_ready(self._pending[-1][1])
         batch = self._on_devices(next(self._batches))
         try:
-            self._state, metrics = self._train_step(self._state, batch, self._key)
+            self._state, metrics = self._program(batch)(self._state, batch, self._key)
         except FloatingPointError as error:
             self.log()
             raise FloatingPointError(
@@ -152,7 +167,7 @@ class Trainer:
         written = self._log.write(records)
         if len(finite) < len(measured):
             raise FloatingPointError(self._not_finite(*measured[len(finite)]))
-        if not written:
+        if not written and not processes.are_several():
             self._save()  # the disk may be full; save now, while a checkpoint may still fit
 
     def evaluate(self) -> Record:
@@ -186,7 +201,7 @@ class Trainer:
         )
 
     def finish(self, stop: Callable[[], object] = lambda: None) -> Record | None:
-        """Scores all held-out data, prints the result and draws the losses.
+        """Scores all held-out data, prints the result, writes its summary and draws the losses.
 
         Args:
             stop: a function that is called between two batches. If it returns a true value, the
@@ -204,9 +219,22 @@ class Trainer:
         if final is None or stop():
             return None
         say("\n".join(report.end_lines(self._task, final, test)))
-        decorate("the picture", self._draw)
-        decorate("the sample", self._show_sample)
+        whole = get_whole(self._mesh, (self._state.params, self._state.fixed))
+        if processes.is_first():
+            decorate("the summary", self._summarize)
+            decorate("the picture", self._draw)
+            decorate("the sample", lambda: self._show_sample(*whole))
         return final
+
+    def _summarize(self) -> None:
+        summary.write(
+            self._directory,
+            self._task,
+            self._mesh,
+            self._state,
+            self._planned_memory,
+            self._log.records,
+        )
 
     def _draw(self) -> None:
         picture = self._directory / "loss.png"
@@ -215,11 +243,9 @@ class Trainer:
         )
         say(f"{'picture':10} {picture}")
 
-    def _show_sample(self) -> None:
-        params, fixed = jax.device_put(
-            (self._state.params, self._state.fixed), self._mesh.devices.flat[0]
-        )
-        model = nnx.merge(self._graph, params, fixed)
+    def _show_sample(self, params: nnx.State, fixed: nnx.State) -> None:
+        device = jax.local_devices()[0]
+        model = nnx.merge(self._graph, *jax.device_put((params, fixed), device))
         lines = self._task.sample_lines(model, self._directory)
         if lines:
             say("\n".join(lines))
@@ -227,7 +253,9 @@ class Trainer:
     def _resume(self) -> None:
         """Restores the newest whole checkpoint, unless it belongs to another run."""
         resuming = bool(self._checkpoints.steps())
-        claim(self._directory, self._config, self._task.digests, resuming=resuming)
+        if processes.is_first():
+            claim(self._directory, self._config, self._task.digests, resuming=resuming)
+        processes.wait("the run directory belongs to this run")
         restored = self._checkpoints.restore(self._state)
         if restored is not None:
             self._state = restored.state
@@ -235,46 +263,56 @@ class Trainer:
         self.step = int(self._state.step)
         run = self._config.run
         if self.step < run.steps:
+            summary.path(self._directory).unlink(missing_ok=True)  # of an earlier, shorter run
             # A new checkpoint is written before the oldest one is removed. Those that are there
             # already need no more space.
             more = max(1 + run.keep_checkpoints - len(self._checkpoints.steps()), 1)
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
             check_space(self._directory, size * more)
 
-    def _compile(self, optimizer) -> TrainStep:
-        """Prints a description of the run, and then compiles the training step."""
+    def _make_step(self, optimizer: optax.GradientTransformation) -> TrainStep | DiskStep:
+        schedule = make_schedule(self._config.optimizer, self._config.run.steps)
+        parts = self._config.optimizer.accumulation_steps
+        makes = type(self._task), self._graph, optimizer, schedule, self._mesh
+        if self._config.reads_from_disk():
+            return DiskStep(*makes, self._state.params, self._task.batch, self._segments, parts)
+        return make_train_step(*makes, accumulation_steps=parts, segments=self._segments)
+
+    def _make_eval_step(self) -> EvalStep:
+        makes = type(self._task), self._graph, self._mesh
+        if self._config.reads_from_disk():
+            return make_disk_eval_step(*makes, self._state.params, self._task.batch, self._segments)
+        return make_eval_step(*makes, self._segments)
+
+    def _program(self, batch: dict[str, Any] | UnreadRows) -> jax.stages.Compiled | DiskStep:
+        """Returns the training step for batches of this shape. It is compiled when first needed."""
+        if isinstance(self._train_step, DiskStep):
+            return self._train_step
+        shapes = tuple(sorted((name, x.shape) for name, x in batch.items()))
+        if shapes not in self._programs:
+            arrays = batch_shapes(self._mesh, batch)
+            lowered = self._train_step.lower(self._state, arrays, self._key)
+            self._programs[shapes] = lowered.compile()
+        return self._programs[shapes]
+
+    def _compile(self) -> None:
+        """Prints a description of the run, and compiles the step for the largest batches."""
         lines = report.start_lines(
             self._config, self._task, self._mesh, self._state, self._directory
         )
         if self.step:
             lines.append(f"{'resuming':10} after step {self.step}")
         say("\n".join(lines))
-        schedule = make_schedule(self._config.optimizer, self._config.run.steps)
-        parts = self._config.optimizer.accumulation_steps
-        makes = type(self._task), self._graph, optimizer, schedule, self._mesh
         start = time.monotonic()
-        if self._config.reads_from_disk():
-            step = DiskStep(*makes, self._state.params, self._task.batch, self._segments, parts)
-            compiled = step.compile(self._state, self._key)
+        if isinstance(self._train_step, DiskStep):
+            compiled = self._train_step.compile(self._state, self._key)
         else:
-            spread = batch_sharding(self._mesh)
-            batch = {
-                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread)
-                for name, x in self._task.batch.items()
-            }
-            program = make_train_step(*makes, accumulation_steps=parts, segments=self._segments)
-            step = compiled = program.lower(self._state, batch, self._key).compile()
+            compiled = self._program(self._task.batch)
         seconds = time.monotonic() - start
         cache = self._config.run.compilation_cache
         say("\n".join(report.compiled_lines(compiled, seconds, cache)))
-        return step
-
-    def _make_eval_step(self) -> EvalStep:
-        """Returns the evaluation step, for batches in memory or on the disk."""
-        makes = type(self._task), self._graph, self._mesh
-        if self._config.reads_from_disk():
-            return make_disk_eval_step(*makes, self._state.params, self._task.batch, self._segments)
-        return make_eval_step(*makes, self._segments)
+        planned = report.planned_memory(compiled)
+        self._planned_memory = None if planned is None else sum(planned)
 
     def _make_segments(self) -> Segments | None:
         """Returns how sequences are read, or None if they are read whole."""
@@ -308,19 +346,23 @@ class Trainer:
         return segments * reports * (1 if options.truncate_gradient else 2)
 
     def _place(
-        self, batch: dict[str, np.ndarray] | RowsOnDisk
-    ) -> dict[str, np.ndarray] | dict[str, jax.Array] | RowsOnDisk:
+        self, batch: dict[str, np.ndarray] | UnreadRows
+    ) -> dict[str, np.ndarray] | dict[str, jax.Array] | UnreadRows:
         """Moves a batch to the devices before it is needed, unless that would take much memory."""
-        is_large = isinstance(batch, dict) and sum(x.nbytes for x in batch.values()) > MOST_AHEAD
-        return batch if is_large else self._on_devices(batch)
+        size = sum(math.prod(x.shape) * x.dtype.itemsize for x in self._task.batch.values())
+        return batch if size > MOST_AHEAD * self._mesh.size else self._on_devices(batch)
 
     def _on_devices(
-        self, batch: dict[str, np.ndarray] | dict[str, jax.Array] | RowsOnDisk
-    ) -> dict[str, jax.Array] | RowsOnDisk:
-        """Moves a batch to the devices, unless it is there, or is read from the disk."""
-        if isinstance(batch, RowsOnDisk) or isinstance(next(iter(batch.values())), jax.Array):
+        self, batch: dict[str, np.ndarray] | dict[str, jax.Array] | UnreadRows
+    ) -> dict[str, jax.Array] | UnreadRows:
+        """Moves a batch to the devices, unless it is there, or is read segment by segment."""
+        stretch = self._segments and self._segments.length
+        if isinstance(batch, UnreadRows):
+            is_whole = not self._config.reads_from_disk()
+            return put_rows(self._mesh, batch, stretch) if is_whole else batch
+        if isinstance(next(iter(batch.values())), jax.Array):
             return batch
-        return put_batch(self._mesh, batch, self._segments and self._segments.length)
+        return put_batch(self._mesh, batch, stretch)
 
     def _score(
         self,
@@ -344,7 +386,7 @@ class Trainer:
                 for name, value in jax.device_get(sums).items():
                     totals[name] = totals.get(name, 0.0) + float(value)
         record = {"kind": kind, "step": self.step, **self._task.metrics(split, totals)}
-        if not self._log.write([record]):
+        if not self._log.write([record]) and not processes.are_several():
             self._save()
         return record
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from race_jax.data.rows import RowsOnDisk
+from race_jax.data.rows import UnreadRows
 from race_jax.tasks.language_model import LanguageModel
 from race_jax.tasks.task import shapes_of
 from race_jax.train import mesh
@@ -36,7 +36,7 @@ def on_disk():
     batch = small_batch()
     rows = np.concatenate([batch["inputs"], batch["targets"][:, -1:]], axis=1)
     counts = batch["weights"].sum(1).astype(int)
-    return RowsOnDisk([ids[: n + 1] for ids, n in zip(rows, counts, strict=True)], 24)
+    return UnreadRows([ids[: n + 1] for ids, n in zip(rows, counts, strict=True)], 24)
 
 
 def run_steps(sizes, segment_length=None, from_disk=False, steps=3):
@@ -102,6 +102,17 @@ def test_steps_without_the_check_of_devices_are_the_same(
     assert_close("metrics", metrics, wanted, kind="gradients")
     assert_close("scores", scores, wanted_scores, kind="outputs")
     assert_close("optimizer", got, want, kind="gradients")
+
+
+@pytest.mark.parametrize("stretch", [None, 4])
+def test_rows_that_are_read_where_they_are_needed_are_the_batch(stretch):
+    config = small_config()
+    config.mesh.data, config.mesh.seq, config.mesh.fsdp = 2, 2, 2
+    devices, rows = mesh.make_mesh(config), on_disk()
+    want = put_batch(devices, rows.piece(0, 24), stretch)
+    for name, got in mesh.put_rows(devices, rows, stretch).items():
+        assert got.sharding == want[name].sharding
+        np.testing.assert_array_equal(got, want[name])
 
 
 def test_a_segment_may_be_longer_than_the_sequence(tmp_path):

@@ -207,6 +207,7 @@ def test_a_missing_extra_is_a_sentence(folder):
         "find = util.find_spec\n"
         "util.find_spec = lambda name, *rest: None if name == 'grain' else find(name, *rest)\n"
         "sys.argv = sys.argv[1:]\n"
+        "sys.path[0] = sys.argv[0].rpartition('/')[0]  # as if it were run directly\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     done = subprocess.run(

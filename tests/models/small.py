@@ -51,9 +51,11 @@ CONFIGS = {
         "attention": "softmax",
         "softmax": {"short_conv": "before", "forget_gate": "data", "output_gate": "silu"},
     },
+    "softmax with convolutions": {"attention": "softmax", "softmax": {"short_conv": "qkv"}},
     "softmax learned": {"attention": "softmax", "positions": "learned", "max_length": 16},
     "softmax rope": {"attention": "softmax", "positions": "rope"},
     "softmax alibi": {"attention": "softmax", "positions": "alibi"},
+    "softmax bfloat16": {"attention": "softmax", "num_kv_heads": 2, "dtype": "bfloat16"},
 }
 # The models of CONFIGS whose attention carries a state, each kind of state once.
 STATEFUL = (

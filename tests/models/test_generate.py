@@ -109,13 +109,28 @@ def test_a_reader_that_leaves_early_is_no_error(race_run, environment):
     assert "Traceback" not in said
 
 
-def test_softmax_says_that_it_reads_again_and_positions_where_they_end(script, softmax_run, capsys):
+def test_learned_positions_say_where_they_end(script, softmax_run, capsys):
     run(script, checkpoint=softmax_run, prompt="the cat", max_tokens=20, seed=3)
     out, err = capsys.readouterr()
     assert out.startswith("the cat ")
     assert len(WORDS.encode(out.removesuffix("\n"))) == 2 + 7
-    assert "every token reads the whole sequence again" in err
     assert "the learned positions end at 8 tokens, so 7 are drawn instead of 20" in err
+
+
+def test_sparse_decoding_says_what_it_kept(script, softmax_run, capsys):
+    options = {"checkpoint": softmax_run, "prompt": "the cat", "max_tokens": 5, "greedy": True}
+    run(script, **options)
+    dense, _ = capsys.readouterr()
+    sparse = {"decode_attention": "sparse", "scorer": "quantized", "budget": 4, "sink": 1}
+    run(script, **options, **sparse, window=1, dense_below=5)
+    _, err = capsys.readouterr()
+    assert "sparse: at most 4 tokens a head by scorer='quantized'" in err
+    assert "1 + 1 of them forced, dense below 5" in err
+    assert "kept: 4 of 6 tokens a head in the last step; 2 of 4 steps were sparse" in err
+    run(script, **options, decode_attention="sparse")
+    whole, err = capsys.readouterr()
+    assert whole == dense
+    assert "kept: all tokens in all 4 steps" in err
 
 
 def test_a_stop_ends_the_text_and_is_not_written(script, race_run, capsys):
@@ -146,6 +161,8 @@ def test_a_stop_ends_the_text_and_is_not_written(script, race_run, capsys):
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
         ({"top_p": 1.5}, r"top_p=1.5 must lie in \(0, 1\]"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"budget": 9}, "--budget has no effect with --decode_attention=dense"),
+        ({"decode_attention": "sparse", "budget": 9}, "budget=9 must hold sink=16 and window=128"),
     ],
     ids=str,
 )
@@ -169,6 +186,16 @@ def test_a_run_of_another_task_is_refused(script, tmp_path, capsys):
         f"generate.py: {directory} is a run of the task 'copy', which has no tokenizer; give the "
         "directory of a run that was trained on text\n"
     )
+
+
+def test_a_model_that_sees_later_tokens_is_refused(script, tmp_path, capsys):
+    network = build(5, forget_gate=None)
+    model, record = describe(forget_gate=None), {"tokenizer": WORDS.to_dict()}
+    directory = save_model(tmp_path / "gaps", network, record, model=model, task="masked_lm")
+    with pytest.raises(SystemExit) as stop:
+        run(script, checkpoint=directory, prompt="the")
+    assert stop.value.code == 2
+    assert "the task 'masked_lm', whose model does not continue a text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

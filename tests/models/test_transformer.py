@@ -107,6 +107,43 @@ def test_a_sequence_may_be_split_anywhere(rng, assert_close, name):
     assert_close("state", state, end, kind="identity")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("softmax", "softmax learned", "softmax rope", "softmax alibi", "softmax bfloat16"),
+        "softmax with convolutions",
+    ],
+)
+def test_a_cache_gives_what_reading_everything_again_gives(rng, assert_close, name):
+    """The padding lies anywhere, and the rows have different lengths."""
+    tokens = rng.integers(0, VOCAB, (3, 12))
+    mask = rng.random((3, 12)) < 0.7
+    mask[1], mask[2, :5] = True, False
+    model, run = compiled(name)
+    whole = run(tokens, key_value_mask=mask)
+    parts, state = [], model.init_state(3, capacity=16)
+    for piece in (slice(0, 1), slice(1, 2), slice(2, 7), slice(7, 12)):
+        logits, state = run(tokens[:, piece], key_value_mask=mask[:, piece], state=state)
+        parts.append(logits)
+    got = np.concatenate(parts, axis=1)
+    dtype = DTYPES[name]
+    assert_close("logits", got[mask], np.asarray(whole)[mask], kind="outputs", dtype=dtype)
+    lengths = mask.sum(axis=1).tolist()
+    assert state.position.tolist() == state.layers[0].memory.length.tolist() == lengths
+
+
+def test_a_cache_says_what_it_cannot_do():
+    model, tokens = compiled("softmax alibi").model, jnp.array([[1, 2, 3]])
+    state = model.init_state(1, capacity=2)
+    with pytest.raises(NotImplementedError, match="one sequence a row; leave out segment_ids"):
+        model(tokens, segment_ids=jnp.zeros((1, 3), jnp.int32), state=state)
+    logits, full = model(tokens, state=state)
+    assert full.layers[0].memory.length.tolist() == [3]
+    assert np.isnan(logits).all()
+    logits, _ = model(tokens, positions=2 * jnp.arange(3)[None], state=model.init_state(1, 3))
+    assert np.isnan(logits[0]).all(axis=-1).tolist() == [False, True, True]
+
+
 def test_a_block_may_be_recomputed_in_the_backward_pass(rng, assert_close):
     tokens = jnp.asarray(rng.integers(0, VOCAB, (2, 6)))
 
@@ -229,9 +266,9 @@ def test_bad_calls_are_refused_in_words(name, tokens, options, kind, words):
 def test_states_that_do_not_fit_are_refused():
     race, softmax = (compiled(name).model for name in ("race", "softmax"))
     tokens = jnp.array([[1, 2]])
-    with pytest.raises(NotImplementedError, match="this model carries no state"):
+    with pytest.raises(NotImplementedError, match=r"as in init_state\(1, capacity=1024\)"):
         softmax.init_state(1)
-    with pytest.raises(NotImplementedError, match="this model carries no state"):
+    with pytest.raises(TypeError, match=r"with a cache of keys and values.*got .*LayerState"):
         softmax(tokens, state=race.init_state(1))
     with pytest.raises(ValueError, match="state is for a batch of 3"):
         race(tokens, state=race.init_state(3))

@@ -79,5 +79,5 @@ def test_a_run_is_bound_by_the_fields_of_its_own_task(tmp_path):
 def test_an_unknown_task_is_refused_by_name(tmp_path):
     config = small_config()
     config.task, config.run.directory = "copying", str(tmp_path)
-    with pytest.raises(ValueError, match=r"config\.task must be one of language_model, copy"):
+    with pytest.raises(ValueError, match=r"config\.task must be one of language_model, .*copy"):
         train(config)

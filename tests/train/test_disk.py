@@ -1,7 +1,6 @@
 """Runs whose sequences are read from a token file, segment by segment."""
 
 import dataclasses
-import json
 import pathlib
 
 import jax
@@ -9,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from race_jax.data.rows import RowsOnDisk
-from race_jax.data.token_file import open_token_file, write_token_file
+from race_jax.data.rows import UnreadRows
+from race_jax.data.token_file import write_token_file
 from race_jax.data.tokenizer import ByteTokenizer
 from race_jax.train.checkpoint import load_for_inference
 from race_jax.train.config import Config
@@ -36,7 +35,7 @@ def files(tmp_path_factory):
 
 def configure(files, directory, source) -> Config:
     config = small_config()
-    config.model.race.short_conv, config.model.race.forget_gate = True, "data"
+    config.model.race.short_conv, config.model.race.forget_gate = "before", "data"
     config.data.source, ending = source, {"files": "txt", "tokens": "npy"}[source]
     config.data.train_files = (str(files / f"train.{ending}"),)
     config.data.valid_files = (str(files / f"valid.{ending}"),)
@@ -77,7 +76,7 @@ def test_a_run_from_the_disk_is_that_from_memory(files, from_disk, tmp_path, ass
 
 def test_a_run_that_dies_in_a_step_loses_that_step_only(files, from_disk, tmp_path, monkeypatch):
     config = configure(files, tmp_path / "killed", "tokens")
-    calls, piece = [], RowsOnDisk.piece
+    calls, piece = [], UnreadRows.piece
 
     def dies(*arguments, **options):
         calls.append(1)
@@ -86,7 +85,7 @@ def test_a_run_that_dies_in_a_step_loses_that_step_only(files, from_disk, tmp_pa
         return piece(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RowsOnDisk, "piece", dies)
+        patch.setattr(UnreadRows, "piece", dies)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert len(losses(tmp_path / "killed")) == 2
@@ -112,7 +111,7 @@ def test_a_file_that_changes_during_a_run_stops_it(files, tmp_path, monkeypatch)
         (tmp_path / name).write_bytes((files / name).read_bytes())
     config = configure(files, tmp_path / "run", "tokens")
     config.data.train_files = (str(tmp_path / "train.npy"),)
-    calls, piece = [], RowsOnDisk.piece
+    calls, piece = [], UnreadRows.piece
 
     def cut_short(*arguments, **options):
         calls.append(1)
@@ -121,7 +120,7 @@ def test_a_file_that_changes_during_a_run_stops_it(files, tmp_path, monkeypatch)
                 stream.truncate(150)
         return piece(*arguments, **options)
 
-    monkeypatch.setattr(RowsOnDisk, "piece", cut_short)
+    monkeypatch.setattr(UnreadRows, "piece", cut_short)
     with pytest.raises(ValueError, match=r"train\.npy had 328 bytes .* 150 bytes now"):
         train(config)
 
@@ -133,29 +132,6 @@ def test_a_loss_that_is_not_finite_names_its_segment(files, tmp_path, monkeypatc
         FloatingPointError, match=r"segment \d .*in step 2; the checkpoint of step 1"
     ):
         train(config)
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "not a whole file of NumPy"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"), "its ids are not those"),
-        (lambda path: path.with_name("t.npy.json").unlink(), r"t\.npy\.json beside it is missing"),
-        (lambda path: path.with_name("t.npy.json").write_text("{}"), "is missing or damaged"),
-        (lambda path: np.save(path, np.zeros((2, 2))), r"holds float64 of shape \(2, 2\)"),
-        (lambda path: path.unlink(), "cannot be read"),
-    ],
-)
-def test_a_damaged_token_file_is_refused(tmp_path, damage, words):
-    path = tmp_path / "t.npy"
-    write_token_file(path, [TEXT], ByteTokenizer())
-    assert json.loads((tmp_path / "t.npy.json").read_text())["tokens"] == len(TEXT)
-    np.testing.assert_array_equal(open_token_file(path).ids, TEXT)
-    with pytest.raises(ValueError, match="exists already"):
-        write_token_file(path, [TEXT], ByteTokenizer())
-    damage(path)
-    with pytest.raises(ValueError, match=words):
-        open_token_file(path)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,9 @@ CHANGES = {
 
 
 # These need several devices: tests/devices/test_training.py tries them.
-ELSEWHERE = ["config.mesh.seq", "config.mesh.fsdp"]
+ELSEWHERE = [
+    f"config.mesh.{name}" for name in ("seq", "fsdp", "coordinator", "processes", "process")
+]
 
 
 @pytest.fixture(scope="module")

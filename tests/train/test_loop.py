@@ -11,6 +11,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from race_jax.tasks.language_model import xz_bits_per_byte
+from race_jax.train import summary
 from race_jax.train.checkpoint import checkpoint_folder
 from race_jax.train.config import Config
 from race_jax.train.loop import train
@@ -87,6 +88,19 @@ def test_a_run_says_what_it_is_and_leaves_its_traces(config, capsys):
     assert saved_steps(directory) == [8, 12]
     assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
 
+    found = summary.read(directory)
+    scores = {k: v for k, v in result.evaluation.items() if k not in ("kind", "step")}
+    assert found["scores"] == {"valid": scores}
+    assert found["steps"] == 12
+    assert f"{found['parameters']:,} parameters, 1 layers" in out
+    assert found["peak_bytes"] > 3 * 4 * found["parameters"]  # the state, with Adam's two moments
+    speeds = [r for r in read_records(directory / "metrics.jsonl") if r["kind"] == "speed"]
+    speed = np.median([record["tokens_per_second"] for record in speeds])
+    assert (found["speed"]["units"], found["speed"]["per_second"]) == ("tokens", speed)
+    assert found["speed"]["steps_per_second"] == pytest.approx(speed / (4 * 24))
+    assert (found["platform"], found["devices"], found["jax"]) == ("cpu", 1, jax.__version__)
+    assert found["digests"]
+
     again = train(config)
     assert again.evaluation == result.evaluation
     assert "resuming   after step 12" in capsys.readouterr().out
@@ -155,7 +169,7 @@ def fail(*arguments, **options):
 
 
 def test_a_run_does_not_need_its_decorations(config, capsys, monkeypatch):
-    """TensorBoard, the picture and the sample fail, and metrics cannot be written for a while."""
+    """TensorBoard and all that follows the scores fail; metrics cannot be written for a while."""
     config.run.tensorboard = True
     config.language_model.sample_length = 5
     config.run.checkpoint_every = 100
@@ -165,11 +179,12 @@ def test_a_run_does_not_need_its_decorations(config, capsys, monkeypatch):
     monkeypatch.setattr(MetricsLog, "_append", lambda *a: (next(failures, None) or append)(*a))
     monkeypatch.setattr("race_jax.train.metrics.event_file", fail)
     monkeypatch.setattr("race_jax.train.trainer.plot_losses", fail)
+    monkeypatch.setattr("race_jax.train.summary.write", fail)
     monkeypatch.setattr("race_jax.tasks.language_model.sample_lines", fail)
     result = train(config)
     assert result.evaluation["loss"] > 0
     out = capsys.readouterr().out
-    for what in ("TensorBoard events are", "the picture is", "the sample is"):
+    for what in ("TensorBoard events are", "the summary is", "the picture is", "the sample is"):
         assert f"{what} left out" in out
     assert "metrics.jsonl cannot be written (No space left on device)" in out
     assert "held out   " in out
@@ -206,8 +221,10 @@ def test_a_signal_during_the_last_evaluation_leaves_it_to_the_next_start(config,
     monkeypatch.setattr("race_jax.train.interrupt.StopRequest.reason", None)
     result = train(config)
     assert (result.step, result.evaluation) == (12, None)
+    assert summary.read(result.directory) is None
     monkeypatch.undo()
     result = train(config)
+    assert summary.read(result.directory)["steps"] == 12
     assert (result.stopped, result.evaluation["kind"]) == (None, "final")
 
 

@@ -17,6 +17,12 @@ def test_a_long_step_reports_its_parts(monkeypatch, capsys):
             shown.part()
         return [line for line in capsys.readouterr().out.splitlines() if "%" in line]
 
-    assert parts(4) == ["step 1: 25 % done", "step 1: 50 % done"]
+    assert parts(4) == [
+        "step 1: 25 % done, 4 min 00 s left",
+        "step 1: 50 % done, 2 min 40 s left",
+    ]
     shown.update(1, 2.0, 10.0)
-    assert parts(4) == ["step 2: 50 % done", "step 2: 99 % done"]
+    assert parts(4) == [
+        "step 2: 50 % done, 1 min 20 s left",
+        "step 2: 99 % done, 0 s left",
+    ]

@@ -1,0 +1,171 @@
+"""Attention of new tokens to a cache: the calls that decoding makes after `append`.
+
+Queries (B, T, N, H) of the last T tokens of every row, and a cache that holds their keys and
+values, give outputs (B, T, N, V). Query i of row b stands at length[b] - T + i and sees the tokens
+up to itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from race_jax.core import masking, shards
+from race_jax.core.dispatch import IMPLEMENTATIONS, XLA_ASKED, Choice
+from race_jax.sparse import exact
+from race_jax.sparse.cache import KINDS, KVCache
+
+_NO_KERNELS = "decoding from a cache has no GPU kernels yet"
+
+
+def dense_decode_attention(
+    query: jax.Array,
+    cache: KVCache,
+    *,
+    query_mask: jax.Array | None = None,
+    slopes: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    r"""Computes the softmax attention of the last tokens of every row to all tokens before them.
+
+    .. math::
+        out_t = \sum_{s \le t} \mathrm{softmax}_s(q_t \cdot k_s / \sqrt{H} - m \, (t - s)) \, v_s
+
+    The cost of a query grows with the number of tokens in the cache, and not with its capacity. One
+    program serves every length. Logits and sums are float32.
+
+    Args:
+        query: shape (B, T, N, H), floating: the queries of the last T tokens appended. Query head
+            n uses key/value head n // (N // K).
+        cache: the keys and values of all tokens, also of these.
+        query_mask: shape (B, T) bool, the mask of the `append`, or None. Padded queries return
+            zeros.
+        slopes: shape (N,), by how much the logits of a head fall per token of distance (the m of
+            ALiBi), or None.
+        implementation: "xla", or None for the best one there is.
+
+    Returns:
+        Shape (B, T, N, V), with the dtype of the values. A row that has passed its capacity, or
+        holds fewer tokens than there are queries, returns NaN.
+
+    Raises:
+        ValueError: if shapes do not fit, or a row is known to hold fewer tokens than its queries.
+        TypeError: if the query is not floating, or the mask is not bool.
+        NotImplementedError: if the implementation is "pallas", or a gradient is taken.
+
+    Example:
+        >>> import jax.numpy as jnp, race_jax
+        >>> cache = race_jax.KVCache.init(1, 8, kv_heads=1, head_dim=2, dtype=jnp.float32)
+        >>> cache = cache.append(jnp.ones((1, 3, 1, 2)), jnp.arange(6.0).reshape(1, 3, 1, 2))
+        >>> race_jax.dense_decode_attention(jnp.ones((1, 1, 1, 2)), cache)[0, 0, 0].tolist()
+        [2.0, 3.0]
+
+    Source: Vaswani et al. 2017, section 3.2.1, with the keys and values kept.
+    """
+    check_query(query, cache, query_mask)
+    choose(implementation)
+    kv_heads = cache.key.shape[2]
+    arrays = {"query": query, "cache": cache, "mask": query_mask, "slopes": None}
+    kinds = {"query": shards.TOKENS, "cache": KINDS, "mask": shards.SLOTS, "slopes": shards.HEADS}
+    if slopes is not None:
+        if slopes.shape != query.shape[2:3]:
+            raise ValueError(f"slopes must be (N,) = {query.shape[2:3]}; got {slopes.shape}.")
+        arrays["slopes"] = slopes.astype(jnp.float32).reshape(kv_heads, -1)
+    arrays = {name: x for name, x in arrays.items() if x is not None}
+    with jax.named_scope("dense_decode_attention"):
+        return shards.over_shards(
+            lambda arrays, _: _dense(**arrays),
+            arrays,
+            {name: kinds[name] for name in arrays},
+            shards.TOKENS,
+            kv_heads=kv_heads,
+            splits_sequence=False,
+        )
+
+
+def _dense(query, cache, mask=None, slopes=None) -> jax.Array:
+    positions, wrong = query_positions(query.shape[1], cache, mask)
+    return guarded(exact.dense(query, cache, positions, slopes), wrong)
+
+
+def query_positions(
+    count: int, cache: KVCache, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the position of each query, and which rows the cache cannot answer.
+
+    Args:
+      count: T, the number of queries of a row.
+      cache: the cache, whose last tokens they are.
+      mask: ``(B, T)`` bool, or None.
+
+    Returns:
+      ``(B, T)`` int32 with -1 for padded queries, and ``(B,)`` bool.
+    """
+    length = cache.length[:, None]
+    if mask is None:
+        positions = length - count + jnp.arange(count, dtype=jnp.int32)
+        real = positions
+    else:
+        seen = jnp.cumsum(mask, axis=1, dtype=jnp.int32)
+        real = length - seen[:, -1:] + seen - 1
+        positions = jnp.where(mask, real, -1)
+        real = jnp.where(mask, real, 0)
+    wrong = (cache.length > cache.capacity) | (real < 0).any(axis=1)
+    return jnp.minimum(positions, cache.capacity - 1), wrong
+
+
+@jax.custom_jvp
+def guarded(out: jax.Array, wrong: jax.Array) -> jax.Array:
+    """Returns NaN for the rows that are wrong. It has no derivative, and says so."""
+    return jnp.where(wrong[:, None, None, None], jnp.nan, out)
+
+
+@guarded.defjvp
+def _guarded_jvp(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "decode attention has no gradient; train with softmax_attention, which reads whole "
+        "sequences."
+    )
+
+
+def choose(implementation: str | None) -> Choice:
+    """Returns which implementation runs, and why.
+
+    Raises:
+      ValueError: if the implementation is unknown.
+      NotImplementedError: if it is ``"pallas"``.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
+    if implementation == "pallas":
+        raise NotImplementedError(f"{_NO_KERNELS}; pass implementation='xla' or None")
+    return XLA_ASKED if implementation == "xla" else Choice("xla", _NO_KERNELS)
+
+
+def check_query(query: jax.Array, cache: KVCache, mask: jax.Array | None) -> None:
+    """Checks a query against the cache and, if the lengths are known, that its keys are there."""
+    rows, _, heads, width = cache.key.shape
+    shape = getattr(query, "shape", ())
+    fits = len(shape) == 4 and shape[0] == rows and shape[3] == width
+    if not fits or shape[2] == 0 or shape[2] % heads:
+        raise ValueError(
+            f"query (B, T, N, H) = {shape} does not meet a cache of {rows} rows and {heads} "
+            f"key/value heads of {width}; N must be a multiple of {heads}."
+        )
+    if not jnp.issubdtype(query.dtype, jnp.floating):
+        raise TypeError(f"query must be floating; got {query.dtype}.")
+    if shape[1] == 0:
+        raise ValueError("query has no token; append the keys of at least one first.")
+    masking.check_key_value_mask(mask, shape[:2])
+    held, kept = masking.concrete(cache.length), masking.concrete(mask)
+    if held is None or (mask is not None and kept is None):
+        return
+    asked = np.full(held.shape, shape[1]) if kept is None else kept.sum(axis=1)
+    for row in np.flatnonzero(asked > held):
+        raise ValueError(
+            f"query has {asked[row]} tokens, but row {row} of the cache holds {held[row]}; append "
+            "their keys first."
+        )

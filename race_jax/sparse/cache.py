@@ -1,0 +1,222 @@
+"""The cache of keys and values of softmax attention, which decoding reads instead of the tokens.
+
+Keys (B, T, K, H) and values (B, T, K, V) of new tokens go in. Every row of the batch has a length
+of its own, and its tokens lie side by side in the slots before it:
+
+    key[b, length[b] + i] = the i-th new key of row b that the mask does not hide
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from race_jax.core import masking, shards
+
+CAPACITY_LIMIT = 2**31  # slots are counted in int32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens so far, with room for more.
+
+    The cache is a value. Methods return a new one, and keeping an old one is all it takes to go
+    back. Slots from ``length`` on are never read, whatever they hold. If a row would pass the
+    capacity, its length says so, and attention gives NaN for it until the row is cut back.
+
+    Attributes:
+      key: ``(B, C, K, H)``, as attention reads them, which is after rotary positions.
+      value: ``(B, C, K, V)``.
+      length: ``(B,)`` int32, the number of tokens of each row.
+
+    Example:
+      >>> import jax.numpy as jnp, race_jax
+      >>> cache = race_jax.KVCache.init(
+      ...     batch=1, capacity=8, kv_heads=2, head_dim=4, dtype=jnp.float32
+      ... )
+      >>> token = jnp.ones((1, 3, 2, 4))
+      >>> cache = cache.append(token, token, key_value_mask=jnp.array([[False, True, True]]))
+      >>> cache.capacity, cache.length.tolist(), cache.truncate(jnp.array([1])).length.tolist()
+      (8, [2], [1])
+
+    Source: beyond the paper.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    length: jax.Array
+
+    @classmethod
+    def init(
+        cls,
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    ) -> KVCache:
+        """Returns an empty cache.
+
+        Args:
+          batch: B.
+          capacity: C, the number of tokens that a row has room for, at least 1.
+          kv_heads: K.
+          head_dim: H.
+          value_dim: V, or None for H.
+          dtype: the dtype of keys and values.
+
+        Raises:
+          ValueError: if the capacity is out of range.
+
+        Example:
+          >>> import race_jax
+          >>> race_jax.KVCache.init(2, 16, kv_heads=4, head_dim=8).key.shape
+          (2, 16, 4, 8)
+        """
+        if not 1 <= capacity < CAPACITY_LIMIT:
+            raise ValueError(f"{capacity=} must be at least 1 and below 2**31, as slots are int32.")
+        value_dim = head_dim if value_dim is None else value_dim
+        return cls(
+            jnp.zeros((batch, capacity, kv_heads, head_dim), dtype),
+            jnp.zeros((batch, capacity, kv_heads, value_dim), dtype),
+            jnp.zeros(batch, jnp.int32),
+        )
+
+    @property
+    def capacity(self) -> int:
+        """C, the number of tokens that a row has room for."""
+        return self.key.shape[1]
+
+    @property
+    def segment(self) -> jax.Array:
+        """The segment of the last token of each row, ``(B,)``: 0, or -1 before the first token."""
+        return jnp.where(self.length > 0, 0, -1)
+
+    def append(
+        self, key: jax.Array, value: jax.Array, *, key_value_mask: jax.Array | None = None
+    ) -> KVCache:
+        """Returns the cache with the tokens added. Prefill and decoding are the same call.
+
+        Args:
+          key: ``(B, T, K, H)``, in the dtype of the cache.
+          value: ``(B, T, K, V)``, in the dtype of the cache.
+          key_value_mask: ``(B, T)`` bool, True where there is a token, or None. Padded slots are
+            left out, wherever they are, so that the tokens of a row lie side by side.
+
+        Raises:
+          ValueError: if shapes do not fit, or if the tokens are known not to fit the capacity. In
+            traced code such a row gives NaN instead.
+          TypeError: if a dtype differs from that of the cache.
+        """
+        check_append(self, key, value, key_value_mask)
+        arrays = {"cache": self, "key": key, "value": value, "mask": key_value_mask}
+        kinds = {"key": shards.TOKENS, "value": shards.TOKENS, "mask": shards.SLOTS}
+        kinds = {name: kind for name, kind in kinds.items() if arrays[name] is not None}
+        arrays = {name: arrays[name] for name in (*kinds, "cache")}
+        return shards.over_shards(
+            lambda arrays, _: _append(**arrays),
+            arrays,
+            kinds | {"cache": KINDS},
+            KINDS,
+            kv_heads=self.key.shape[2],
+            splits_sequence=False,
+        )
+
+    def truncate(self, length: jax.Array) -> KVCache:
+        """Returns the cache cut back to ``length`` ``(B,)`` tokens. Nothing is copied or cleared.
+
+        Raises:
+          ValueError: if a row is known to hold fewer tokens than that.
+        """
+        length = jnp.asarray(length, jnp.int32)
+        if length.shape != self.length.shape:
+            raise ValueError(f"length must have shape {self.length.shape}; got {length.shape}.")
+        wanted, held = masking.concrete(length), masking.concrete(self.length)
+        if wanted is not None and held is not None:
+            for row in np.flatnonzero((wanted > held) | (wanted < 0)):
+                raise ValueError(
+                    f"length={wanted[row]} is not from 0 to the {held[row]} tokens of row {row}."
+                )
+        return dataclasses.replace(self, length=jnp.minimum(length, self.length))
+
+    def reset(self, rows: jax.Array) -> KVCache:
+        """Returns the cache with the rows emptied where ``rows`` ``(B,)`` bool is True."""
+        return dataclasses.replace(self, length=jnp.where(jnp.asarray(rows), 0, self.length))
+
+    def grow(self, capacity: int) -> KVCache:
+        """Returns a copy with room for ``capacity`` tokens a row. Programs compile anew for it.
+
+        Raises:
+          ValueError: if the cache has that room already.
+        """
+        return dataclasses.replace(
+            self,
+            key=grown(self.key, capacity, axis=1),
+            value=grown(self.value, capacity, axis=1),
+        )
+
+
+KINDS = KVCache(key=shards.TOKENS, value=shards.TOKENS, length=shards.ROWS)
+
+
+def grown(x: jax.Array, capacity: int, *, axis: int) -> jax.Array:
+    """Returns an array with zeros behind it, so that ``axis`` has ``capacity`` slots."""
+    if not x.shape[axis] < capacity < CAPACITY_LIMIT:
+        raise ValueError(f"{capacity=} must be above the present {x.shape[axis]} and below 2**31.")
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, capacity - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
+def new_slots(length: jax.Array, mask: jax.Array | None, count: int, capacity: int) -> jax.Array:
+    """Returns the slot ``(B, T)`` of each new token. A padded one gets the slot ``capacity``.
+
+    A slot from ``capacity`` on is outside the cache, where writes are dropped.
+    """
+    if mask is None:
+        return length[:, None] + jnp.arange(count, dtype=jnp.int32)
+    slots = length[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
+    return jnp.where(mask, slots, capacity)
+
+
+def _append(cache: KVCache, key, value, mask: jax.Array | None = None) -> KVCache:
+    count = key.shape[1]
+    slots = new_slots(cache.length, mask, count, cache.capacity)
+    rows = jnp.arange(key.shape[0])[:, None]
+    added = count if mask is None else mask.sum(axis=1, dtype=jnp.int32)
+    return KVCache(
+        cache.key.at[rows, slots].set(key, mode="drop"),
+        cache.value.at[rows, slots].set(value, mode="drop"),
+        cache.length + added,
+    )
+
+
+def check_append(cache: KVCache, key, value, mask: jax.Array | None) -> None:
+    """Checks the shapes and dtypes of new tokens and, if the lengths are known, the room."""
+    for name, x, held in (("key", key, cache.key), ("value", value, cache.value)):
+        if x.ndim != 4 or x.shape[0] != held.shape[0] or x.shape[2:] != held.shape[2:]:
+            rows, _, heads, width = held.shape
+            raise ValueError(
+                f"{name} must be ({rows}, T, {heads}, {width}) as the cache holds it; "
+                f"got {x.shape}."
+            )
+        if x.dtype != held.dtype:
+            raise TypeError(f"{name} is {x.dtype}; the cache holds {held.dtype}.")
+    if key.shape[1] != value.shape[1]:
+        raise ValueError(f"key and value must share tokens; got {key.shape} and {value.shape}.")
+    masking.check_key_value_mask(mask, key.shape[:2])
+    held, kept = masking.concrete(cache.length), masking.concrete(mask)
+    if held is None or (mask is not None and kept is None):
+        return
+    added = np.full(held.shape, key.shape[1]) if kept is None else kept.sum(axis=1)
+    for row in np.flatnonzero(held + added > cache.capacity):
+        room = 1 << int(held[row] + added[row] - 1).bit_length()
+        raise ValueError(
+            f"row {row} holds {held[row]:,} of {cache.capacity:,} tokens; {added[row]:,} more do "
+            f"not fit: cache.grow({room})."
+        )

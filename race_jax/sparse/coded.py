@@ -1,0 +1,239 @@
+"""A cache of keys and values that also holds what a scorer needs of every token.
+
+It is a `KVCache` and codes beside it, with the same slots and lengths:
+
+    codes[b, k, s], factor[b, k, s] = code(key[b, s, k]),   value_norm[b, k, s] = |value[b, s, k]|
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from race_jax.sparse import cache as cache_module
+from race_jax.sparse import codes
+from race_jax.sparse.cache import KVCache
+from race_jax.sparse.config import SparseConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SparseCache:
+    """Keys and values with their codes. It has the methods of `KVCache`, and behaves like it.
+
+    Attributes:
+      kv: the keys and values.
+      codes: ``(B, K, C, W)`` uint32, or None if the scorer has no codes.
+      factor: ``(B, K, C)`` float16, what a code is multiplied by, or None.
+      value_norm: ``(B, K, C)`` float32, or None.
+      pages: ``(B, K, pages, 2, H)``, the minima and maxima of the keys of every full page, or None.
+      planes: the rotations or hash planes ``(M, H)`` bfloat16, or a seed ``(1,)`` uint32.
+      config: the configuration, which is static. What it says of codes cannot be changed later.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, race_jax
+      >>> config = race_jax.SparseConfig(budget=4, sink=1, window=1, scorer="quantized")
+      >>> cache = race_jax.SparseCache.init(
+      ...     jax.random.key(0), 1, 8, kv_heads=2, head_dim=32, dtype=jnp.float32, config=config
+      ... )
+      >>> token = jnp.ones((1, 3, 2, 32))
+      >>> cache.append(token, token).length.tolist(), cache.codes.shape
+      ([3], (1, 2, 8, 4))
+
+    Source: beyond the paper, but for the codes of "socket".
+    """
+
+    kv: KVCache
+    codes: jax.Array | None
+    factor: jax.Array | None
+    value_norm: jax.Array | None
+    pages: jax.Array | None
+    planes: jax.Array
+    config: SparseConfig = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def init(
+        cls,
+        key: jax.Array,
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        *,
+        config: SparseConfig,
+    ) -> SparseCache:
+        """Returns an empty cache.
+
+        Args:
+          key: a ``jax.random`` key, from which rotations or planes are drawn.
+          batch: B.
+          capacity: C, for "quest" a multiple of the page size.
+          kv_heads: K.
+          head_dim: H.
+          value_dim: V, or None for H.
+          dtype: the dtype of keys and values.
+          config: the configuration.
+
+        Raises:
+          ValueError: if the capacity is out of range, or scores would not be exact integers.
+
+        Example:
+          >>> import jax, race_jax
+          >>> config = race_jax.SparseConfig(scorer="oracle")
+          >>> race_jax.SparseCache.init(jax.random.key(0), 1, 8, 2, 4, config=config).capacity
+          8
+        """
+        kv = KVCache.init(batch, capacity, kv_heads, head_dim, value_dim, dtype)
+        return cls.of(key, kv, config)
+
+    @classmethod
+    def of(cls, key: jax.Array, kv: KVCache, config: SparseConfig) -> SparseCache:
+        """Returns a cache with the tokens of `kv`, which are coded now.
+
+        A prompt can so be read with dense attention, and the tokens after it with sparse attention.
+
+        Args:
+          key: a ``jax.random`` key, from which rotations or planes are drawn.
+          kv: the keys and values.
+          config: the configuration.
+
+        Raises:
+          ValueError: as `init`.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, race_jax
+          >>> token = jnp.ones((1, 3, 2, 32), jnp.bfloat16)
+          >>> kv = race_jax.KVCache.init(1, 8, kv_heads=2, head_dim=32).append(token, token)
+          >>> config = race_jax.SparseConfig(budget=4, sink=1, window=1)
+          >>> race_jax.SparseCache.of(jax.random.key(0), kv, config).length.tolist()
+          [3]
+        """
+        coding = config.coding()
+        size = coding.page_size
+        if size is not None and kv.capacity % size:
+            raise ValueError(
+                f"capacity={kv.capacity} must be a multiple of page_size={size}; "
+                f"{-(-kv.capacity // size) * size} is."
+            )
+        planes = codes.draw(key, coding, kv.key.shape[-1])
+        parts = _tiled(kv, planes, coding)
+        pages = None
+        if size is not None:
+            pages = _bounds(kv.key.reshape(len(kv.length), -1, size, *kv.key.shape[2:]))
+        return cls(kv, **parts, pages=pages, planes=planes, config=config)
+
+    @property
+    def length(self) -> jax.Array:
+        """The number of tokens of each row, ``(B,)`` int32."""
+        return self.kv.length
+
+    @property
+    def capacity(self) -> int:
+        """C, the number of tokens that a row has room for."""
+        return self.kv.capacity
+
+    @property
+    def segment(self) -> jax.Array:
+        """The segment of the last token of each row, ``(B,)``: 0, or -1 before the first token."""
+        return self.kv.segment
+
+    def append(
+        self, key: jax.Array, value: jax.Array, *, key_value_mask: jax.Array | None = None
+    ) -> SparseCache:
+        """Returns the cache with the tokens added and coded, as `KVCache.append`."""
+        kv = self.kv.append(key, value, key_value_mask=key_value_mask)
+        old, count = self.kv.length, key.shape[1]
+        slots = cache_module.new_slots(old, key_value_mask, count, self.capacity)
+        rows = jnp.arange(len(old))[:, None]
+        new = _code(key, value, self.planes, self.config.coding())
+        parts = {
+            name: None
+            if new[name] is None
+            else _written(getattr(self, name), new[name], rows, slots)
+            for name in new
+        }
+        pages = self.pages
+        if pages is not None:
+            size = self.config.coding().page_size
+            touched = old[:, None] // size + jnp.arange(-(-count // size) + 1)
+            at = (touched[..., None] * size + jnp.arange(size)).reshape(len(old), -1)
+            keys = kv.key.at[rows, at].get(mode="clip")
+            found = _bounds(keys.reshape(*touched.shape, size, *keys.shape[2:]))
+            pages = _written(pages, found, rows, touched)
+        return dataclasses.replace(self, kv=kv, pages=pages, **parts)
+
+    def truncate(self, length: jax.Array) -> SparseCache:
+        """Returns the cache cut back to ``length`` ``(B,)`` tokens, as `KVCache.truncate`."""
+        return dataclasses.replace(self, kv=self.kv.truncate(length))
+
+    def reset(self, rows: jax.Array) -> SparseCache:
+        """Returns the cache with the rows emptied where ``rows`` ``(B,)`` bool is True."""
+        return dataclasses.replace(self, kv=self.kv.reset(rows))
+
+    def grow(self, capacity: int) -> SparseCache:
+        """Returns a copy with room for ``capacity`` tokens a row, as `KVCache.grow`."""
+        size = self.config.coding().page_size
+        if size is not None and capacity % size:
+            raise ValueError(
+                f"{capacity=} must be a multiple of page_size={size}; "
+                f"{-(-capacity // size) * size} is."
+            )
+        kv = self.kv.grow(capacity)
+        parts = {
+            name: None if x is None else cache_module.grown(x, capacity, axis=2)
+            for name in ("codes", "factor", "value_norm")
+            for x in [getattr(self, name)]
+        }
+        pages = self.pages
+        if pages is not None:
+            pages = cache_module.grown(pages, capacity // size, axis=2)
+        return dataclasses.replace(self, kv=kv, pages=pages, **parts)
+
+
+def _code(key: jax.Array, value: jax.Array, planes: jax.Array, coding: Any) -> dict[str, Any]:
+    """Returns what is stored of tokens ``(B, T, K, ...)``, each ``(B, K, T, ...)`` or None."""
+    words = factor = norm = None
+    if coding.num_rotations is not None:
+        words, factor = codes.code_levels(key, planes, coding.code_bits or 1)
+        factor = None if coding.scorer == "hamming" else factor
+    elif coding.num_tables is not None:
+        words = codes.code_tables(key, planes, coding.num_planes)
+        if coding.value_weighting:
+            norm = jnp.linalg.norm(value.astype(jnp.float32), axis=-1)
+    parts = {"codes": words, "factor": factor, "value_norm": norm}
+    return {name: None if x is None else jnp.swapaxes(x, 1, 2) for name, x in parts.items()}
+
+
+def _tiled(kv: KVCache, planes: jax.Array, coding: Any) -> dict[str, Any]:
+    """Codes all slots. Projections are several times as large as keys, hence one tile at a time."""
+    if kv.capacity <= codes.TILE:
+        return _code(kv.key, kv.value, planes, coding)
+    whole = kv.capacity // codes.TILE * codes.TILE
+
+    def tiles(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x[:, :whole].reshape(len(x), -1, codes.TILE, *x.shape[2:]), 1, 0)
+
+    parts = jax.lax.map(lambda pair: _code(*pair, planes, coding), (tiles(kv.key), tiles(kv.value)))
+    rest = _code(kv.key[:, whole:], kv.value[:, whole:], planes, coding)
+
+    def joined(tiles: jax.Array, rest: jax.Array) -> jax.Array:
+        tiles = jnp.moveaxis(tiles, 0, 2)  # (B, K, number, TILE, ...)
+        return jnp.concatenate([tiles.reshape(*tiles.shape[:2], whole, *tiles.shape[4:]), rest], 2)
+
+    return jax.tree.map(joined, parts, rest)
+
+
+def _bounds(keys: jax.Array) -> jax.Array:
+    """Returns minima and maxima ``(B, K, pages, 2, H)`` of keys ``(B, pages, size, K, H)``."""
+    return jnp.moveaxis(jnp.stack([keys.min(axis=2), keys.max(axis=2)], axis=3), 1, 2)
+
+
+def _written(held: jax.Array, new: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
+    """Writes ``(B, K, T, ...)`` to the slots ``(B, T)`` of an array ``(B, K, C, ...)``."""
+    # With an index on both sides of a slice, NumPy's rule brings the indexed axes to the front.
+    return held.at[rows, :, slots].set(jnp.swapaxes(new, 1, 2), mode="drop")

@@ -1,0 +1,225 @@
+"""Attention of new tokens to the best tokens of a cache, at most `budget` of them a head.
+
+Every query scores all tokens that it sees, keeps the forced ones and the best others, and attends
+to these exactly:
+
+    out_t = sum_{s in kept(t)} softmax_s(q_t . k_s / sqrt(H)) v_s
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from race_jax.core.dispatch import Choice
+from race_jax.sparse import attention, exact, scores
+from race_jax.sparse.cache import KVCache
+from race_jax.sparse.coded import SparseCache
+from race_jax.sparse.config import SparseConfig
+from race_jax.sparse.selection import Selection, select
+
+
+class Report(NamedTuple):
+    """What the queries of a call have read.
+
+    Attributes:
+      indices: ``(B, T, M, budget)`` int32, the positions that were read, ascending, and 0 after
+        ``count``. M is N, or K if heads share a list. They are all 0 if attention was dense.
+      count: ``(B, T, M)`` int32, the number of tokens that were read.
+      is_dense: whether attention was dense, because all sequences are short.
+    """
+
+    indices: jax.Array
+    count: jax.Array
+    is_dense: jax.Array
+
+
+def sparse_decode_attention(
+    query: jax.Array,
+    cache: SparseCache,
+    config: SparseConfig | None = None,
+    *,
+    query_mask: jax.Array | None = None,
+    implementation: str | None = None,
+    return_report: bool = False,
+) -> jax.Array | tuple[jax.Array, Report]:
+    r"""Computes exact attention of the last tokens of every row to the best tokens before them.
+
+    .. math::
+        out_t = \sum_{s \in kept(t)} \mathrm{softmax}_s(q_t \cdot k_s / \sqrt{H}) \, v_s
+
+    The kept tokens are the first ``sink``, the last ``window`` with the query's own, and those of
+    the others that score best, min(budget, visible) unique tokens in all. The weights are those of
+    a softmax over the kept tokens alone, so the result is biased where attention is flat. All
+    tokens are scored, so a step still takes time in proportion to the length. While every sequence
+    is shorter than ``dense_below``, the result is that of `dense_decode_attention` to the last bit;
+    under ``jax.vmap`` both are computed.
+
+    Args:
+        query: shape (B, T, N, H), floating: the queries of the last T tokens appended. Each has its
+            own list.
+        cache: the keys, values and codes of all tokens, also of these.
+        config: what to keep, or None for the configuration of the cache. It may differ from that in
+            everything that the codes do not depend on.
+        query_mask: shape (B, T) bool, the mask of the `append`, or None. Padded queries return
+            zeros.
+        implementation: "xla", or None for the best one there is.
+        return_report: whether to return what was read as well.
+
+    Returns:
+        Shape (B, T, N, V), with the dtype of the values, or that and a `Report`. A row that has
+        passed its capacity, or holds fewer tokens than there are queries, returns NaN.
+
+    Raises:
+        ValueError: if shapes do not fit, the cache has no codes or other ones, or a row is known to
+            hold fewer tokens than its queries.
+        TypeError: if the query is not floating, or the mask is not bool.
+        NotImplementedError: if the implementation is "pallas", or a gradient is taken.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, race_jax
+        >>> config = race_jax.SparseConfig(
+        ...     budget=3, sink=1, window=1, scorer="oracle", dense_below=0
+        ... )
+        >>> cache = race_jax.SparseCache.init(
+        ...     jax.random.key(0), 1, 8, kv_heads=1, head_dim=2, dtype=jnp.float32, config=config
+        ... )
+        >>> keys = jnp.array([0.0, 5.0, 1.0, 2.0, 0.0])[None, :, None, None] * jnp.ones(2)
+        >>> cache = cache.append(keys, keys)
+        >>> out, report = race_jax.sparse_decode_attention(
+        ...     jnp.ones((1, 1, 1, 2)), cache, return_report=True
+        ... )
+        >>> report.indices[0, 0, 0].tolist(), int(report.count[0, 0, 0])
+        ([0, 1, 4], 3)
+
+    Source: arXiv 2602.06283. One selection in place of three lists goes beyond it.
+    """
+    config = _checked(query, cache, config, query_mask)
+    attention.choose(implementation)
+    positions, wrong = attention.query_positions(query.shape[1], cache.kv, query_mask)
+
+    def sparse(query: jax.Array) -> tuple[jax.Array, Report]:
+        return _sparse(query, cache, config, positions)
+
+    def dense(query: jax.Array) -> tuple[jax.Array, Report]:
+        out = exact.dense(query, cache.kv, positions, None)
+        lists = query.shape[2] if config.selection == "head" else cache.kv.key.shape[2]
+        count = jnp.broadcast_to((positions + 1)[..., None], (*positions.shape, lists))
+        indices = jnp.zeros((*count.shape, config.budget), jnp.int32)
+        indices += 0 * count[..., None]  # varies over the axes of a shard_map as the others do
+        return out, Report(indices, count, jnp.bool_(True))
+
+    with jax.named_scope("sparse_decode_attention"):
+        if config.dense_below == 0:
+            out, report = sparse(query)
+        else:
+            short = cache.length.max(initial=0) < config.dense_below
+            out, report = jax.lax.cond(short, dense, sparse, query)
+        out = attention.guarded(out, wrong)
+    return (out, report) if return_report else out
+
+
+def _sparse(query, cache: SparseCache, config: SparseConfig, positions):
+    """Takes the queries one after another, because each reads tokens of its own."""
+
+    def one(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Selection]:
+        query, positions = (x[:, None] for x in inputs)
+        selection = _selected(query, cache, config, positions)
+        out = exact.listed(query, cache.kv, selection)
+        return out[:, 0], Selection(selection.indices[:, 0], selection.count[:, 0])
+
+    if query.shape[1] == 1:
+        out, selection = jax.tree.map(lambda x: x[:, None], one((query[:, 0], positions[:, 0])))
+    else:
+        by_time = jnp.moveaxis(query, 1, 0), jnp.moveaxis(positions, 1, 0)
+        out, selection = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), jax.lax.map(one, by_time))
+    return out, Report(*selection, jnp.bool_(False))
+
+
+def _selected(query, cache: SparseCache, config: SparseConfig, positions) -> Selection:
+    found = scores.by_name(query, cache, config, positions)
+    if config.selection == "group":
+        found = found * scores.unit(query, cache, config)
+        found = found.reshape(*found.shape[:2], cache.kv.key.shape[2], -1, found.shape[-1]).max(3)
+    slots = jnp.arange(cache.capacity, dtype=jnp.int32)
+    positions = positions[..., None]
+    visible = slots <= positions
+    forced = visible & ((slots < config.sink) | (slots > positions - config.window))
+    return select(found, forced=forced, visible=visible, budget=config.budget)
+
+
+def score(query: jax.Array, cache: SparseCache, config: SparseConfig | None = None) -> jax.Array:
+    """Returns the scores ``(B, T, N, C)`` float32 of all slots, before any is forced or hidden.
+
+    Args:
+      query: ``(B, T, N, H)``, the queries of the last T tokens.
+      cache: the codes of all tokens.
+      config: as for `sparse_decode_attention`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, race_jax
+      >>> config = race_jax.SparseConfig(scorer="oracle")
+      >>> cache = race_jax.SparseCache.init(jax.random.key(0), 1, 8, 1, 2, config=config)
+      >>> cache = cache.append(*2 * [jnp.ones((1, 3, 1, 2), jnp.bfloat16)])
+      >>> race_jax.sparse.score(jnp.ones((1, 1, 2, 2)), cache).shape
+      (1, 1, 2, 8)
+    """
+    config = _checked(query, cache, config, None)
+    positions, _ = attention.query_positions(query.shape[1], cache.kv, None)
+    return scores.by_name(query, cache, config, positions)
+
+
+def explain(query: jax.Array, cache: SparseCache, config: SparseConfig | None = None) -> Choice:
+    """Says which implementation `sparse_decode_attention` would run, and why.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, race_jax
+      >>> config = race_jax.SparseConfig(scorer="oracle")
+      >>> cache = race_jax.SparseCache.init(jax.random.key(0), 1, 8, 1, 2, config=config)
+      >>> race_jax.sparse.explain(jnp.ones((1, 0, 1, 2)), cache).implementation
+      Traceback (most recent call last):
+      ValueError: query has no token; append the keys of at least one first.
+    """
+    _checked(query, cache, config, None)
+    return attention.choose(None)
+
+
+def kept(config: SparseConfig, length: int, longest: int | None = None) -> tuple[int, bool]:
+    """Returns how many tokens a query at the end of `length` tokens reads, and whether all.
+
+    Args:
+      config: the configuration.
+      length: the number of tokens of its row, with its own.
+      longest: the number of tokens of the longest row, or None for ``length``.
+
+    Example:
+      >>> import race_jax
+      >>> config = race_jax.SparseConfig(budget=512, dense_below=1000)
+      >>> race_jax.sparse.kept(config, 999), race_jax.sparse.kept(config, 1000)
+      ((999, True), (512, False))
+    """
+    is_dense = (length if longest is None else longest) < config.dense_below
+    return (length if is_dense else min(config.budget, length)), is_dense
+
+
+def _checked(query, cache, config: SparseConfig | None, mask) -> SparseConfig:
+    """Checks all arguments, and returns the configuration that counts."""
+    if isinstance(cache, KVCache):
+        raise ValueError(
+            "this cache has no codes; make a SparseCache, or call dense_decode_attention."
+        )
+    if not isinstance(cache, SparseCache):
+        raise TypeError(f"cache must be a SparseCache; got {type(cache).__name__}.")
+    attention.check_query(query, cache.kv, mask)
+    config = cache.config if config is None else config
+    if not isinstance(config, SparseConfig):
+        raise TypeError(f"config must be a SparseConfig; got {type(config).__name__}.")
+    held, asked = cache.config.coding(), config.coding()
+    if held != asked:
+        raise ValueError(
+            f"the cache was coded for {held.describe()}; config asks for {asked.describe()}: make "
+            "a cache with SparseCache.init(config=...)."
+        )
+    return config

@@ -1,0 +1,32 @@
+"""Masked language models: short stories and WikiText-2, of whose tokens 15 % are guessed.
+
+`small` is the training of `configs/mlm_tinystories.py` and `configs/mlm_wikitext2.py`, which have
+the paper's model of 6 layers of width 384 for the stories. `paper` trains the stories for about 100
+epochs, as the paper does. It has fewer stories than the paper, and byte pairs in place of word
+pieces.
+"""
+
+from experiments.causal_lm import PERPLEXITY
+from experiments.methods import ENCODER
+from experiments.table import TINY, Data, Table
+
+TABLE = Table(
+    name="masked_lm",
+    title="Masked language models",
+    data=(
+        Data(
+            "tinystories",
+            "Tiny Stories, byte pairs",
+            "configs/mlm_tinystories.py",
+            PERPLEXITY,
+            {
+                "tiny": {"data.tokenizer": "words"},
+                "paper": {"run.steps": 7500, "optimizer.warmup_steps": 75},
+            },
+        ),
+        Data("wikitext2", "WikiText-2, words", "configs/mlm_wikitext2.py", PERPLEXITY),
+    ),
+    methods=ENCODER,
+    budgets={"tiny": TINY | {"data.sequence_length": 32}},
+    tiny=("wikitext2", "softmax", "race_paper"),
+)

@@ -1,0 +1,135 @@
+"""The methods that several tables compare. Each is made from another one by one change.
+
+The names of options are those of `scripts/train_lm.py --help`. Every attention has the same parts:
+a short convolution on queries, keys and values, a forgetting gate, a norm and a gate of the output.
+"""
+
+from typing import Any
+
+from experiments.table import Method
+
+
+def options(attention: str, **values: Any) -> dict[str, Any]:
+    """Returns the settings of an attention's own options.
+
+    Example:
+        >>> options("linear", forget_gate="data")
+        {'model.linear.forget_gate': 'data'}
+    """
+    return {f"model.{attention}.{name}": value for name, value in values.items()}
+
+
+def plain(attention: str, label: str, **positions: str) -> Method:
+    """Returns an attention with its default options.
+
+    Args:
+        attention: its name, which is also that of the method.
+        label: the label of the method.
+        **positions: `positions` of the model, if the method sets them.
+    """
+    model = {f"model.{name}": value for name, value in positions.items()}
+    return Method(attention, label, {"model.attention": attention, **model})
+
+
+def with_parts(method: Method, label: str) -> Method:
+    """Returns a method with the convolutions, the output norm and the sigmoid output gate."""
+    parts = {"short_conv": "qkv", "output_norm": "rms", "output_gate": "sigmoid"}
+    change = options(str(method.settings["model.attention"]), **parts)
+    return method.but(f"{method.name}_full", label, change)
+
+
+def race(name: str, label: str, **values: Any) -> Method:
+    """Returns RACE with some options."""
+    return Method(name, label, {"model.attention": "race", **options("race", **values)})
+
+
+# The paper's form: planes of unit scale, one trained sharpness, and nothing beside the hash.
+PAPER = {
+    "planes_scale": 1.0,
+    "sharpness": 1.0,
+    "shared_sharpness": True,
+    "forget_gate": None,
+}
+
+SOFTMAX = plain("softmax", "softmax, learned positions", positions="learned")
+SOFTMAX_ROPE = SOFTMAX.but("softmax_rope", "softmax, RoPE", {"model.positions": "rope"})
+SOFTMAX_ALIBI = SOFTMAX.but("softmax_alibi", "softmax, ALiBi", {"model.positions": "alibi"})
+SOFTMAX_FULL = with_parts(SOFTMAX_ALIBI, "softmax, ALiBi, with convolutions, norm and output gate")
+SIGMOID = plain("sigmoid", "sigmoid")
+ANGULAR = plain("angular", "exact angular, degree 8")
+PERFORMER = plain("performer", "Performer (256 features)")
+LINEAR = plain("linear", "linear (elu + 1)")
+LINEAR_GATE = LINEAR.but("linear_gate", "linear, data gate", options("linear", forget_gate="data"))
+LINEAR_FULL = with_parts(LINEAR_GATE, "linear, data gate, convolutions, norm and output gate")
+GATED_LINEAR = plain("gated_linear", "gated linear attention, as published")
+GATED_LINEAR_SIGMOID = GATED_LINEAR.but(
+    "gated_linear_sigmoid",
+    "gated linear attention, sigmoid output gate",
+    options("gated_linear", output_gate="sigmoid"),
+)
+GATED_DELTA = plain("gated_delta", "gated delta net, as published")
+GATED_DELTA_SIGMOID = GATED_DELTA.but(
+    "gated_delta_sigmoid",
+    "gated delta net, sigmoid output gate",
+    options("gated_delta", output_gate="sigmoid"),
+)
+
+RACE_PAPER = race(
+    "race_paper", "RACE, the paper's form (P = 4, L = 4)", num_planes=4, num_tables=4, **PAPER
+)
+RACE_PLAIN = race("race_plain", "RACE (P = 3, L = 8)", num_planes=3, num_tables=8, forget_gate=None)
+RACE = RACE_PLAIN.but("race", "RACE, data gate", options("race", forget_gate="data"))
+RACE_CONV = RACE.but("race_conv", "… and convolutions", options("race", short_conv="qkv"))
+RACE_NORM = RACE_CONV.but("race_norm", "… and output norm", options("race", output_norm="rms"))
+RACE_FULL = RACE_NORM.but("race_full", "RACE, all parts", options("race", output_gate="sigmoid"))
+RACE_SMOOTH = RACE_FULL.but(
+    "race_smooth",
+    "RACE, all parts, hash without tanh",
+    options("race", use_tanh=False, sharpness=1.0),
+)
+RACE_WIDE = RACE_SMOOTH.but(
+    "race_wide",
+    "RACE, all parts, without tanh, P = 2, L = 16",
+    options("race", num_planes=2, num_tables=16),
+)
+
+# What the parts of RACE are worth: each differs from RACE_FULL, or from RACE_WIDE, by one change.
+RACE_FORMS = (
+    *(RACE_PAPER, RACE_PLAIN, RACE, RACE_CONV, RACE_NORM, RACE_FULL),
+    RACE_FULL.but("race_silu", "… silu output gate", options("race", output_gate="silu")),
+    RACE_FULL.but("race_unnormed", "… no output norm", options("race", output_norm=None)),
+    RACE_FULL.but(
+        "race_before", "… one convolution before all", options("race", short_conv="before")
+    ),
+    RACE_FULL.but("race_p2", "… P = 2, L = 16", options("race", num_planes=2, num_tables=16)),
+    RACE_FULL.but("race_p5", "… P = 5, L = 2", options("race", num_planes=5, num_tables=2)),
+    *(RACE_SMOOTH, RACE_WIDE),
+    RACE_WIDE.but("race_learned", "… learned planes", options("race", learn_planes=True)),
+    RACE_WIDE.but("race_one_beta", "… one β a layer", options("race", shared_sharpness=True)),
+    RACE_WIDE.but("race_nowhere", "… no positions", {"model.positions": "none"}),
+)
+
+CAUSAL = (
+    *(SOFTMAX, SOFTMAX_ROPE, SOFTMAX_ALIBI, SOFTMAX_FULL, SIGMOID, ANGULAR, PERFORMER),
+    *(LINEAR, LINEAR_GATE, LINEAR_FULL, GATED_LINEAR, GATED_LINEAR_SIGMOID),
+    *(GATED_DELTA, GATED_DELTA_SIGMOID, RACE_PAPER, RACE_PLAIN, RACE, RACE_FULL, RACE_WIDE),
+)
+
+# Models that see all tokens. They take the positions, and RACE the P and L, of the configuration.
+ENCODER_SOFTMAX = plain("softmax", "softmax")
+ENCODER_RACE = race("race", "RACE", forget_gate=None)
+ENCODER_RACE_SMOOTH = ENCODER_RACE.but(
+    "race_smooth", "RACE, hash without tanh", options("race", use_tanh=False, sharpness=1.0)
+)
+ENCODER_LINEAR_TIME = (
+    ENCODER_SOFTMAX,
+    *(LINEAR, PERFORMER, plain("linformer", "Linformer (128)")),
+    race("race_paper", "RACE, the paper's form", **PAPER),
+    *(ENCODER_RACE, ENCODER_RACE_SMOOTH),
+    ENCODER_RACE_SMOOTH.but(
+        "race_wide",
+        "RACE, without tanh, P = 2, L = 16",
+        options("race", num_planes=2, num_tables=16),
+    ),
+)
+ENCODER = (*ENCODER_LINEAR_TIME, SIGMOID, ANGULAR)

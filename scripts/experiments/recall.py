@@ -1,0 +1,84 @@
+"""Associative recall (MQAR) by the number of pairs and by the size of the state.
+
+Each row has convolutions on queries, keys and values, so that rows differ in the attention only.
+The state is given in numbers a layer, for two heads of 64: F (V + 1) for RACE and linear attention,
+whose F is 2^P L and 64, and H V for the matrices of the gated ones. Fewer or more heads change it.
+All rows have one learning rate.
+"""
+
+from experiments.methods import PAPER, options, plain, race
+from experiments.table import TINY, Data, Method, Metric, Table
+
+ACCURACY = Metric("valid.accuracy", "accuracy, %", 1, 100.0, lowest_is_best=False)
+HEADS = 2
+
+
+def pairs(number: int, length: int) -> Data:
+    """Returns the data with so many pairs."""
+    return Data(
+        f"pairs_{number}",
+        f"{number} pairs among {length} tokens",
+        "configs/recall.py",
+        (ACCURACY,),
+        settings={"recall.num_pairs": number, "data.sequence_length": length},
+        size=number,
+    )
+
+
+def convolved(method: Method) -> Method:
+    """Returns a method with the convolutions, which are there from the start."""
+    change = options(str(method.settings["model.attention"]), short_conv="qkv")
+    return Method(method.name, method.label, {**method.settings, **change})
+
+
+def of_state(method: Method, heads: int) -> Method:
+    """Returns a gated method with so many heads of 128 / heads, which changes its state."""
+    size = 128 // heads
+    label = f"{method.label}, {heads} heads of {size}: {heads * size * size:,}"
+    if heads == HEADS:
+        return Method(method.name, label, method.settings)
+    return method.but(f"{method.name}_{heads}", label, {"model.num_heads": heads})
+
+
+def race_rows() -> tuple[Method, ...]:
+    """Returns RACE with 32 to 256 features a head, from P = 2 and growing L, and P = 4, L = 4."""
+    own = {"short_conv": "qkv", "use_tanh": False, "sharpness": 1.0, "num_planes": 2}
+    first = race("race_32", f"RACE, P = 2, L = 8: {HEADS * 32 * 65:,}", num_tables=8, **own)
+    wider = (
+        first.but(
+            f"race_{4 * tables}",
+            f"RACE, P = 2, L = {tables}: {HEADS * 4 * tables * 65:,}",
+            options("race", num_tables=tables),
+        )
+        for tables in (16, 64)
+    )
+    sharper = first.but(
+        "race_p4",
+        f"RACE, P = 4, L = 4: {HEADS * 64 * 65:,}",
+        options("race", num_planes=4, num_tables=4),
+    )
+    return (first, *wider, sharper)
+
+
+GATED = [convolved(plain(name, label)) for name, label in (
+    ("gated_linear", "gated linear attention"), ("gated_delta", "gated delta net")
+)]  # fmt: skip
+PAPER_FORM = f"RACE, the paper's form (P = 4, L = 4): {HEADS * 64 * 65:,}"
+
+TABLE = Table(
+    name="recall",
+    title="Associative recall",
+    data=(pairs(4, 64), pairs(8, 64), pairs(16, 128), pairs(32, 256), pairs(64, 512)),
+    methods=(
+        convolved(plain("softmax", "softmax, RoPE: all tokens", positions="rope")),
+        convolved(plain("linear", f"linear (elu + 1): {HEADS * 64 * 65:,}")),
+        *(of_state(method, heads) for method in GATED for heads in (HEADS, 4, 1)),
+        race("race_paper", PAPER_FORM, num_planes=4, num_tables=4, short_conv="qkv", **PAPER),
+        *race_rows(),
+    ),
+    budgets={
+        "tiny": TINY | {"recall.vocab_size": 64, "recall.held_out_rows": 8, "recall.num_pairs": 2}
+    },
+    tiny=("pairs_4", "softmax", "race_paper"),
+    size_label="pairs",
+)

@@ -1,0 +1,60 @@
+"""Text classification: SST-2, QNLI, IMDB and AG News, and IMDB in 4,096 bytes.
+
+`small` is the training of the files `configs/cls_*.py`, with fewer steps on IMDB in bytes. `paper`
+has the paper's AdamW: a learning rate of 1e-5 and a weight decay of 5e-5, for about 10 epochs. The
+paper says this of IMDB; for the other data sets the number of epochs is ours.
+"""
+
+from typing import Any
+
+from experiments.methods import ENCODER
+from experiments.table import TINY, Data, Metric, Table
+
+VALID = Metric("valid.accuracy", "accuracy, valid, %", 1, 100.0, lowest_is_best=False)
+TEST = Metric("test.accuracy", "accuracy, test, %", 1, 100.0, lowest_is_best=False)
+
+
+def epochs(steps: int) -> dict[str, Any]:
+    """Returns the budget of a run of so many steps of 32 texts."""
+    return {"run.steps": steps, "run.eval_every": steps // 10}
+
+
+TABLE = Table(
+    name="text",
+    title="Text classification",
+    data=(
+        Data("sst2", "SST-2", "configs/cls_sst2.py", (VALID, TEST), {"paper": epochs(21_000)}),
+        Data(
+            "qnli",
+            "QNLI, a tenth of its training pairs",
+            "configs/cls_qnli.py",
+            (VALID,),
+            {"paper": epochs(3300)},
+        ),
+        Data("imdb", "IMDB", "configs/cls_imdb.py", (TEST, VALID), {"paper": epochs(7000)}),
+        Data(
+            "agnews",
+            "AG News, 10,001 training items",
+            "configs/cls_agnews.py",
+            (TEST, VALID),
+            {"paper": epochs(2800)},
+        ),
+        Data(
+            "imdb_bytes",
+            "IMDB, 4,096 bytes",
+            "configs/cls_imdb_bytes.py",
+            (TEST, VALID),
+            {"small": {"run.steps": 2500, "optimizer.warmup_steps": 250}},
+        ),
+    ),
+    methods=ENCODER,
+    budgets={
+        "tiny": TINY | {"data.tokenizer": "words", "data.sequence_length": 16},
+        "paper": {
+            "optimizer.learning_rate": 1e-5,
+            "optimizer.end_learning_rate": 0.0,
+            "optimizer.weight_decay": 5e-5,
+        },
+    },
+    tiny=("sst2", "softmax", "race_paper"),
+)

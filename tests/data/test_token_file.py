@@ -1,0 +1,67 @@
+"""Token files: how they are written, by the script too, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from race_jax.data.rows import UnreadRows, row
+from race_jax.data.token_file import open_token_file, write_token_file
+from race_jax.data.tokenizer import ByteTokenizer
+from scripts import write_tokens
+
+TEXT = np.random.default_rng(0).integers(0, 256, 300).astype(np.uint8)
+
+
+def test_pieces_of_rows_are_the_rows():
+    ids = [TEXT[:25], TEXT[25:32], TEXT[:1], TEXT[:0]]
+    batch = UnreadRows(ids, length=24)
+    want = {name: np.stack([row(x, 24)[name] for x in ids]) for name in row(ids[0], 24)}
+    for length in (1, 7, 24):
+        pieces = [batch.piece(i, min(i + length, 24)) for i in range(0, 24, length)]
+        for name, whole in want.items():
+            np.testing.assert_array_equal(np.concatenate([p[name] for p in pieces], 1), whole)
+    np.testing.assert_array_equal(
+        batch.piece(2, 9, [2, 0])["targets"], want["targets"][[2, 0], 2:9]
+    )
+
+
+def test_the_script_writes_what_its_tokenizer_says(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("abba")
+    (tmp_path / "b.txt").write_text("cab")
+    texts = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    letters, more = str(tmp_path / "letters.npy"), str(tmp_path / "more.npy")
+    assert write_tokens.main([letters, *texts, "--tokenizer", "characters"]) == 0
+    assert "8 tokens (characters)" in capsys.readouterr().out
+    found = open_token_file(tmp_path / "letters.npy")
+    assert found.tokenizer.decode(found.ids) == "abba\ncab"
+    assert write_tokens.main([more, texts[1], "--like", letters]) == 0
+    assert open_token_file(tmp_path / "more.npy").ids.tolist() == [3, 1, 2]
+    assert write_tokens.main([letters, *texts]) == 2
+    assert "letters.npy exists already" in capsys.readouterr().err
+    assert write_tokens.main([str(tmp_path / "x.npy"), str(tmp_path / "none.txt")]) == 2
+    assert "none.txt: no such file" in capsys.readouterr().err
+    assert not list(tmp_path.glob("x.npy*"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "not a whole file of NumPy"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"), "its ids are not those"),
+        (lambda path: path.with_name("t.npy.json").unlink(), r"t\.npy\.json beside it is missing"),
+        (lambda path: path.with_name("t.npy.json").write_text("{}"), "is missing or damaged"),
+        (lambda path: np.save(path, np.zeros((2, 2))), r"holds float64 of shape \(2, 2\)"),
+        (lambda path: path.unlink(), "cannot be read"),
+    ],
+)
+def test_a_damaged_token_file_is_refused(tmp_path, damage, words):
+    path = tmp_path / "t.npy"
+    write_token_file(path, [TEXT], ByteTokenizer())
+    assert json.loads((tmp_path / "t.npy.json").read_text())["tokens"] == len(TEXT)
+    np.testing.assert_array_equal(open_token_file(path).ids, TEXT)
+    with pytest.raises(ValueError, match="exists already"):
+        write_token_file(path, [TEXT], ByteTokenizer())
+    damage(path)
+    with pytest.raises(ValueError, match=words):
+        open_token_file(path)

@@ -1,0 +1,68 @@
+"""`scripts/score_positions.py`: the loss by position, against the logits of the whole text."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from race_jax.data.tokenizer import ByteTokenizer
+from race_jax.models import ModelConfig, TransformerLM
+from scripts import score_positions
+
+TEXT = np.random.default_rng(0).integers(0, 256, 2500).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = ModelConfig(num_layers=1, width=16, num_heads=2)
+    model = TransformerLM(config, 256, keep_rngs=False, rngs=nnx.Rngs(0))
+    # Random tables of a fresh model are small, and every token would have nearly the same loss.
+    model.embedding[...] *= 30
+    return model
+
+
+def wanted(model, ids):
+    """The nats of all tokens but the first, from the logits of the whole."""
+    logits = model(ids[None, :-1].astype(np.int32), deterministic=True)[0]
+    return -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), ids[1:, None], 1)[:, 0]
+
+
+def nats(model, context):
+    pieces = score_positions.book_nats(model, TEXT, segment_length=700, context=context)
+    return np.concatenate(list(pieces))
+
+
+def test_nats_of_every_token_are_those_of_the_whole(model, assert_close):
+    assert_close("whole book", nats(model, 0), wanted(model, TEXT), kind="resumed")
+    windows = [wanted(model, TEXT[first : first + 201]) for first in range(0, 2499, 200)]
+    assert_close("windows", nats(model, 200), np.concatenate(windows), kind="resumed")
+
+
+def test_the_table_has_the_mean_of_every_bucket(model, tmp_path, capsys, monkeypatch):
+    (tmp_path / "book.txt").write_bytes(TEXT.tobytes())
+    loads = lambda directory: (model, ByteTokenizer(), None)  # noqa: E731
+    monkeypatch.setattr(score_positions, "load_for_inference", loads)
+    words = [str(tmp_path / "book.txt"), "--checkpoint", "run", "--context", "0,200"]
+    words += ["--json", str(tmp_path / "sums.json"), "--segment_length", "700"]
+    assert score_positions.main(words) == 0
+    rows = json.loads((tmp_path / "sums.json").read_text())
+    # Token i of the book is scored at position i, and token 0 is not scored.
+    borders = [0, 1023, 2047, 2499]
+    for context in (0, 200):
+        found = nats(model, context)
+        for bucket, (first, stop) in enumerate(itertools.pairwise(borders)):
+            row = next(r for r in rows if (r["context"], r["bucket"]) == (context, bucket))
+            assert row["tokens"] == stop - first
+            assert row["nats"] == pytest.approx(found[first:stop].sum(), rel=1e-6)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| position | tokens | whole book | 200 |"
+    assert lines[2].startswith("| 0 to 1,023 | 1,023 | ")
+    assert lines[4].startswith("| 2,048 to 4,095 | 452 | ")
+
+
+def test_what_cannot_be_scored_is_said(tmp_path, capsys):
+    assert score_positions.main([str(tmp_path / "a"), "--checkpoint", str(tmp_path)]) == 2
+    assert "no checkpoints in" in capsys.readouterr().err

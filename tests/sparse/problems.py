@@ -1,0 +1,28 @@
+"""Random tokens, and attention over lists of them in float64, for the tests of decoding."""
+
+import numpy as np
+
+
+def draw_tokens(rng, batch, length, heads, kv_heads, head_dim, value_dim, dtype=np.float32):
+    """Queries, keys and values of some tokens, each (B, T, heads, width)."""
+    sizes = (heads, head_dim), (kv_heads, head_dim), (kv_heads, value_dim)
+    arrays = [rng.normal(size=(batch, length, *size)).astype(np.float32) for size in sizes]
+    return [array.astype(dtype) for array in arrays]
+
+
+def attend_over(query, key, value, mask, slopes=None, last=None):
+    """Causal softmax attention from the last tokens over the real tokens, as a loop in float64."""
+    query, key, value = (np.asarray(x).astype(np.float64) for x in (query, key, value))
+    rows, length, heads, width = query.shape
+    group = heads // key.shape[2]
+    out = np.zeros((rows, length, heads, value.shape[-1]))
+    for b, t, n in np.ndindex(rows, length, heads):
+        if not mask[b, t] or t < length - (last or length):
+            continue
+        sees = np.flatnonzero(mask[b, : t + 1])
+        logits = key[b, sees, n // group] @ query[b, t, n] / np.sqrt(width)
+        if slopes is not None:
+            logits -= float(slopes[n]) * np.arange(len(sees))[::-1]
+        weights = np.exp(logits - logits.max())
+        out[b, t, n] = weights @ value[b, sees, n // group] / weights.sum()
+    return out[:, -(last or length) :]

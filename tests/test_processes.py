@@ -1,0 +1,129 @@
+"""A run of two processes with two CPU devices each: its steps, the death of one, and a restart."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from race_jax.data.token_file import write_token_file
+from race_jax.data.tokenizer import ByteTokenizer
+from race_jax.train.config import Config
+from race_jax.train.loop import train
+from tests.train.small import small_config
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+STEPS = 8  # that are compared with one device
+SAVED = 30  # the first step with a checkpoint
+CONFIG = """
+from tests import test_processes
+def get_config():
+    return test_processes.configuration("tokens", "npy")
+"""
+
+
+def configuration(source: str, ending: str) -> Config:
+    config = small_config()
+    config.model.race.short_conv, config.model.race.forget_gate = "before", "data"
+    config.data.source, config.data.train_files = source, (f"train.{ending}",)
+    config.data.valid_files = (f"valid.{ending}",)
+    config.optimizer.segment_length, config.optimizer.schedule = 8, "constant"
+    config.run.checkpoint_every, config.run.log_every, config.run.tensorboard = SAVED, 1, False
+    return config
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The text, in files of text and of tokens, and the programs that are compiled."""
+    text = np.random.default_rng(0).choice(list(b"abcdefgh \n"), 2000).astype(np.uint8)
+    for name, ids in {"train": text[:1900], "valid": text[1900:]}.items():
+        (tmp_path / f"{name}.txt").write_bytes(ids.tobytes())
+        write_token_file(tmp_path / f"{name}.npy", [ids], ByteTokenizer())
+    (tmp_path / "config.py").write_text(CONFIG)
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    monkeypatch.setenv("XLA_FLAGS", quick)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path
+
+
+def launch(folder, steps) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "scripts" / "launch_local.py", "--processes=2", "--devices=2"]
+    command += ["--", ROOT / "scripts" / "train_lm.py", "--config", folder / "config.py"]
+    # The stretches of a sequence lie in different processes, and parameters in both of them.
+    command += ["--config.mesh.seq=2", "--config.mesh.fsdp=2", f"--config.data.root={folder}"]
+    command += [f"--config.run.directory={folder / 'two'}", f"--config.run.steps={steps}"]
+    with (folder / "log.txt").open("w") as log:
+        return subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, cwd=ROOT)
+
+
+def records(folder, run="two") -> dict[int, dict[str, float]]:
+    """The metrics of each step that are written so far."""
+    path = folder / run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return {r["step"]: r for r in found if r["kind"] == "train"}
+
+
+@pytest.mark.once
+def test_two_processes_are_one_run(folder, assert_close):
+    running = launch(folder, 10**6)
+    end = time.monotonic() + 300
+    while running.poll() is None and len(records(folder)) < SAVED + 5 and time.monotonic() < end:
+        time.sleep(0.05)
+    log = (folder / "log.txt").read_text()
+    pids = re.search(r"processes (\d+) (\d+)$", log, re.MULTILINE)
+    assert running.poll() is None, log
+    os.kill(int(pids[2]), signal.SIGKILL)
+    assert running.wait(60) == 128 + signal.SIGKILL
+    log = (folder / "log.txt").read_text()
+    assert "process 1 was ended by SIGKILL; the others have 10 seconds to end" in log
+    assert "devices    4 x cpu" in log
+    assert log.count("step       1/") == 1  # one process prints
+
+    before = records(folder)
+    assert launch(folder, max(before) + 2).wait(300) == 0, (folder / "log.txt").read_text()
+    log = (folder / "log.txt").read_text()
+    resumed = int(re.search(r"resuming +after step (\d+)", log)[1])
+    after = records(folder)
+    assert SAVED <= resumed < max(before)
+    assert len(after) == max(before) + 2
+    assert {step: after[step] for step in before} == before
+    assert "held out" in log
+
+    def here(run, steps, *data):
+        """Trains in this process, on one device."""
+        config = configuration(*data)
+        config.data.root, config.run.directory = str(folder), str(folder / run)
+        config.run.steps = steps
+        train(config)
+
+    here("two", max(after) + 1, "tokens", "npy")  # goes on from a checkpoint of two processes
+    assert len(records(folder)) == len(after) + 1
+    here("one", STEPS, "files", "txt")
+    one = records(folder, "one")
+    assert len(one) == STEPS
+    for name in ("loss", "grad_norm"):
+        got, want = (np.array([x[step][name] for step in one]) for x in (before, one))
+        assert_close(name, got, want, kind="gradients")
+
+
+def test_what_does_not_fit_is_refused():
+    for fields, words in (
+        ({"coordinator": "here"}, r'must be HOST:PORT or "auto", got \'here\''),
+        ({"coordinator": "here:1"}, r"needs config\.mesh\.processes .* got None and None"),
+        ({"coordinator": "here:1", "processes": 2, "process": 2}, r"got 2 and 2"),
+        ({"processes": 2}, r"need config\.mesh\.coordinator=HOST:PORT, got None"),
+    ):
+        config = small_config()
+        for name, value in fields.items():
+            setattr(config.mesh, name, value)
+        with pytest.raises(ValueError, match=words):
+            config.validate()
