@@ -51,7 +51,11 @@ CONFIGS = {
         "attention": "softmax",
         "softmax": {"short_conv": "before", "forget_gate": "data", "output_gate": "silu"},
     },
-    "softmax with convolutions": {"attention": "softmax", "softmax": {"short_conv": "qkv"}},
+    "softmax with convolutions": {
+        "attention": "softmax",
+        "num_kv_heads": 2,
+        "softmax": {"short_conv": "qkv"},
+    },
     "softmax learned": {"attention": "softmax", "positions": "learned", "max_length": 16},
     "softmax rope": {"attention": "softmax", "positions": "rope"},
     "softmax alibi": {"attention": "softmax", "positions": "alibi"},
