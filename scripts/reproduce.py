@@ -29,7 +29,7 @@ from experiments.table import BUDGETS, Table
 from race_jax.train.console import say, warn
 from race_jax.train.progress import duration
 from reproduction import figure, miniature, results
-from reproduction.plan import Run, make_runs
+from reproduction.plan import Run, check_files, make_runs
 from reproduction.work import environments, is_finished, visible_cards, work
 
 FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75
@@ -145,13 +145,15 @@ def main(words: Sequence[str]) -> int:
             options.data_sets,
             options.out,
         )
-    except ValueError as error:
+        options.out.mkdir(parents=True, exist_ok=True)
+        if options.budget == "tiny" and not options.data:
+            options.data = options.out / "miniature"
+            miniature.write(options.data)
+        if not options.show:
+            check_files(runs, options.data)
+    except (ValueError, OSError) as error:
         warn(f"reproduce: {error}")
         return REFUSED
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.budget == "tiny" and not options.data:
-        options.data = options.out / "miniature"
-        miniature.write(options.data)
     if not options.show:
         given = dict(os.environ)
         slots = environments(options.jobs, visible_cards(given), options.data, given)

@@ -18,6 +18,7 @@ import time
 import pytest
 
 import experiments
+import reproduce
 from experiments.table import Data, Method, Metric, Table
 from race_jax.train.files import run_directory
 from race_jax.train.metrics import read_records
@@ -353,6 +354,42 @@ def test_several_runs_share_the_cards_and_their_memory():
     assert work.visible_cards({"CUDA_VISIBLE_DEVICES": "2, 3"}) == ["2", "3"]
     assert work.visible_cards({"CUDA_VISIBLE_DEVICES": ""}) == []
     assert work.visible_cards({"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "2"}) == []
+
+
+def test_a_command_line_that_cannot_be_is_refused(tmp_path, capsys):
+    for words, text in (
+        (
+            ["causal_lm", "--methods", "softmx"],
+            "--methods: there is no 'softmx'; there are softmax",
+        ),
+        (["causal_lm", "--data-sets", "ptb,x"], "--data-sets: there is no 'x'"),
+        (["causal_lm", "--data", str(tmp_path / "none")], "--data: there is no folder"),
+        (["none"], "invalid choice: 'none'"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            reproduce.parse(words)
+        assert stop.value.code == 2
+        assert text in capsys.readouterr().err
+
+
+def test_missing_data_is_named_before_anything_runs(tmp_path, capsys, monkeypatch):
+    words = ["causal_lm", "--data-sets", "ptb", "--out", str(tmp_path / "out")]
+    monkeypatch.delenv("RACE_JAX_DATA", raising=False)
+    assert reproduce.main(words) == 2
+    assert "no root is set" in capsys.readouterr().err
+    assert reproduce.main([*words, "--data", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"ptb needs {tmp_path}/ptb/ptb.train.txt.xz, which does not exist" in said
+    assert "--data" in said
+
+
+def test_a_table_of_runs_that_were_never_started_is_shown_as_unfinished(tmp_path, capsys):
+    words = ["listops", "--budget", "tiny", "--seeds", "2", "--show", "--out", str(tmp_path)]
+    assert reproduce.main(words) == 75
+    out = capsys.readouterr().out
+    assert "0 of 4 runs finished" in out
+    assert "4 of 4 runs are not finished; the same command goes on" in out
+    assert len(json.loads((tmp_path / "listops.json").read_text())["runs"]) == 4
 
 
 @pytest.mark.once

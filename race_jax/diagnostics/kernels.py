@@ -145,6 +145,11 @@ def softmax_kernel(query: jax.Array, key: jax.Array) -> jax.Array:
     Returns:
       ``(B, N, T, S)``. Each row is divided by its largest entry, which leaves its weights as they
       are.
+
+    Example:
+      >>> x = jnp.array([[[[0.0]], [[1.0]]]])  # two tokens of one head of width 1
+      >>> [round(float(w), 3) for w in softmax_kernel(x, x)[0, 0, 1]]
+      [0.368, 1.0]
     """
     query, key, _ = _aligned(query, key, 1.0)
     logits = jnp.einsum("bnth,bnsh->bnts", query, key, precision="highest") / query.shape[-1] ** 0.5

@@ -173,6 +173,14 @@ def report(layer: Any, x: jax.Array, rng_key: jax.Array, *, draws: int = 2) -> R
 
     Returns:
       The error of the hash, the use of its buckets and the context of the gate.
+
+    Example:
+      >>> import race_jax
+      >>> from flax import nnx
+      >>> layer = race_jax.RACEAttention(2, 16, num_tables=2, num_planes=2, rngs=nnx.Rngs(0))
+      >>> x = jax.random.normal(jax.random.key(0), (1, 8, 16))
+      >>> print(report(layer, x, jax.random.key(1)).text().splitlines()[0])
+      hash       L = 2, P = 2, beta 2.00, 2.00
     """
     settings = layer.config
     heads, causal = heads_of(layer, x), bool(layer.is_causal)

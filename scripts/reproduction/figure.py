@@ -39,14 +39,14 @@ def draw(table: Table, content: Mapping[str, Any], path: Path) -> bool:
     with matplotlib.rc_context(STYLE | {"font.size": 9}):
         figure = matplotlib.figure.Figure(layout="constrained")
         if all(d.size is not None for d in data):
-            figure.set_size_inches(7, 4.2)
+            figure.set_size_inches(9.5, 4.2)
             _lines(figure.subplots(), table, data, records)
         else:
             figure.set_size_inches(2.2 + 2.8 * len(data), 1.2 + 0.26 * len(table.methods))
             panels = figure.subplots(1, len(data), sharey=True, squeeze=False)[0]
             for axes, d in zip(panels, data, strict=True):
                 _panel(axes, table.methods, d, records)
-        figure.suptitle(f"{table.title}, budget {content['budget']}")
+        figure.suptitle(f"{table.title}, budget {content['budget']}", x=0.01, ha="left")
         figure.savefig(path, format="svg", metadata={"Date": None})
     return True
 
@@ -115,7 +115,7 @@ def _lines(axes: Any, table: Table, data: Sequence[Data], records: Sequence[dict
     axes.set(xlabel=table.size_label, ylabel=metric.label)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.figure.legend(loc="outside right upper", frameon=False)
+    axes.figure.legend(loc="outside right center", frameon=False)
 
 
 def _color(method: Method) -> str:

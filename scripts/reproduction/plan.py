@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.table import Data, Method, Table
+from race_jax.data.sources import named_paths
 from race_jax.train.config import Config
 from race_jax.train.files import is_free
 from race_jax.train.flags import parse_config
@@ -110,6 +111,31 @@ def _make_run(settings: dict[str, Any], data: Data, method: Method, seed: int, o
     directory = out / "runs" / f"{data.name}-{method.name}-seed{seed}-{digest(config)}"
     words = "--config", data.config, *own, f"--config.run.directory={directory}"
     return Run(data, method, seed, config, words, directory)
+
+
+def check_files(runs: Sequence[Run], root: Path | None) -> None:
+    """Checks that the files of the data are there, so that not every run fails for their lack.
+
+    Args:
+        runs: the runs.
+        root: the folder of the data; None is the one that the environment names.
+
+    Raises:
+        ValueError: there is no such folder, or a file is missing in it. The message names it.
+    """
+    for run in runs:
+        data = run.config.data
+        if data.source != "files":
+            continue
+        if root is not None:
+            data = dataclasses.replace(data, root=str(root))
+        for field in ("train_files", "valid_files", "test_files"):
+            for path in named_paths(data, field):
+                if not path.exists():
+                    raise ValueError(
+                        f"{run.data.name} needs {path}, which does not exist; give the folder of "
+                        "the data with --data, or leave the data set out with --data-sets"
+                    )
 
 
 def as_word(value: Any) -> str:

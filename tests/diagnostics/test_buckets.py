@@ -69,6 +69,7 @@ def test_the_figure_shows_what_it_is_given(tmp_path):
         diagnostics.draw(path)
 
 
+@pytest.mark.once
 def test_a_flat_target_is_met_by_the_softest_hash_and_a_sharp_one_by_a_harder_hash():
     # Four clusters of equal tokens, at right angles to each other.
     x = 3 * jnp.repeat(jnp.eye(4), 3, axis=0)[None, :, None]

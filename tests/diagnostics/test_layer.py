@@ -63,6 +63,7 @@ def test_the_layers_of_a_model_get_the_inputs_of_a_forward_pass(assert_close):
     assert_close("hidden", x, model.hidden(tokens), kind="outputs")
 
 
+@pytest.mark.once
 def test_the_report_of_a_layer():
     layer = race_jax.RACEAttention(
         **SIZES, forget_gate="data", num_tables=4, num_planes=2, rngs=nnx.Rngs(0)
