@@ -20,7 +20,6 @@ from flax import nnx
 
 import race_jax.layers.serialization  # noqa: F401  (flax.serialization of states)
 from race_jax.core.shapes import Axis
-from race_jax.layers import gates
 from race_jax.layers.functional import LayerState, check_static, init_state, race_layer
 from race_jax.layers.race_config import PAPER, RACEConfig, warn_of_shared_planes
 
@@ -309,7 +308,7 @@ class RACEAttention(nnx.Module):
         Raises:
           ValueError: if the record has a forget gate and the layer is not causal.
         """
-        gates.check_direction(config.forget_gate, is_causal)
+        config.check_direction(is_causal)
         options = {name: getattr(config, name) for name in RACEConfig.names()}
         return cls(is_causal=is_causal, rngs=rngs, **options, **initializers)
 

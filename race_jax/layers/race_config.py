@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from race_jax.core import dispatch, hashing, state
+from race_jax.layers import gates
 from race_jax.layers.parts import Parts
 
 PLANES = 0x9A7E5  # an arbitrary constant that is folded into the keys of planes
@@ -203,6 +204,10 @@ class RACEConfig(Parts):
                 "fold_planes=True never makes the queries and keys that normalize_qk=True would "
                 "normalize; turn one of the two off"
             )
+
+    def check_direction(self, is_causal: bool) -> None:
+        """Raises ValueError if the gate does not go with the direction."""
+        gates.check_direction(self.forget_gate, is_causal)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record as JSON values, with dtypes as their names."""

@@ -9,9 +9,10 @@ config_class   A frozen dataclass that is checked when it is made. It has those 
                a model does not set. MODEL_DEFAULTS holds the defaults that differ in a model.
                POSITIONS names the positions that are part of the method, besides those that every
                model can have. ``describe(batch, length, is_packed, is_causal)`` returns two texts:
-               what would run, and why.
+               what would run, and why. ``check_direction(is_causal)`` raises ValueError if the
+               record does not go with a causal model, or with one that sees later tokens.
 from_config    ``(config, *, is_causal, kernel_init, out_kernel_init, rngs)`` makes the layer. It
-               raises ValueError if the config does not go with ``is_causal``.
+               calls ``check_direction``.
 __call__       ``(x, *, positions, mask, segment_ids, is_causal, state, deterministic, rngs)``
                returns ``(B, T, D)``, or that and the next state if a state is given.
 needs_rngs     only of a method that draws random numbers in a training step, whose calls then get

@@ -5,6 +5,8 @@ It maps token ids (B, T), or vectors (B, T, C), to one row of logits (B, classes
     logits = W pool(hidden) + b
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -81,12 +83,15 @@ class Classifier(nnx.Module):
                 "give either vocab_size, for token ids, or channels, for vectors, and at least 1; "
                 f"got {vocab_size=} and {channels=}."
             )
-        self.trunk = Transformer(config, None, is_causal=False, keep_rngs=keep_rngs, rngs=rngs)
+        # The learned first token makes each sequence one token longer.
+        longer = dataclasses.replace(config, max_length=config.max_length + (pooling == "cls"))
+        self.trunk = Transformer(longer, None, is_causal=False, keep_rngs=keep_rngs, rngs=rngs)
+        self.max_length = config.max_length if config.positions == "learned" else None
         kind = TokenEmbedding if channels is None else ValueEmbedding
         self.embedding = kind(
             vocab_size or channels,
             config.width,
-            max_length=self.trunk.max_length,
+            max_length=self.max_length,
             dtype=jnp.dtype(config.dtype),
             rngs=rngs,
         )
@@ -148,7 +153,7 @@ class Classifier(nnx.Module):
             raise ValueError(
                 f"key_value_mask must have shape {inputs.shape[:2]}; got {key_value_mask.shape}."
             )
-        limit = self.trunk.max_length
+        limit = self.max_length
         if limit is not None and inputs.shape[1] > limit:
             raise ValueError(
                 f"{inputs.shape[1]} tokens are more than the learned positions, "

@@ -295,14 +295,16 @@ class Config:
             )
 
     def _validate_direction(self) -> None:
-        """Checks that a model that sees later tokens has no gate, which works in one direction."""
-        name = self.model.attention
-        gate = getattr(self.model.attention_config(), "forget_gate", None)
-        if gate is not None and not registry.task_named(self.task).is_causal:
+        """Checks that the attention reads tokens in the direction of the task's model."""
+        is_causal = registry.task_named(self.task).is_causal
+        try:
+            self.model.attention_config().check_direction(is_causal)
+        except ValueError as error:
+            reads = "reads in one direction" if is_causal else "reads in both directions"
             raise ValueError(
-                f"config.model.{name}.forget_gate must be none with config.task={self.task!r}, "
-                f"whose model reads in both directions; got {gate!r}"
-            )
+                f"config.model.{self.model.attention} does not go with config.task={self.task!r}, "
+                f"whose model {reads}: {error}"
+            ) from None
 
     def _validate_together(self) -> None:
         self._validate_direction()

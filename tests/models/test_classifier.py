@@ -53,12 +53,12 @@ def draw_inputs(model: Classifier) -> tuple[jax.Array, jax.Array]:
 def by_definition(model: Classifier, inputs: jax.Array) -> jax.Array:
     """The logits of one sequence without padding, from the parts of the model."""
     length, first = inputs.shape[0], model.first is not None
-    table = model.trunk.max_length and model.embedding.positions[...][:length]
+    table = model.max_length and model.embedding.positions[...][:length]
     if model.input_rank == 2:
         x = model.embedding.tokens[...][inputs]
     else:
         x = inputs @ model.embedding.project.kernel[...] + model.embedding.project.bias[...]
-    x = x if model.trunk.max_length is None else x + table
+    x = x if model.max_length is None else x + table
     if first:
         x = jnp.concatenate([model.first[...][None], x])
     hidden = model.trunk.encode(x[None], positions=jnp.arange(len(x))[None])[0]
@@ -128,3 +128,11 @@ def test_a_language_model_that_is_not_causal_sees_later_tokens():
     assert float(jnp.abs(model(tokens)[0, 0] - changed[0, 0]).max()) > 1e-3
     with pytest.raises(NotImplementedError, match="carries no state"):
         model.init_state(1)
+
+
+def test_the_first_vector_is_beyond_max_length():
+    """An attention that is made for a length reads `max_length` tokens and the learned one."""
+    model = build(vocab_size=VOCAB, pooling="cls", attention="linformer", max_length=3)
+    assert jax.eval_shape(model, jnp.zeros((1, 3), int)).shape == (1, CLASSES)
+    with pytest.raises(ValueError, match=r"has 5 tokens, .* at most max_length=4"):
+        jax.eval_shape(model, jnp.zeros((1, 4), int))

@@ -138,7 +138,7 @@ def test_a_causal_setting_is_refused_in_one_sentence(tmp_path):
     config = masked_config(tmp_path)
     config.model.race.forget_gate = "data"
     with pytest.raises(
-        ValueError, match=r"forget_gate must be none .* both directions; got 'data'"
+        ValueError, match=r"config\.model\.race .* both directions: forget_gate='data' needs"
     ):
         config.validate()
     config.model.race.forget_gate, config.masked_lm.mask_rate = None, 1.0
