@@ -18,6 +18,8 @@ from absl import app, flags, logging
 
 from race_jax.models.decode import Sampling, remaining_positions, stream
 from race_jax.models.heads import TransformerLM
+from race_jax.sparse import SCORERS, SparseConfig, kept
+from race_jax.sparse.config import SELECTIONS
 
 try:
     from race_jax.data.tokenizer import Tokenizer
@@ -45,6 +47,27 @@ _STOP = flags.DEFINE_multi_string(
     "stop", [], "Text of one token at which to stop. It is not written. May be repeated."
 )
 _GREEDY = flags.DEFINE_bool("greedy", False, "Take the likeliest token each time.")
+
+_DECODE_ATTENTION = flags.DEFINE_enum(
+    "decode_attention",
+    "dense",
+    ["dense", "sparse"],
+    "What a new token of a softmax model attends to: all tokens, or the best of them.",
+)
+_SPARSE = {  # of these, only the flags that are given are set; the others have the field's default
+    "budget": flags.DEFINE_integer("budget", None, "sparse: number of tokens that are read."),
+    "scorer": flags.DEFINE_enum("scorer", None, list(SCORERS), "sparse: how tokens are scored."),
+    "sink": flags.DEFINE_integer("sink", None, "sparse: number of first tokens always read."),
+    "window": flags.DEFINE_integer("window", None, "sparse: number of last tokens always read."),
+    "selection": flags.DEFINE_enum(
+        "selection", None, list(SELECTIONS), "sparse: whether heads select alone or as a group."
+    ),
+    "code_bits": flags.DEFINE_integer("code_bits", None, "sparse: bits a coordinate of a code."),
+    "num_rotations": flags.DEFINE_integer("num_rotations", None, "sparse: rotations of a code."),
+    "dense_below": flags.DEFINE_integer(
+        "dense_below", None, "sparse: attention is dense while there are fewer tokens than this."
+    ),
+}
 
 _UNFINISHED = "\ufffd"  # a tokenizer decodes an incomplete character as this
 
@@ -90,6 +113,7 @@ def main(arguments: Sequence[str]) -> None:
     if not _PROMPT.value:
         _fail("--prompt is empty; give a text of at least one token, which the model continues")
     try:
+        sparse = _sparse_config()
         sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _GREEDY.value)
         model, tokenizer, config = load_for_inference(_CHECKPOINT.value)
         if not isinstance(tokenizer, Tokenizer):
@@ -112,9 +136,12 @@ def main(arguments: Sequence[str]) -> None:
             sampling=sampling,
             seed=_SEED.value,
             stop_token=stops,
+            sparse=sparse,
         )
     except (ValueError, RuntimeError) as error:
         _fail(str(error))
+    if sparse is not None:
+        _say(_plan(sparse))
     if not model.trunk.carries_state:
         _say("this model carries no state, so every token reads the whole sequence again")
     clock: list[float] = []
@@ -131,6 +158,41 @@ def main(arguments: Sequence[str]) -> None:
     except BrokenPipeError:  # the reader, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     _say(_speed(clock))
+    if sparse is not None:
+        _say(_kept(sparse, len(prompt), len(clock)))
+
+
+def _sparse_config() -> SparseConfig | None:
+    """Returns what the flags of sparse decoding say, or None for dense attention."""
+    given = {name: flag.value for name, flag in _SPARSE.items() if flag.value is not None}
+    if _DECODE_ATTENTION.value == "sparse":
+        return SparseConfig(**given)
+    if given:
+        raise ValueError(
+            f"--{next(iter(given))} has no effect with --decode_attention=dense; leave it out, or "
+            "give --decode_attention=sparse"
+        )
+    return None
+
+
+def _plan(sparse: SparseConfig) -> str:
+    return (
+        f"sparse: at most {sparse.budget:,} tokens a head by {sparse.coding().describe()}, "
+        f"{sparse.sink} + {sparse.window} of them forced, dense below {sparse.dense_below:,}; the "
+        "prompt is read densely"
+    )
+
+
+def _kept(sparse: SparseConfig, length: int, drawn: int) -> str:
+    """Says what the tokens have read that were drawn after the first, which the prompt gives."""
+    steps = [kept(sparse, length + i) for i in range(1, drawn)]
+    selected = [count for count, is_dense in steps if not is_dense]
+    if not selected:
+        return f"kept: all tokens in all {len(steps)} steps"
+    return (
+        f"kept: {selected[-1]:,} of {length + len(steps):,} tokens a head in the last step; "
+        f"{len(selected)} of {len(steps)} steps were sparse"
+    )
 
 
 def _count(model: TransformerLM, length: int) -> int:

@@ -30,7 +30,7 @@ def get_config():
 
 def configuration(source: str, ending: str) -> Config:
     config = small_config()
-    config.model.race.short_conv, config.model.race.forget_gate = True, "data"
+    config.model.race.short_conv, config.model.race.forget_gate = "before", "data"
     config.data.source, config.data.train_files = source, (f"train.{ending}",)
     config.data.valid_files = (f"valid.{ending}",)
     config.optimizer.segment_length, config.optimizer.schedule = 8, "constant"
@@ -98,10 +98,16 @@ def test_two_processes_are_one_run(folder, assert_close):
     assert {step: after[step] for step in before} == before
     assert "held out" in log
 
-    config = configuration("files", "txt")
-    config.data.root, config.run.directory = str(folder), str(folder / "one")
-    config.run.steps = STEPS
-    train(config)
+    def here(run, steps, *data):
+        """Trains in this process, on one device."""
+        config = configuration(*data)
+        config.data.root, config.run.directory = str(folder), str(folder / run)
+        config.run.steps = steps
+        train(config)
+
+    here("two", max(after) + 1, "tokens", "npy")  # goes on from a checkpoint of two processes
+    assert len(records(folder)) == len(after) + 1
+    here("one", STEPS, "files", "txt")
     one = records(folder, "one")
     assert len(one) == STEPS
     for name in ("loss", "grad_norm"):

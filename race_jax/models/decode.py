@@ -184,9 +184,9 @@ def stream(
             stacklevel=2,
         )
         count = room
-    capacity = room_for(prompt.shape[1] + count, sparse)
     if sparse is not None:
         _check_sparse(model, sparse, dense_layers)
+    capacity = room_for(prompt.shape[1] + count, sparse)
     if isinstance(sharding, NamedSharding):
         prompt, mask = jax.device_put((prompt, mask), sharding)
     if model.trunk.carries_state:

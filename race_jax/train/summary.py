@@ -61,7 +61,7 @@ def write(
         },
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "speed": {"units": task.weight_name, **_speeds(task.weight_name, records)},
-        "peak_bytes": max([step_memory or 0, *map(_allocated, devices)]) or None,
+        "peak_bytes": max([step_memory or 0, *map(_allocated, mesh.local_devices)]) or None,
         "device": devices[0].device_kind,
         "platform": devices[0].platform,
         "devices": len(devices),

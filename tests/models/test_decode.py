@@ -1,5 +1,7 @@
 """Decoding with a carried state draws the tokens that are drawn when everything is read again."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import nnx
 
 from race_jax.models import decode
 from race_jax.models.decode import Sampling, generate, sample, stream
+from race_jax.sparse import SparseConfig
 from tests.models.small import STATEFUL, VOCAB, build, compiled
 
 GREEDY = Sampling(greedy=True)
@@ -223,3 +226,31 @@ def test_bad_prompts_are_refused_at_the_call(prompt, options, kind, words):
         options = {"key_value_mask": np.array(options["key_value_mask"])}
     with pytest.raises(kind, match=words):
         stream(compiled("race").model, np.array(prompt), **{"max_tokens": 1} | options)
+
+
+SPARSE = SparseConfig(budget=1024, sink=1, window=2, scorer="quantized", dense_below=0)
+
+
+def test_sparse_decoding_of_all_tokens_is_dense_and_of_few_is_not(prompts):
+    model, (tokens, mask) = compiled("softmax rope").model, prompts["left"]
+    options = {"key_value_mask": mask, "max_tokens": 9, "sampling": GREEDY}
+    dense = generate(model, tokens, **options)
+    np.testing.assert_array_equal(generate(model, tokens, sparse=SPARSE, **options), dense)
+    few = dataclasses.replace(SPARSE, budget=3)
+    assert (generate(model, tokens, sparse=few, **options) != dense).any()
+    first = generate(model, tokens, sparse=few, dense_layers=1, **options)
+    np.testing.assert_array_equal(first, dense)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind", "words"),
+    [
+        ("race", {}, ValueError, "keeps no keys, so there is nothing to select from"),
+        ("softmax alibi", {}, NotImplementedError, "sparse scores know nothing of a distance bias"),
+        ("softmax", {"dense_layers": 2}, ValueError, "dense_layers=2 must lie from 0 to the 1"),
+        ("softmax", {"sparse": 64}, TypeError, "sparse must be a SparseConfig or None; got int"),
+    ],
+)
+def test_what_cannot_be_sparse_is_refused_at_the_call(name, options, kind, words):
+    with pytest.raises(kind, match=words):
+        stream(compiled(name).model, np.array([[1]]), max_tokens=1, **{"sparse": SPARSE} | options)

@@ -117,6 +117,22 @@ def test_learned_positions_say_where_they_end(script, softmax_run, capsys):
     assert "the learned positions end at 8 tokens, so 7 are drawn instead of 20" in err
 
 
+def test_sparse_decoding_says_what_it_kept(script, softmax_run, capsys):
+    options = {"checkpoint": softmax_run, "prompt": "the cat", "max_tokens": 5, "greedy": True}
+    run(script, **options)
+    dense, _ = capsys.readouterr()
+    sparse = {"decode_attention": "sparse", "scorer": "quantized", "budget": 4, "sink": 1}
+    run(script, **options, **sparse, window=1, dense_below=5)
+    _, err = capsys.readouterr()
+    assert "sparse: at most 4 tokens a head by scorer='quantized'" in err
+    assert "1 + 1 of them forced, dense below 5" in err
+    assert "kept: 4 of 6 tokens a head in the last step; 2 of 4 steps were sparse" in err
+    run(script, **options, decode_attention="sparse")
+    whole, err = capsys.readouterr()
+    assert whole == dense
+    assert "kept: all tokens in all 4 steps" in err
+
+
 def test_a_stop_ends_the_text_and_is_not_written(script, race_run, capsys):
     options = {"checkpoint": race_run, "prompt": "a", "max_tokens": 9, "greedy": True}
     run(script, **options)
@@ -145,6 +161,8 @@ def test_a_stop_ends_the_text_and_is_not_written(script, race_run, capsys):
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
         ({"top_p": 1.5}, r"top_p=1.5 must lie in \(0, 1\]"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"budget": 9}, "--budget has no effect with --decode_attention=dense"),
+        ({"decode_attention": "sparse", "budget": 9}, "budget=9 must hold sink=16 and window=128"),
     ],
     ids=str,
 )

@@ -1,0 +1,128 @@
+"""Codes are packed and unpacked without loss, and scores are those of their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from race_jax.core.hashing import init_planes, init_rotations, soft_hash
+from race_jax.sparse import SparseConfig, codes, reference, scores, socket_sharpness
+
+
+def test_rotations_are_orthogonal(assert_close):
+    rows = init_rotations(jax.random.key(0), num_rotations=3, head_dim=8).reshape(3, 8, 8)
+    product = np.einsum("rih,rjh->rij", rows, rows)
+    assert_close("R R^T", product, np.tile(np.eye(8), (3, 1, 1)), kind="identity")
+    assert np.abs(np.einsum("ih,jh->ij", rows[0], rows[1])).max() > 0.1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_levels_come_back_and_lie_where_the_layout_says(rng, bits):
+    for count in (8, 24, 64, 128, 200):
+        unsigned = rng.integers(0, 2**bits, (3, count)).astype(np.uint32)
+        words = np.asarray(codes.pack_levels(jnp.asarray(unsigned), bits))
+        assert words.shape == (3, -(-count * bits // 32))
+        levels = codes.unpack_levels(jnp.asarray(words), bits, count)
+        np.testing.assert_array_equal(levels, 2.0 * unsigned - (2**bits - 1))
+        data = words.astype("<u4").view(np.uint8).astype(int)
+        for i in range(count):
+            byte = data[:, i % data.shape[1]] >> (bits * (i // data.shape[1]))
+            np.testing.assert_array_equal(byte & (2**bits - 1), unsigned[:, i])
+
+
+def test_tables_come_back_and_do_not_straddle_words(rng):
+    for planes in range(1, 11):
+        tables = 7
+        held = rng.integers(0, 2**planes, (3, tables)).astype(np.uint32)
+        words = codes.pack_tables(jnp.asarray(held), planes)
+        assert words.shape == (3, -(-tables // (32 // planes)))
+        for table in range(tables):
+            got = codes.code_of_table(words, jnp.asarray(table), planes)
+            np.testing.assert_array_equal(got, held[:, table])
+
+
+def test_a_projection_of_zero_is_a_bit_of_one():
+    zeros, planes = jnp.zeros((1, 4)), jnp.ones((6, 4))
+    assert codes.code_tables(zeros, planes, 3).tolist() == [[0b111111]]
+    words, factor = codes.code_levels(zeros, planes, 1)
+    assert codes.unpack_levels(words, 1, 6).tolist() == [[1.0] * 6]
+    assert factor.tolist() == [0.0]
+
+
+def test_the_first_plane_is_the_highest_bit(assert_close):
+    """A code is the index of a corner in the order of `soft_hash`."""
+    planes = init_planes(jax.random.key(0), num_tables=3, num_planes=4, head_dim=16)
+    key = jax.random.normal(jax.random.key(1), (20, 16))
+    words = codes.code_tables(key, planes.reshape(-1, 16), 4)
+    z = jnp.einsum("sh,lph->slp", key, planes)
+    phi = soft_hash(z, sharpness=50.0).reshape(20, 3, 16)
+    for table in range(3):
+        got = codes.code_of_table(words, jnp.asarray(table), 4)
+        np.testing.assert_array_equal(got, phi[:, table].argmax(axis=-1))
+
+
+@pytest.mark.parametrize("num_planes", [1, 3, 10])
+def test_socket_is_its_softmax_over_corners(rng, assert_close, num_planes):
+    config = SparseConfig(scorer="socket", num_tables=4, num_planes=num_planes, sharpness=0.3)
+    query, key = rng.normal(size=(3, 16)), rng.normal(size=(9, 16))
+    planes = rng.normal(size=(4, num_planes, 16)).astype(np.float32)
+    flat = jnp.asarray(planes.reshape(-1, 16))
+    words = codes.code_tables(jnp.asarray(key, jnp.float32), flat, num_planes)
+    got = scores.soft_counts(
+        jnp.asarray(query, jnp.float32)[:, None, None], words[None, None].repeat(3, 0), flat, config
+    )
+    want = [reference.socket_scores(q, key, planes.astype(float), 0.3) for q in query]
+    assert_close("scores", got[:, 0, 0], np.array(want), kind="identity")
+    z = jnp.einsum("qh,lph->qlp", query, planes)
+    phi = np.asarray(soft_hash(z, sharpness=0.3)).reshape(3, 4, -1)
+    gathered = sum(
+        phi[:, t][:, np.asarray(codes.code_of_table(words, jnp.asarray(t), num_planes))]
+        for t in range(4)
+    )
+    assert_close("by soft_hash", got[:, 0, 0], gathered, kind="identity")
+
+
+@pytest.mark.parametrize(("bits", "rotations"), [(1, 1), (1, 4), (2, 1), (4, 1)])
+def test_linear_scores_are_exact_integers(rng, bits, rotations):
+    """The same integer from float32, bfloat16 and int8 products."""
+    key = rng.normal(size=(50, 128)).astype(np.float32)
+    query = rng.normal(size=(4, 128)).astype(np.float32) * 3
+    scorer = "quantized" if bits > 1 else "sign_linear"
+    config = SparseConfig(scorer=scorer, num_rotations=rotations, code_bits=bits)
+    planes = codes.draw(jax.random.key(0), config.coding(), 128)
+    assert planes.dtype == jnp.bfloat16
+    rounded, unit = codes.round_query(jnp.asarray(query), planes)
+    words, factor = codes.code_levels(jnp.asarray(key), planes, bits)
+    levels = np.asarray(codes.unpack_levels(words, bits, len(planes)))
+    exact = np.asarray(rounded).astype(int) @ levels.astype(int).T
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.int8):
+        out = jnp.int32 if dtype == jnp.int8 else jnp.float32
+        factors = rounded.astype(dtype), jnp.asarray(levels).astype(dtype)
+        got = jnp.einsum("qm,sm->qs", *factors, preferred_element_type=out)
+        np.testing.assert_array_equal(np.asarray(got).astype(int), exact)
+    wide = key.astype(float), np.asarray(planes, float), bits
+    want = [reference.linear_scores(one, *wide) for one in np.asarray(rounded)]
+    got = np.asarray(factor, np.float32) * exact
+    differing = np.abs(got - want) > 1e-3 * np.abs(want).max()  # a level at a rounding border
+    assert differing.mean() < 0.01
+    estimate = np.asarray(unit * got)
+    own = np.asarray(codes.round_query(jnp.asarray(key), planes)[0]) * levels
+    units = np.asarray(codes.round_query(jnp.asarray(key), planes)[1])[:, 0]
+    np.testing.assert_allclose(
+        np.asarray(factor, float) * own.sum(axis=1) * units, (key**2).sum(axis=1), rtol=4e-3
+    )
+    error = (estimate - query @ key.T).std() / (query @ key.T).std()
+    expected = {(1, 1): 0.75, (1, 4): 0.38, (2, 1): 0.36, (4, 1): 0.11}[bits, rotations]
+    assert 0.8 * expected < error < 1.2 * expected
+
+
+def test_sizes_whose_scores_would_not_be_exact_are_refused():
+    coding = SparseConfig(scorer="quantized", num_rotations=70, code_bits=4).coding()
+    with pytest.raises(ValueError, match=r"scores up to 17,068,800; below 16,777,216 they are"):
+        codes.draw(jax.random.key(0), coding, 128)
+
+
+def test_temperatures_become_sharpness():
+    got = [round(socket_sharpness(t, 128), 3) for t in (0.3, 0.4, 1.0)]
+    assert got == [0.295, 0.221, 0.088]
+    assert SparseConfig(scorer="socket_unit").sharpness_for(128) == socket_sharpness(1.0, 128)
