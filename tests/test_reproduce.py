@@ -383,6 +383,13 @@ def test_missing_data_is_named_before_anything_runs(tmp_path, capsys, monkeypatc
     assert "--data" in said
 
 
+def test_a_table_inside_the_project_names_no_folder_of_this_machine():
+    (run,) = plan.make_runs(TABLE, "small", [0], ["good"], ["copy"], ROOT / "runs" / "t")
+    text = json.dumps(results.collect(TABLE, "small", [run]))
+    assert "runs/t/runs/copy-good-seed0-" in text
+    assert str(ROOT) not in text
+
+
 def test_a_table_of_runs_that_were_never_started_is_shown_as_unfinished(tmp_path, capsys):
     words = ["listops", "--budget", "tiny", "--seeds", "2", "--show", "--out", str(tmp_path)]
     assert reproduce.main(words) == 75

@@ -61,7 +61,7 @@ class Run:
     @property
     def command(self) -> str:
         """The command as a user would type it in the folder of the project."""
-        return shlex.join([".venv/bin/python", SCRIPT, *self.words])
+        return shown(shlex.join([".venv/bin/python", SCRIPT, *self.words]))
 
 
 def make_runs(
@@ -136,6 +136,11 @@ def check_files(runs: Sequence[Run], root: Path | None) -> None:
                         f"{run.data.name} needs {path}, which does not exist; give the folder of "
                         "the data with --data, or leave the data set out with --data-sets"
                     )
+
+
+def shown(text: str) -> str:
+    """Returns a text in which paths inside the project start at its folder."""
+    return text.replace(f"{ROOT}/", "")
 
 
 def as_word(value: Any) -> str:

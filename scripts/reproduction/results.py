@@ -14,7 +14,7 @@ from typing import Any
 from experiments.table import Data, Method, Metric, Table
 from race_jax.train import summary
 from race_jax.train.files import write_text
-from reproduction.plan import Run, as_word
+from reproduction.plan import Run, as_word, shown
 from reproduction.work import outcome_of
 
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -74,6 +74,9 @@ def _record(run: Run) -> dict[str, Any]:
     outcome = outcome_of(run)
     if found:  # a run may have been finished by the training script alone
         outcome["status"] = "finished"
+    outcome["error"] = shown(outcome.get("error", ""))
+    config = run.config.to_dict()
+    del config["run"]["compilation_cache"]  # a folder of this machine
     return {
         "data": run.data.name,
         "method": run.method.name,
@@ -89,8 +92,8 @@ def _record(run: Run) -> dict[str, Any]:
         "jax": found.get("jax"),
         "digests": found.get("digests"),
         "command": run.command,
-        "log": str(run.log),
-        "config": run.config.to_dict(),
+        "log": shown(str(run.log)),
+        "config": config,
     }
 
 
