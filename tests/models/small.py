@@ -54,7 +54,14 @@ CONFIGS = {
     "softmax with convolutions": {
         "attention": "softmax",
         "num_kv_heads": 2,
-        "softmax": {"short_conv": "qkv"},
+        "positions": "alibi",
+        "softmax": {"short_conv": "qkv", "output_norm": "rms", "output_gate": "sigmoid"},
+    },
+    "softmax with a convolution": {
+        "attention": "softmax",
+        "num_kv_heads": 2,
+        "positions": "alibi",
+        "softmax": {"short_conv": "before", "output_norm": "rms", "output_gate": "silu"},
     },
     "softmax learned": {"attention": "softmax", "positions": "learned", "max_length": 16},
     "softmax rope": {"attention": "softmax", "positions": "rope"},
