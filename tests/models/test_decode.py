@@ -32,7 +32,6 @@ def prompts(rng):
     [
         *("race", "race with everything", "gated linear", "gated delta"),
         *("softmax", "softmax learned", "softmax rope", "softmax alibi", "softmax with every part"),
-        "softmax with convolutions",
     ],
 )
 def test_greedy_decoding_equals_reading_everything_again(prompts, name):
