@@ -1,15 +1,11 @@
-"""Train a small softmax model, then decode with a cache and by reading everything again.
+"""Train a small softmax model, then decode it densely, sparsely, and by reading everything again.
 
-    .venv/bin/python examples/decode_softmax.py
-
-A new token reads the keys and values in the cache, and not the whole sequence. Both ways draw the
-same text.
+.venv/bin/python examples/decode_softmax.py
 """
 
 import pathlib
 import time
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -17,17 +13,19 @@ from flax import nnx
 
 from race_jax.models import ModelConfig, TransformerLM
 from race_jax.models.decode import Sampling, stream
+from race_jax.sparse import SparseConfig, kept
 
 TEXT = pathlib.Path(__file__).resolve().parents[1].joinpath("README.md").read_bytes()
-STEPS, BATCH, LENGTH = 300, 16, 64
-PROMPT, NEW = 1500, 40
+CONFIG = ModelConfig(2, width=64, num_heads=4, attention="softmax", positions="rope")
+STEPS, BATCH, LENGTH, PROMPT, NEW = 300, 16, 64, 1500, 40
+SPARSE = SparseConfig(budget=150, scorer="quantized", sink=4, window=32, dense_below=0)
 
 
 @nnx.jit
-def train_step(model: TransformerLM, optimizer: nnx.Optimizer, tokens: jax.Array) -> jax.Array:
+def train_step(model: TransformerLM, optimizer: nnx.Optimizer, tokens: jnp.ndarray) -> jnp.ndarray:
     """One step of gradient descent; returns the loss."""
 
-    def loss_of(model: TransformerLM) -> jax.Array:
+    def loss_of(model: TransformerLM) -> jnp.ndarray:
         logits = model(tokens[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
@@ -38,8 +36,7 @@ def train_step(model: TransformerLM, optimizer: nnx.Optimizer, tokens: jax.Array
 
 def trained() -> TransformerLM:
     """Returns a model of the bytes of README.md."""
-    config = ModelConfig(2, width=64, num_heads=4, attention="softmax", positions="rope")
-    model = TransformerLM(config, vocab_size=256, rngs=nnx.Rngs(0))
+    model = TransformerLM(CONFIG, vocab_size=256, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
     data, rng = np.frombuffer(TEXT, np.uint8), np.random.default_rng(0)
     for _ in range(STEPS):
@@ -69,11 +66,14 @@ def read_again(model: TransformerLM, prompt: np.ndarray):
 
 def main() -> None:
     """Compares speed and text."""
-    model, greedy = trained(), Sampling(greedy=True)
+    model = trained()
     prompt = np.frombuffer(TEXT[:PROMPT], np.uint8)[None].astype(int)
-    first = timed("from a cache", stream(model, prompt, max_tokens=NEW, sampling=greedy))
-    second = timed("reading everything again", read_again(model, prompt))
-    print(f"the same text: {first == second}: {first!r}")
+    greedy = {"max_tokens": NEW, "sampling": Sampling(greedy=True)}
+    dense = timed("from a cache", stream(model, prompt, **greedy))
+    timed("the best tokens of it", stream(model, prompt, sparse=SPARSE, **greedy))
+    again = timed("reading everything again", read_again(model, prompt))
+    print(f"the same text without the cache: {dense == again}")
+    print(f"sparse: {kept(SPARSE, PROMPT + NEW)[0]} of {PROMPT + NEW} tokens kept in the last step")
 
 
 if __name__ == "__main__":

@@ -103,12 +103,25 @@ def test_linformer_refuses_what_it_cannot_do():
         layer(jnp.zeros((B, 10, D)))
 
 
-@pytest.mark.parametrize("name", ["softmax", "sigmoid", "angular"])
+@pytest.mark.parametrize("name", ["sigmoid", "angular"])
 def test_a_method_without_a_state_refuses_one(name):
     layer = make(name, True, forget_gate="data")  # the cache of softmax holds no decay
     assert layer.init_state(1) is None
     with pytest.raises(NotImplementedError, match=f"{name} attention carries no state"):
         layer(jnp.zeros((B, T, D)), is_causal=True, state=make("linear", True).init_state(B))
+
+
+def test_softmax_takes_a_cache_and_with_a_gate_no_state():
+    other = make("linear", True).init_state(B)
+    layer, gated = make("softmax", True), make("softmax", True, forget_gate="data")
+    assert layer.init_state(1) is gated.init_state(1) is gated.init_cache(1, 8) is None
+    with pytest.raises(TypeError, match="with a cache of keys and values"):
+        layer(jnp.zeros((B, T, D)), is_causal=True, state=other)
+    with pytest.raises(NotImplementedError, match="softmax attention carries no state"):
+        gated(jnp.zeros((B, T, D)), is_causal=True, state=other)
+    out, state = layer(jnp.ones((B, T, D)), is_causal=True, state=layer.init_cache(B, T))
+    assert out.shape == (B, T, D)
+    assert state.memory.length.tolist() == [T] * B
 
 
 def test_a_state_of_another_kind_is_refused():
