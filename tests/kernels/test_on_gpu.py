@@ -178,9 +178,11 @@ def _random(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
 
-@pytest.mark.parametrize("length", [(1 << 22) + 4096, 1 << 24], ids=["past 2**31", "16M tokens"])
+@pytest.mark.parametrize(
+    "length", [(1 << 22) + 4096, (1 << 23) + 4096], ids=["past 2**31", "past 2**32"]
+)
 def test_a_long_sequence_equals_its_halves(length, assert_close):
-    """The outputs have more than 2**31 elements. The state is carried at an odd token."""
+    """The outputs have more than 2**31 or 2**32 elements. The state is carried at an odd token."""
     zq, zk = (_random(i, 1, length, 4, 3, 3) for i in range(2))
     value, sharpness = _random(2, 1, length, 4, 128), jnp.full((4,), 2.0)
     fresh = jnp.zeros((1, 4, 24, 128)), jnp.zeros((1, 4, 24)), jnp.zeros((1,), jnp.int32)
