@@ -7,8 +7,8 @@ Prints one table. Its lines are one causal operation with a gate, forward and ba
 ... devices: "strong" divides the length over the devices, "weak" gives every device the whole
 length. Efficiency compares with one device: time of one over devices times their time where the
 length is divided, and time of one over their time where it grows. The last column is the size of
-the results of all collectives of a run, from the compiled program. On one host, CPU devices share the cores, so that
-their times say nothing.
+the results of all collectives of a run, from the compiled program. On one host, CPU devices share
+the cores, so that their times say nothing.
 """
 
 import argparse
