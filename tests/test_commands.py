@@ -67,6 +67,8 @@ def in_small(command: str) -> str | None:
         return None
     if "bench_kernels.py" in command:
         return f"{command} --lengths 64 --repeats 1"
+    if "bench_sharding.py" in command:
+        return f"{command} --length 64 --heads 1 --width 8 --repeats 1"
     if "bench_scaling.py" in command:
         return f"{command} --tiny --fresh"
     if "--config.run.steps" in command and not command.startswith("make"):
