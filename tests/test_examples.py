@@ -17,6 +17,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_example_runs_and_does_what_it_promises(name):
     path = ROOT / "examples" / name
