@@ -40,33 +40,20 @@ BIDIRECTIONAL = {
 
 @pytest.mark.parametrize(("case", "config"), CAUSAL.values(), ids=CAUSAL)
 def test_causal_outputs_and_gradients(case, config, assert_close):
-    given, cotangents = dense.draw(case)
-    out, gradients = dense.run(
-        dense.causal_kernels,
-        given,
-        cotangents,
-        interpret=True,
-        config=config,
-        use_tanh=case.use_tanh,
-    )
-    exact = functools.partial(dense.causal, use_tanh=case.use_tanh)
-    want_out, want_gradients = dense.oracle(exact, given, cotangents)
-    assert_close("outputs", out, want_out, kind="outputs", dtype=case.dtype)
-    assert_close("gradients", gradients, want_gradients, kind="gradients", dtype=case.dtype)
+    check(dense.causal_kernels, dense.causal, case, config, assert_close)
 
 
 @pytest.mark.parametrize(("case", "config"), BIDIRECTIONAL.values(), ids=BIDIRECTIONAL)
 def test_bidirectional_outputs_and_gradients(case, config, assert_close):
+    check(dense.bidirectional_kernels, dense.bidirectional, case, config, assert_close)
+
+
+def check(kernels, definition, case, config, assert_close):
+    """Compares interpreted kernels with the dense form."""
     given, cotangents = dense.draw(case)
-    out, gradients = dense.run(
-        dense.bidirectional_kernels,
-        given,
-        cotangents,
-        interpret=True,
-        config=config,
-        use_tanh=case.use_tanh,
-    )
-    exact = functools.partial(dense.bidirectional, use_tanh=case.use_tanh)
+    options = {"interpret": True, "config": config, "use_tanh": case.use_tanh}
+    out, gradients = dense.run(kernels, given, cotangents, **options)
+    exact = functools.partial(definition, use_tanh=case.use_tanh)
     want_out, want_gradients = dense.oracle(exact, given, cotangents)
     assert_close("outputs", out, want_out, kind="outputs", dtype=case.dtype)
     assert_close("gradients", gradients, want_gradients, kind="gradients", dtype=case.dtype)
