@@ -55,7 +55,8 @@ LINES = {
 def shell_commands(page: str) -> list[str]:
     """The commands of a page's indented and fenced shell blocks, in order, without comments."""
     text = re.sub(r"```python\n.*?^```$", "", page, flags=re.DOTALL | re.MULTILINE)
-    lines = [line.strip() for line in re.sub(r"\\\n\s*", "", text).splitlines() if line[:1] == " "]
+    text = re.sub(r"\\\n\s*", "", text)
+    lines = [line.strip() for line in text.splitlines() if line[:1] == " "]
     fences = re.findall(r"^```(?:sh|bash|console)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     lines += [line.strip() for fence in fences for line in fence.splitlines()]
     return [re.sub(r"\s+# .*", "", line) for line in lines if COMMAND.match(line)]
@@ -112,12 +113,12 @@ def stamp_environment(copy: pathlib.Path) -> None:
 def test_shell_commands_are_found():
     page = (
         "    make train ARGS=x   # a comment\n    python a.py \\\n        --b\n\ntext `make`\n"
-        "```python\n    make = 1\n```\n```sh\n.venv/bin/python c.py\n```\n    z = W x\n"
+        "```python\n    make = 1\n```\n```sh\n.venv/bin/python c.py \\\n    --d\n```\n    z = W x\n"
     )
     assert shell_commands(page) == [
         "make train ARGS=x",
         "python a.py --b",
-        ".venv/bin/python c.py",
+        ".venv/bin/python c.py --d",
     ]
 
 
