@@ -142,6 +142,7 @@ def test_a_state_of_another_kind_is_refused():
         ("gated_delta", {"forget_gate": "channel"}, "one of 'softplus', None, 'fixed'"),
         ("linear", {"short_conv": "k"}, "short_conv must be one of None, 'before', 'qkv'"),
         ("linear", {"forget_gate": "fixed"}, "needs half_life"),
+        ("gated_linear", {"half_life": 64.0}, "no effect with forget_gate='channel'"),
     ],
 )
 def test_bad_options_are_refused_in_words(name, options, words):

@@ -123,11 +123,13 @@ def open_token_file(path: Path) -> TokenFile:
             f"it says {record['tokens']} ids; write both again"
         )
     tokenizer, digest, last = from_dict(record["tokenizer"]), hashlib.sha256(), 0
+    least = 0
     for first in range(0, len(ids), PIECE):
         piece = ids[first : first + PIECE]
         digest.update(np.ascontiguousarray(piece).data)
-        last = max(last, int(piece.max()))
-    if digest.hexdigest() != record["sha256"] or last >= tokenizer.vocab_size:
+        least, last = min(least, int(piece.min())), max(last, int(piece.max()))
+    fits = least >= 0 and last < tokenizer.vocab_size
+    if digest.hexdigest() != record["sha256"] or not fits:
         raise ValueError(
             f"{path}: its ids are not those that {_record_path(path).name} beside it describes "
             f"(sha256 {digest.hexdigest()[:16]} and {record['sha256'][:16]}); write both again"
@@ -142,6 +144,10 @@ def _write_ids(stream: IO[bytes], parts: Iterable[np.ndarray]) -> tuple[int, str
         if dtype is None:
             dtype = part.dtype
             _write_header(stream, dtype, 0)
+        if part.dtype != dtype or dtype.kind not in "iu":
+            raise ValueError(
+                f"token ids must be integers of one dtype; got {part.dtype} after {dtype}"
+            )
         data = np.ascontiguousarray(part, dtype).data
         digest.update(data)
         stream.write(data)

@@ -39,6 +39,8 @@ def check_gate(
             )
     elif forget_gate is None:
         raise ValueError(f"half_life={half_life} has no effect without a forget_gate")
+    elif forget_gate not in FORGET_GATES:
+        raise ValueError(f"half_life={half_life} has no effect with forget_gate={forget_gate!r}")
     elif not SHORTEST_HALF_LIFE <= half_life < math.inf:
         raise ValueError(
             f"half_life must be finite and at least {SHORTEST_HALF_LIFE} tokens, got {half_life}"

@@ -53,7 +53,15 @@ def place(
         key: shape (B, T, K, H).
         positions: shape (B, T) int32. The schemes "rope" and "alibi" need it.
         scheme: the name of the positions. Names other than these two change nothing.
+
+    Raises:
+        ValueError: a scheme needs positions, and there are none.
     """
+    if scheme in ("rope", "alibi") and positions is None:
+        raise ValueError(
+            f"positions={scheme!r} of the layer needs the position of every token; pass positions= "
+            "of shape (B, T), such as jnp.arange(T)[None]"
+        )
     if scheme == "rope":
         return rotate(query, positions), rotate(key, positions), None
     return query, key, alibi_bias(query.shape[2], positions) if scheme == "alibi" else None

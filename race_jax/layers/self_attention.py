@@ -233,6 +233,7 @@ class SelfAttention(nnx.Module):
         """Maps x (B, T, D) to (B, T, D), or to that and the next state if a state is given."""
         settings, params = self.config, self.parameters()
         settings.check_direction(is_causal)
+        masking.check_key_value_mask(mask, x.shape[:2])
         x = masking.select_tokens(x, mask)
         fresh = jnp.full(x.shape[0], EMPTY, jnp.int32)
         memory, taps = self._state(None, x.shape[0]) if state is None else self._checked(state)

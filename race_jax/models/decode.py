@@ -186,6 +186,8 @@ def stream(
         count = room
     if sparse is not None:
         _check_sparse(model, sparse, dense_layers)
+    elif dense_layers:
+        raise ValueError(f"{dense_layers=} has no effect without sparse; leave it out")
     capacity = room_for(prompt.shape[1] + count, sparse)
     if isinstance(sharding, NamedSharding):
         prompt, mask = jax.device_put((prompt, mask), sharding)

@@ -59,6 +59,7 @@ class LanguageModel(Task):
     free_fields = ("compare_xz", "sample_length", "sample_prompt")
     loss_unit = "nats per token"
     weight_name = "tokens"
+    reads_token_files = True
 
     def __init__(self, config):
         self._options, self._seed = config.task_config(), config.run.seed

@@ -55,6 +55,7 @@ class Task(abc.ABC):
             attentions that work in one direction only are refused.
         splits_sequences: whether every array of a batch is (B, T, ...) and the loss is a sum over
             tokens, so that several devices can share a sequence.
+        reads_token_files: whether batches are `UnreadRows` if `config.reads_from_disk()`.
         weight_name: what the weights of a batch count, such as "tokens". The speed of a run is
             given in these per second, and the metrics hold their number by this name.
         train: endless batches, which are dicts of arrays (B, T, ...) or (B,). T may differ from
@@ -75,6 +76,7 @@ class Task(abc.ABC):
     free_fields: ClassVar[tuple[str, ...]] = ()
     is_causal: ClassVar[bool] = True
     splits_sequences: ClassVar[bool] = True
+    reads_token_files: ClassVar[bool] = False
     loss_unit: ClassVar[str]
     weight_name: ClassVar[str]
     train: grain.IterDataset[Batch]

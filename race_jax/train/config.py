@@ -308,6 +308,12 @@ class Config:
 
     def _validate_together(self) -> None:
         self._validate_direction()
+        if self.reads_from_disk() and not registry.task_named(self.task).reads_token_files:
+            raise ValueError(
+                f"config.data.source={self.data.source!r} with config.optimizer.segment_length "
+                f"does not go with config.task={self.task!r}, which makes its batches in memory; "
+                "leave segment_length out, or choose another source"
+            )
         run, parts = self.run, self.optimizer.accumulation_steps
         if run.batch_size * self.data.sequence_length >= 2**31 and not self.reads_from_disk():
             raise ValueError(

@@ -180,7 +180,7 @@ def environments(
 
 def visible_cards(environment: dict[str, str]) -> list[str]:
     """Returns the names of the GPUs that JAX would use, without starting JAX."""
-    if environment.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):
+    if (environment.get("JAX_PLATFORMS") or "cuda").split(",")[0] not in ("cuda", "gpu"):
         return []
     if (names := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name.strip() for name in names.split(",") if name.strip()]

@@ -65,3 +65,18 @@ def test_a_damaged_token_file_is_refused(tmp_path, damage, words):
     damage(path)
     with pytest.raises(ValueError, match=words):
         open_token_file(path)
+
+
+@pytest.mark.parametrize("dtypes", [("uint8", "uint16"), ("float32",)])
+def test_parts_of_other_numbers_are_refused(tmp_path, dtypes):
+    parts = [np.ones(3, dtype) for dtype in dtypes]
+    with pytest.raises(ValueError, match=f"integers of one dtype; got {dtypes[-1]}"):
+        write_token_file(tmp_path / "tokens.npy", parts, ByteTokenizer())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_negative_id_is_refused(tmp_path):
+    path = tmp_path / "tokens.npy"
+    write_token_file(path, [np.array([1, -5, 2], np.int32)], ByteTokenizer())
+    with pytest.raises(ValueError, match="its ids are not those"):
+        open_token_file(path)

@@ -288,3 +288,10 @@ def test_other_text_may_hold_spaces_and_the_config_file_a_tilde(tmp_path, monkey
     assert config.data.root == "my corpus"
     assert config.run.directory == "my runs/one"
     assert config.language_model.sample_prompt == "a b"
+
+
+def test_only_some_tasks_read_token_files():
+    words = ["--config.data.source=tokens", "--config.data.train_files=t.npy"]
+    words.append("--config.optimizer.segment_length=16")
+    with pytest.raises(ValueError, match="which makes its batches in memory"):
+        parse_config([f"--config={DEFAULT}", "--config.task=copy", *words])
