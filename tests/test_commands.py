@@ -68,6 +68,9 @@ def in_small(command: str) -> str | None:
         return None
     if "bench_kernels.py" in command:
         return f"{command} --lengths 64 --repeats 1"
+    if "bench_streaming.py" in command:
+        length = "--file 128" if "--file" in command else "--lengths 64 --repeats 1"
+        return f"{command} {length} --segment_length 32"
     if "bench_sharding.py" in command:
         return f"{command} --length 64 --heads 1 --width 8 --repeats 1"
     if "bench_scaling.py" in command:
