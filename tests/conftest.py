@@ -266,6 +266,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the examples of docstrings `once`, like those of README and docs."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker(pytest.mark.once)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips marked tests where what they need is missing, with the reason."""
     for marker, why_not in (("gpu", _why_no_gpu), ("data", _why_no_data)):

@@ -1,5 +1,7 @@
 """Runs the tests of tests/devices in a Python of its own, which has eight CPU devices.
 
+Tests are chosen by the same marks as here, so `-m "not once"` leaves out theirs as well.
+
 JAX fixes the number of devices at first use, and the other tests use one. To run them directly:
 `pytest tests/devices`.
 """
@@ -12,8 +14,9 @@ import sys
 FOLDER = pathlib.Path(__file__).parent / "devices"
 
 
-def test_everything_on_eight_devices():
+def test_everything_on_eight_devices(request):
     command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-p", "no:cacheprovider"]
+    command += ["-m", request.config.getoption("markexpr")]
     environment = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         command, cwd=FOLDER.parents[1], env=environment, capture_output=True, text=True, check=False

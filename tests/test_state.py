@@ -179,7 +179,7 @@ def test_splitting_anywhere_equals_the_whole(splits, assert_close):
 
 def test_one_token_at_a_time_equals_the_whole(assert_close):
     """Decoding is a scan of calls with one token. Gradients go through the carried states."""
-    problem = make_problem(queries=33, state=True, is_causal=True, **PACKED)
+    problem = make_problem(queries=70, state=True, is_causal=True, **PACKED)
 
     def decode(query, key, value, planes, *, initial_state, return_state, **options):
         per_token = ("log_decay", "key_value_mask", "segment_ids")

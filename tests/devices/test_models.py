@@ -22,7 +22,7 @@ RACE = {
 @pytest.mark.parametrize("packed", [False, True])
 def test_loss_and_gradients_are_those_of_one_device(packed, assert_close):
     race = RACE | ({"short_conv": "qkv"} if packed else {})
-    config = ModelConfig(num_layers=2, width=16, num_heads=2, race=race)
+    config = ModelConfig(num_layers=1, width=16, num_heads=2, race=race)
     model = TransformerLM(config, vocab_size=20, rngs=nnx.Rngs(0))
     graph, params, fixed = nnx.split(model, nnx.Param, ...)
     batch = {"tokens": jnp.arange(96, dtype=jnp.int32).reshape(4, 24) * 7 % 20}
@@ -58,6 +58,6 @@ def test_stretches_of_a_layer_drop_different_entries():
 
     x = jnp.ones((1, 32, 16))
     run = jax.shard_map(stretch, mesh=mesh, in_specs=P(None, "seq"), out_specs=P(None, "seq"))
-    dropped = (run(x) == 0).reshape(4, -1)
+    dropped = (jax.jit(run)(x) == 0).reshape(4, -1)
     assert 0.3 < dropped.mean() < 0.7
     assert not any((dropped[0] == other).all() for other in dropped[1:])

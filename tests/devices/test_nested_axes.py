@@ -37,7 +37,7 @@ def test_both_axes_count(is_causal, split, assert_close):
     """The caller splits the sequence, and an Explicit axis splits the batch or each stretch."""
     arrays = draw(jax.random.key(0))
     both, tokens = SPLITS[split], P(None, "seq")
-    want = attend(None, is_causal)(*arrays)
+    want = jax.jit(attend(None, is_causal))(*arrays)
     with jax.set_mesh(mesh(AxisType.Explicit)):
         placed = [jax.device_put(x, both) for x in arrays[:3]] + [jax.device_put(arrays[3], P())]
         run = jax.shard_map(
@@ -70,7 +70,7 @@ def test_the_short_convolution_too(assert_close):
             x, kernel, taps=taps, segment=segment, axis_name=axis_name
         )[0]
 
-    want = convolve(None)(x, kernel, taps)
+    want = jax.jit(convolve(None))(x, kernel, taps)
     with jax.set_mesh(mesh(AxisType.Explicit)):
         placed = jax.device_put(x, P("rest", "seq")), *jax.device_put((kernel, taps), P())
         split = P(None, "seq")

@@ -32,8 +32,9 @@ def on_explicit_mesh(x, kernel, taps, masks):
 
 
 @pytest.mark.parametrize("run", [by_shard_map, on_explicit_mesh])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("padded", "packed"), [(False, False), (True, True)], ids=["plain", "padded, packed"]
+)
 def test_stretches_of_three_tokens_give_the_whole(rng, assert_close, run, padded, packed):
     shapes = (BATCH, LENGTH, FEATURES), (short_conv.WIDTH, FEATURES), (BATCH, 3, FEATURES)
     arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]

@@ -16,6 +16,8 @@ from race_jax.train.state import init_state
 from race_jax.train.step import make_eval_step, make_train_step
 from tests.train.small import small_batch, small_config
 
+pytestmark = pytest.mark.once
+
 VOCAB = 31
 # Sizes of the axes data, seq and fsdp.
 MESHES = {"masked_lm": (2, 2, 2), "text_classification": (4, 1, 2)}

@@ -21,10 +21,11 @@ from race_jax.train.step import Segments, make_eval_step, make_train_step
 from race_jax.train.trainer import Trainer
 from tests.train.small import small_batch, small_config, small_parts
 
+pytestmark = pytest.mark.once
+
 # Sizes of the axes, the length of segments of the sequences of 24 tokens, and whether rows are
 # read from the disk.
 MESHES = {
-    "seq": ((1, 4, 1), None, False),
     "data x seq x fsdp": ((2, 2, 2), None, False),
     "streamed, data x seq x fsdp": ((2, 2, 2), 8, False),
     "from the disk, data x seq x fsdp": ((2, 2, 2), 8, True),

@@ -9,6 +9,8 @@ import pytest
 
 from race_jax import diagnostics, init_planes
 
+pytestmark = pytest.mark.once
+
 SHARP = 40.0  # tanh of 9 times this is one in float32, so that buckets are hard
 
 
@@ -69,7 +71,6 @@ def test_the_figure_shows_what_it_is_given(tmp_path):
         diagnostics.draw(path)
 
 
-@pytest.mark.once
 def test_a_flat_target_is_met_by_the_softest_hash_and_a_sharp_one_by_a_harder_hash():
     # Four clusters of equal tokens, at right angles to each other.
     x = 3 * jnp.repeat(jnp.eye(4), 3, axis=0)[None, :, None]

@@ -11,6 +11,8 @@ from race_jax import diagnostics
 from race_jax.core.hashing import init_planes
 from race_jax.core.reference import corner_softmax
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def heads(rng):
@@ -99,7 +101,6 @@ def test_weights_and_their_distance_by_hand():
     assert diagnostics.distance(several, causal).tolist() == [0.0, 0.375]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("beta", "scale"), [(1.0, 8**-0.5), (8.0, 1.0)])
 def test_the_error_falls_as_one_over_the_root_of_the_number_of_tables(rng, beta, scale):
     query, key = (jnp.asarray(rng.normal(size=(1, 24, 1, 8)), jnp.float32) for _ in range(2))

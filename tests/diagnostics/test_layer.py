@@ -10,6 +10,8 @@ import race_jax
 from race_jax import diagnostics
 from race_jax.models import ModelConfig, TransformerLM
 
+pytestmark = pytest.mark.once
+
 SIZES = {"num_heads": 4, "in_features": 16, "num_kv_heads": 2, "is_causal": True}
 OPTIONS = [
     {"forget_gate": "data", "short_conv": "before", "fold_planes": True},
@@ -63,7 +65,6 @@ def test_the_layers_of_a_model_get_the_inputs_of_a_forward_pass(assert_close):
     assert_close("hidden", x, model.hidden(tokens), kind="outputs")
 
 
-@pytest.mark.once
 def test_the_report_of_a_layer():
     layer = race_jax.RACEAttention(
         **SIZES, forget_gate="data", num_tables=4, num_planes=2, rngs=nnx.Rngs(0)

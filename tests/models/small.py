@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from race_jax.layers import registry
@@ -73,6 +74,17 @@ STATEFUL = (
     *("race", "race with everything", "race, convolutions on q, k, v"),
     *("linear", "linear with every part", "performer", "gated linear", "gated delta"),
 )
+
+# What .ci/run tries with both versions of JAX. The others differ by their attention, and the tests
+# of the attentions run with both.
+ON_BOTH = ("race with everything", "gated delta", "softmax rope")
+
+
+def each(*names: str) -> list:
+    """The names as parameters of a test, marked `once` unless both versions of JAX try them."""
+    return [
+        name if name in ON_BOTH else pytest.param(name, marks=pytest.mark.once) for name in names
+    ]
 
 
 class Compiled(NamedTuple):

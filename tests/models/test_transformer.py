@@ -10,7 +10,7 @@ from race_jax.layers.race import HashPlanes
 from race_jax.models import Transformer, TransformerLM, parameter_count
 from race_jax.models.block import Block
 from race_jax.models.decode import Sampling, generate
-from tests.models.small import CONFIGS, STATEFUL, VOCAB, build, compiled, describe, draw
+from tests.models.small import CONFIGS, STATEFUL, VOCAB, build, compiled, describe, draw, each
 
 DTYPES = {name: changes.get("dtype", "float32") for name, changes in CONFIGS.items()}
 
@@ -21,7 +21,7 @@ def documents(rng):
     return rng.integers(0, VOCAB, 5), rng.integers(0, VOCAB, 7)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", each(*CONFIGS))
 def test_packed_padded_and_plain_documents_give_the_same_logits(documents, assert_close, name):
     first, second = documents
     junk = np.full(7, 3)
@@ -47,7 +47,7 @@ def test_packed_padded_and_plain_documents_give_the_same_logits(documents, asser
     check("interior padding", logits[3, interior], plain[0])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", each(*CONFIGS))
 def test_the_future_does_not_change_the_past(documents, assert_close, name):
     tokens = np.tile(documents[1], (7, 1))
     changed = tokens.copy()
@@ -85,7 +85,7 @@ def test_what_positions_mean(documents, assert_close, name, shift_matters, stret
     assert changes(place * 2) == stretch_matters
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", each(*STATEFUL))
 def test_a_sequence_may_be_split_anywhere(rng, assert_close, name):
     tokens = rng.integers(0, VOCAB, (3, 12))
     mask = rng.random((3, 12)) < 0.8
@@ -109,19 +109,19 @@ def test_a_sequence_may_be_split_anywhere(rng, assert_close, name):
 
 @pytest.mark.parametrize(
     "name",
-    [
+    each(
         *("softmax", "softmax learned", "softmax rope", "softmax alibi", "softmax bfloat16"),
         *("softmax with convolutions", "softmax with a convolution"),
-    ],
+    ),
 )
 def test_a_cache_gives_what_reading_everything_again_gives(rng, assert_close, name):
     """The padding lies anywhere, and the rows have different lengths."""
-    tokens = rng.integers(0, VOCAB, (3, 12))
-    mask = rng.random((3, 12)) < 0.7
+    tokens = rng.integers(0, VOCAB, (4, 12))
+    mask = rng.random((4, 12)) < 0.7
     mask[1], mask[2, :5] = True, False
     model, run = compiled(name)
-    whole = run(tokens, key_value_mask=mask)
-    parts, state = [], model.init_state(3, capacity=16)
+    whole = run(tokens, key_value_mask=mask, segment_ids=np.zeros_like(tokens))
+    parts, state = [], model.init_state(4, capacity=16)
     for piece in (slice(0, 1), slice(1, 2), slice(2, 7), slice(7, 12)):
         logits, state = run(tokens[:, piece], key_value_mask=mask[:, piece], state=state)
         parts.append(logits)

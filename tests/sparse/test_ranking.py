@@ -14,6 +14,8 @@ import pytest
 
 from race_jax.sparse import KVCache, SparseCache, SparseConfig, codes, scores, socket_sharpness
 
+pytestmark = pytest.mark.once
+
 H, QUERIES, RATIO = 128, 32, 20
 FAMILIES = ("iso", "norms", "aniso", "needle", "runs")
 
@@ -128,7 +130,6 @@ def test_recall_lies_in_its_band(name):
     assert (np.abs(measured(name) - EXPECTED[name]) < band(name)).all(), measured(name)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", EXPECTED)
 def test_recall_at_16_384_tokens_lies_in_its_band(name):
     """Between 4,096 and 16,384 tokens at the same ratio, recall hardly changes."""

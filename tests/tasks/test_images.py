@@ -10,6 +10,8 @@ from race_jax.tasks.images import ImageClassification
 from tests.tasks.few_steps import few_steps
 from tests.train.small import small_config
 
+pytestmark = pytest.mark.once
+
 
 def write_idx(path, array):
     header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)

@@ -7,6 +7,8 @@ from race_jax.tasks.listops import ListOps
 from tests.tasks.few_steps import few_steps
 from tests.train.small import small_config
 
+pytestmark = pytest.mark.once
+
 
 def listops_config(**options):
     config = small_config()

@@ -9,6 +9,8 @@ from race_jax.tasks.long_documents import LongDocuments
 from tests.tasks.few_steps import few_steps
 from tests.train.small import small_config
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def folder(tmp_path):

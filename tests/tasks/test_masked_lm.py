@@ -13,6 +13,8 @@ from race_jax.train.loop import train
 from race_jax.train.metrics import read_records
 from tests.train.small import small_config
 
+pytestmark = pytest.mark.once
+
 VOCAB = 50
 
 

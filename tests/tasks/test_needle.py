@@ -11,6 +11,8 @@ from race_jax.tasks.needle import DEPTHS, NOISE, Needle, NeedleConfig, draw_row
 from tests.tasks.few_steps import few_steps
 from tests.train.small import small_config
 
+pytestmark = pytest.mark.once
+
 
 def needle_config(**options):
     config = small_config()

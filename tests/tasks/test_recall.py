@@ -11,6 +11,8 @@ from race_jax.train.loop import train
 from race_jax.train.metrics import read_records
 from tests.train.small import small_config
 
+pytestmark = pytest.mark.once
+
 
 class Fixed:
     """A stand-in for a model: its hidden states are the logits, from a table by input."""

@@ -11,6 +11,8 @@ from race_jax.train.loop import train
 from race_jax.train.metrics import read_records
 from tests.train.small import small_config
 
+pytestmark = pytest.mark.once
+
 
 def text_config(folder, *, count=90, **run):
     """A run on short reviews, in which one word of a few gives the class away."""
@@ -115,7 +117,6 @@ def test_the_accuracy_counts_every_example_once():
     assert scores == {"loss": pytest.approx(nats / 4, rel=1e-6), "accuracy": 0.75}
 
 
-@pytest.mark.once
 def test_a_run_learns_and_resumes_to_the_bit(tmp_path, capsys):
     """The batches of this run have two lengths, so two training steps are compiled."""
 

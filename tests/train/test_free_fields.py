@@ -18,6 +18,8 @@ from race_jax.train.loop import train
 from race_jax.train.metrics import read_records
 from tests.train.small import small_config
 
+pytestmark = pytest.mark.once
+
 SENTENCES = "the cat sees the dog and the dog sees a tree\n" * 60
 STOP, STEPS = 4, 6
 

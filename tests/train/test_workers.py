@@ -20,6 +20,8 @@ from race_jax.train import trainer
 from race_jax.train.loop import train
 from tests.train.small import small_config
 
+pytestmark = pytest.mark.once
+
 LONG = 60  # the longest wait in seconds, which correct code never needs
 
 
