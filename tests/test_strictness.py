@@ -50,7 +50,7 @@ def test_an_empty_batch_gives_an_empty_result_and_no_gradient(is_causal):
     def total(x, planes):
         return race_jax.race_attention(x, x, x, planes, is_causal=is_causal).sum()
 
-    d_x, d_planes = jax.grad(total, (0, 1))(x, planes)
+    d_x, d_planes = jax.jit(jax.grad(total, (0, 1)))(x, planes)
     assert d_x.shape == x.shape
     assert not d_planes.any()
 
@@ -63,10 +63,11 @@ def test_export_for_any_batch_and_length(is_causal, rng, assert_close):
         return race_jax.race_attention(x, x, x, planes, is_causal=is_causal)
 
     like = export.symbolic_args_specs(jnp.zeros((2, 40, 2, 8)), "b, t, 2, 8")
-    exported = export.export(jax.jit(attend))(like)
+    compiled = jax.jit(attend)
+    exported = export.export(compiled)(like)
     for length in (1, 300):
         x = jnp.asarray(rng.normal(size=(1, length, 2, 8)), jnp.float32)
-        assert_close(f"{length}", exported.call(x), attend(x), kind="resumed")
+        assert_close(f"{length}", exported.call(x), compiled(x), kind="resumed")
 
 
 def test_a_gate_out_of_range_is_clamped_under_a_trace():
@@ -118,8 +119,8 @@ def test_hessian_is_that_of_the_reference(rng, assert_close):
 
         return of
 
-    got = jax.hessian(total(race_jax.race_attention))(x)
-    want = jax.hessian(total(lambda *a, **k: reference.all_pairs(*a, **k)))(x)
+    got = jax.jit(jax.hessian(total(race_jax.race_attention)))(x)
+    want = jax.jit(jax.hessian(total(reference.all_pairs)))(x)
     assert_close("hessian", got, want, kind="gradients")
 
 

@@ -10,6 +10,8 @@ from race_jax.models import Classifier, TransformerLM
 from race_jax.models.classifier import masked_mean
 from tests.models.small import VOCAB, describe, draw
 
+pytestmark = pytest.mark.once
+
 CLASSES, LENGTHS = 3, (5, 8)
 KINDS = {
     "tokens, mean": {"vocab_size": VOCAB, "forget_gate": None},

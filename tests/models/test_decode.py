@@ -77,6 +77,7 @@ def test_a_cache_compiles_once():
     assert decode._step._cache_size() - before == 1
 
 
+@pytest.mark.once
 def test_seeds_decide_the_draws():
     model, prompt = compiled("race").model, np.array([[1, 2, 3]])
 
@@ -95,6 +96,7 @@ def test_a_seed_that_would_draw_as_another_is_refused(seed):
         stream(compiled("race").model, np.array([[1]]), max_tokens=1, seed=1.5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["race", "softmax learned"])
 def test_rows_end_at_their_stop_token_and_are_filled_with_it(name):
     model, prompt = compiled(name).model, np.array([[1, 2, 3], [4, 5, 6]])
@@ -121,6 +123,7 @@ def test_a_stop_token_that_cannot_be_is_refused(stop, kind, words):
         stream(compiled("race").model, np.array([[1]]), max_tokens=1, stop_token=stop)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["race", "softmax learned"])
 @pytest.mark.parametrize("sampling", [Sampling(), GREEDY], ids=["drawn", "greedy"])
 def test_a_model_that_is_not_a_number_draws_nothing(name, sampling):
@@ -234,6 +237,7 @@ def test_bad_prompts_are_refused_at_the_call(prompt, options, kind, words):
 SPARSE = SparseConfig(budget=1024, sink=1, window=2, scorer="quantized", dense_below=0)
 
 
+@pytest.mark.once
 def test_sparse_decoding_of_all_tokens_is_dense_and_of_few_is_not(prompts):
     model, (tokens, mask) = compiled("softmax rope").model, prompts["left"]
     options = {"key_value_mask": mask, "max_tokens": 9, "sampling": GREEDY}

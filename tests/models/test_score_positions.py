@@ -12,6 +12,8 @@ from race_jax.data.tokenizer import ByteTokenizer
 from race_jax.models import ModelConfig, TransformerLM
 from scripts import score_positions
 
+pytestmark = pytest.mark.once
+
 TEXT = np.random.default_rng(0).integers(0, 256, 2500).astype(np.uint8)
 
 

@@ -15,6 +15,8 @@ from race_jax import KVCache, dense_decode_attention
 from race_jax.sparse import exact
 from tests.sparse.problems import attend_over, draw_tokens
 
+pytestmark = pytest.mark.once
+
 B, C, K, N, H, V = 3, 600, 2, 4, 8, 5
 T = 540  # tokens, more than a block of 512
 

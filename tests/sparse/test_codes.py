@@ -8,6 +8,8 @@ import pytest
 from race_jax.core.hashing import init_planes, init_rotations, soft_hash
 from race_jax.sparse import SparseConfig, codes, reference, scores, socket_sharpness
 
+pytestmark = pytest.mark.once
+
 
 def test_rotations_are_orthogonal(assert_close):
     rows = init_rotations(jax.random.key(0), num_rotations=3, head_dim=8).reshape(3, 8, 8)

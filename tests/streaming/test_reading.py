@@ -11,6 +11,8 @@ from race_jax import streaming
 from race_jax.streaming.segments import read_ahead
 from tests.streaming.toy import scaled, scaled_state
 
+pytestmark = pytest.mark.once
+
 ROW = np.ones((1, 4))
 
 
