@@ -1,5 +1,7 @@
 """What a layer computes attention from, and the report, for layers and for a whole model."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,17 +37,19 @@ def test_the_heads_give_the_output_of_the_layer(options, assert_close):
     layer = shaken(race_jax.RACEAttention(**SIZES, **options, num_tables=3, rngs=nnx.Rngs(0)))
     x = jax.random.normal(jax.random.key(1), (2, 9, 16))
     heads = diagnostics.heads_of(layer, x)
-    attended = race_jax.race_attention(
+    attend = functools.partial(
+        race_jax.race_attention, use_tanh=layer.config.use_tanh, is_causal=True
+    )
+    attended = jax.jit(attend)(
         heads.query,
         heads.key,
         heads.value,
         heads.planes,
         sharpness=heads.sharpness,
-        use_tanh=layer.config.use_tanh,
         log_decay=heads.log_decay,
-        is_causal=True,
     )
-    assert_close("output", layer.out(attended), layer(x), kind="outputs")
+    want = nnx.jit(lambda layer, x: layer(x))(layer, x)
+    assert_close("output", layer.out(attended), want, kind="outputs")
     assert (heads.log_decay is None) == (options.get("forget_gate") is None)
 
 

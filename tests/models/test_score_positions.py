@@ -26,9 +26,14 @@ def model():
     return model
 
 
+@nnx.jit
+def read(model, ids):
+    return model(ids, deterministic=True)
+
+
 def wanted(model, ids):
     """The nats of all tokens but the first, from the logits of the whole."""
-    logits = model(ids[None, :-1].astype(np.int32), deterministic=True)[0]
+    logits = read(model, ids[None, :-1].astype(np.int32))[0]
     return -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), ids[1:, None], 1)[:, 0]
 
 
