@@ -205,14 +205,10 @@ def test_cross_attention_is_its_definition(rng, assert_close):
     assert_close("output", got, np.stack(want), kind="outputs")
 
 
-def test_folded_planes_give_the_same_outputs_and_gradients(rng, assert_close):
-    # By default heads have two dimensions here, and the gradient of the keys' bias would be four
-    # numbers whose terms nearly cancel.
-    s, params, planes = make(
-        rng, num_heads=4, num_kv_heads=2, head_dim=6, num_tables=2, num_planes=3
-    )
-    x = rng.normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
-    weights = rng.normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_folded_planes_give_the_same_outputs_and_gradients(rng, assert_close, dtype):
+    s, params, planes = make(rng, num_heads=4, num_kv_heads=2, num_tables=2, num_planes=3)
+    x, weights = rng.normal(size=(2, BATCH, LENGTH, WIDTH)).astype(np.float32)
 
     @functools.partial(jax.jit, static_argnums=3)
     @functools.partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
@@ -221,8 +217,10 @@ def test_folded_planes_give_the_same_outputs_and_gradients(rng, assert_close):
         out = race_layer(params, planes, x, settings=settings, mask=jnp.asarray(MASK))
         return jnp.sum(weights * out), out
 
-    got, want = run(params, planes, x, True), run(params, planes, x, False)
-    assert_close("gradients and output", got, want, kind="folded")
+    given = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, planes, x))
+    with jax.enable_x64(dtype == "float64"):
+        got, want = run(*given, True), run(*given, False)
+    assert_close("gradients and output", got, want, kind="folded", dtype=dtype)
 
 
 @pytest.mark.parametrize("options", [ALL, ALL | QKV], ids=["before", "qkv"])

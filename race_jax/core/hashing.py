@@ -205,7 +205,7 @@ def fold_planes(kernel: jax.Array, planes: jax.Array) -> jax.Array:
       planes: ``(L, P, H)``, or ``(K, L, P, H)`` with K dividing N.
 
     Returns:
-      ``(D, N, L, P)``, or ``(N, L, P)``, in float32.
+      ``(D, N, L, P)``, or ``(N, L, P)``, in float32 (float64 for float64 inputs).
 
     Raises:
       ValueError: if the shapes do not match.
@@ -226,7 +226,8 @@ def fold_planes(kernel: jax.Array, planes: jax.Array) -> jax.Array:
                 f"of kernel {kernel.shape}; pass (L, P, H) planes to use one set for all heads"
             )
         planes = jnp.repeat(planes, heads // sets, axis=0)
-    return hash_projections(kernel.astype(jnp.float32), planes.astype(jnp.float32))
+    dtype = jnp.result_type(kernel, planes, jnp.float32)
+    return hash_projections(kernel.astype(dtype), planes.astype(dtype))
 
 
 def soft_hash(
