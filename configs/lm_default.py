@@ -19,9 +19,6 @@ def get_config() -> Config:
     config.model.num_layers = 3
     config.model.width = 128
     config.model.num_heads = 4
-    config.model.race.short_conv = "before"
-    config.model.race.output_norm = "rms"
-    config.model.race.output_gate = "silu"
 
     config.data.source = "stdlib"
     config.data.tokenizer = "bytes"

@@ -17,9 +17,6 @@ from race_jax.train.config import Config
 def get_config() -> Config:
     """Returns the configuration of the run."""
     config = Config()
-    config.model.positions = "learned"
-    config.model.max_length = 512
-
     config.data.source = "files"
     config.data.train_files = ("text8/text8.first-6877825-bytes.txt.xz",)
     config.data.valid_tail = 300_000

@@ -16,8 +16,6 @@ from race_jax.train.config import Config
 def get_config() -> Config:
     """Returns the configuration of the run."""
     config = Config()
-    config.model.positions = "learned"
-    config.model.max_length = 256
     config.model.dropout_rate = 0.2
 
     config.data.source = "files"
