@@ -102,7 +102,10 @@ def vary(arrays: Any, axes: frozenset[str]) -> Any:
 
 
 def load(ref: Any, index: tuple, rows: jax.Array | None = None) -> jax.Array:
-    """Returns `ref[index]`. Rows (C,) that are False are not read and give zero."""
+    """Returns `ref[index]`. Rows (C,) that are False are not read and give zero.
+
+    Rows may also be a mask of single elements, in the shape of the result.
+    """
     if rows is None:
         return ref[index]
     view = ref.at[index]
@@ -120,7 +123,26 @@ def store(ref: Any, index: tuple, value: jax.Array, rows: jax.Array | None = Non
 
 
 def _rows_mask(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.broadcast_to(rows.reshape(rows.shape + (1,) * (len(shape) - 1)), shape)
+    return jnp.broadcast_to(rows.reshape(rows.shape + (1,) * (len(shape) - rows.ndim)), shape)
+
+
+def bits_of_bytes(x: jax.Array, shift: int, count: int, interpret: bool) -> jax.Array:
+    """Returns the bits ``shift`` to ``shift + count - 1`` of every element of an int8 tile.
+
+    On the GPU one instruction serves four bytes.
+    """
+    if interpret:
+        shifted = lax.shift_right_logical(x, jnp.int8(shift))
+        return shifted & jnp.int8(2**count - 1)
+    mask = (2**count - 1) * 0x01010101
+    [result] = plt.elementwise_inline_asm(
+        f"{{ .reg .b32 x; shr.b32 x, $1, {shift}; and.b32 $0, x, {mask}; }}",
+        args=[x],
+        constraints="=r,r",
+        pack=4,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.int8)],
+    )
+    return result
 
 
 @dataclasses.dataclass(frozen=True)
