@@ -289,14 +289,14 @@ def has_warpgroups() -> bool:
     return tuple(int(part) for part in jax.__version__.split(".")[:2]) >= (0, 11)
 
 
-def missing() -> str | None:
+def missing(kind: str = "RACE") -> str | None:
     """Returns what this installation or its card lacks for the compiled kernels, or None.
 
     The warpgroup kernels use instructions that exist only on compute capability 9.0 (sm_90a), and
     not on later ones. The other kernels have not been run on any other capability.
     """
     if not has_warpgroups():
-        return f"the RACE kernels need jax >= 0.11; found {jax.__version__}"
+        return f"the {kind} kernels need jax >= 0.11; found {jax.__version__}"
     for device in _devices():
         capability = getattr(device, "compute_capability", None)
         if capability is None:
@@ -306,7 +306,7 @@ def missing() -> str | None:
             fits = str(capability) == CAPABILITY
         if not fits:
             return (
-                f"the RACE kernels need compute capability {CAPABILITY} (H100, H200); "
+                f"the {kind} kernels need compute capability {CAPABILITY} (H100, H200); "
                 f"{device.device_kind} has {capability}"
             )
     return None
