@@ -117,8 +117,12 @@ def query_positions(
 
 
 @jax.custom_jvp
-def guarded(out: jax.Array, wrong: jax.Array) -> jax.Array:
-    """Returns NaN for the rows that are wrong. It has no derivative, and says so."""
+def guarded(out: jax.Array, wrong: jax.Array, inputs: Any = None) -> jax.Array:
+    """Returns NaN for the rows that are wrong.
+
+    It has no derivative, and says so, with respect to the output or to the inputs of the call.
+    """
+    del inputs
     return jnp.where(wrong[:, None, None, None], jnp.nan, out)
 
 

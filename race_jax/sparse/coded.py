@@ -224,7 +224,8 @@ def _levels(key: jax.Array, planes: jax.Array, bits: int) -> tuple[jax.Array, ja
             return reason
         return dispatch.kernels().sparse.supports_codes(key, planes, bits=bits)
 
-    return dispatch.by_platform(dispatch.decide(None, limit), xla, pallas)(key, planes)
+    run = dispatch.by_platform(dispatch.decide(None, limit), xla, pallas)
+    return run(*jax.lax.stop_gradient((key, planes)))
 
 
 def _tiled(kv: KVCache, planes: jax.Array, coding: Any) -> dict[str, Any]:

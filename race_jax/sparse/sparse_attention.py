@@ -102,6 +102,8 @@ def sparse_decode_attention(
     """
     config = _checked(query, cache, config, query_mask)
     choice = steps.choose(implementation, query, cache, config)
+    inputs = query, cache.kv
+    query, cache = jax.lax.stop_gradient((query, cache))  # kernels have no derivative
     positions, wrong = attention.query_positions(query.shape[1], cache.kv, query_mask)
 
     def sparse(query: jax.Array) -> tuple[jax.Array, Report]:
@@ -124,7 +126,7 @@ def sparse_decode_attention(
         else:
             short = cache.length.max(initial=0) < config.dense_below
             out, report = jax.lax.cond(short, dense, sparse, query)
-        out = attention.guarded(out, wrong)
+        out = attention.guarded(out, wrong, inputs)
     return (out, report) if return_report else out
 
 
