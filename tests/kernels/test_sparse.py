@@ -238,7 +238,7 @@ def test_decoding_by_interpreted_kernels_is_that_of_xla(scorer, monkeypatch, ass
     monkeypatch.setattr(dispatch, "kernels", lambda: SimpleNamespace(sparse=kernels))
     monkeypatch.setattr(dispatch, "decide", lambda *_: dispatch.PALLAS_ASKED)
     got = decode(config, "pallas")
-    assert seen == ["level_codes", "linear_scores"]
+    assert set(seen) == {"level_codes", "linear_scores"}
     assert_close("decoding", got[1:], want[1:], kind="rerun")
     np.testing.assert_array_equal(got[0].codes[0, :, :60], want[0].codes[0, :, :60])
 
