@@ -153,6 +153,9 @@ def with_lookups(
         The new ids (n,), a mask (n,) of the digits that are repeated, and the places (questions,)
         at which the repeated lines begin.
 
+    Raises:
+        ValueError: the text has no room for the lines.
+
     Example:
         >>> options = LookupConfig(least_lines=1, most_lines=1, name_length=1, value_length=2)
         >>> text = np.frombuffer(b"so it is and so it was for us", np.uint8)
@@ -164,6 +167,11 @@ def with_lookups(
     """
     size, count = options.line_bytes, rng.integers(options.least_lines, options.most_lines + 1)
     room = len(ids) - count * size - questions * (size - 1)
+    if room < 0:
+        raise ValueError(
+            f"{len(ids)} bytes have no room for {count} lines and {questions} questions of {size} "
+            "bytes; give a longer text"
+        )
     base = len(_LETTERS)
     numbers = rng.choice(base**options.name_length, count, replace=False)
     letters = _LETTERS[numbers[:, None] // base ** np.arange(options.name_length) % base]

@@ -49,6 +49,12 @@ def test_the_repeated_lines_are_found_in_the_text():
     assert counts == {3, 4, 5}
 
 
+def test_a_text_without_room_is_refused():
+    text = np.zeros(20, np.uint8)
+    with pytest.raises(ValueError, match="20 bytes have no room for 8 lines and 1 questions of 11"):
+        with_lookups(np.random.default_rng(0), text, LookupConfig(most_lines=8), 1)
+
+
 def test_training_weighs_answers_and_held_out_rows_are_scored_apart(tmp_path):
     task = Lookup(lookup_config(tmp_path, share=0.5, num_questions=2, answer_weight=9).validate())
     batch, again = next(iter(task.train)), next(iter(task.train))
