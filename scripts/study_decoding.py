@@ -316,7 +316,9 @@ def main(words: list[str]) -> int:
     options = parse(words)
     try:
         study, runner, about = prepared(options)
-        wanted = Case("oracle", RATIOS[0], "head", 0).config(study.context, options.sink, options.window)
+        wanted = Case("oracle", RATIOS[0], "head", 0).config(
+            study.context, options.sink, options.window
+        )
         content = {"about": about, "statistics": study.statistics(wanted), "rows": []}
         for row in measured(study, runner, options):
             content["rows"].append(row)

@@ -114,6 +114,16 @@ def test_the_stages_give_what_the_whole_gives():
     np.testing.assert_array_equal(layers["select"](scores, kv), report.indices)
 
 
+def test_kernels_are_counted_by_stage():
+    """Two layers. Without the kernel of the scores, XLA's kernels before the selection are scores."""
+    layer = [("round", 1.0), ("sparse_scores", 2.0), ("sort", 3.0), ("sparse_attend", 4.0)]
+    found = decode_programs.stage_of([*layer, ("merge", 0.5), *layer, ("merge", 0.5)])
+    assert found == {"scores": 4.0, "select": 6.0, "attend": 8.0, "other": 3.0}
+    layer = [("gemm", 2.0), ("sparse_count", 1.0), ("cumsum", 1.0), ("sparse_attend", 4.0)]
+    found = decode_programs.stage_of([*layer, *layer])
+    assert found == {"scores": 4.0, "select": 4.0, "attend": 8.0, "other": 0.0}
+
+
 def test_constant_scores_are_an_error(monkeypatch):
     monkeypatch.setitem(
         race_jax.sparse.scores.FUNCTIONS,

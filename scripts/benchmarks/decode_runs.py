@@ -94,14 +94,13 @@ def plan_cell(cell: Cell, setting: Setting, limits: Limits, pool: Pool, layers: 
     config = cell.config(setting)
     struct = programs.coded_struct(cell, setting)
     query = programs.query_random(cell.shape, setting).struct()
-    names = [limits.implementation] if limits.implementation else IMPLEMENTATIONS
-    for name in names:
-        layer = programs.sparse_layer(name)
-        why = programs.can_run(layer, query, struct)
-        if not why:
-            break
-    stages = {}
-    if name == "xla" and cell.ratio == DEFAULT_RATIO and cell.method != WINDOW_ONLY:
+    name, why = limits.implementation or "pallas", ""
+    if name == "pallas":
+        why = programs.can_run(programs.sparse_layer(name), query, struct)
+    # Where one kernel is missing, the others may still run beside XLA.
+    asked = None if why else name
+    layer, stages = programs.sparse_layer(asked), {}
+    if asked != "pallas" and cell.ratio == DEFAULT_RATIO and cell.method != WINDOW_ONLY:
         stages = compile_stages(programs.stage_layers(config), query, struct, layers, pool)
     if cell.method == WINDOW_ONLY:
         # A cache that drops what has left the window holds as many tokens as the budget.
@@ -109,8 +108,8 @@ def plan_cell(cell: Cell, setting: Setting, limits: Limits, pool: Pool, layers: 
         small = Shape(cell.shape.rows, cell.shape.kv_heads, config.budget)
         struct = programs.cache_struct(small, setting)
     whole = pool.compile(programs.step(layer), [(query, struct)] * layers)
-    of_runs = runs_quality(cell, setting, name)
-    return Plan(cell, layers, name, why, whole, stages, pool.compile(of_runs, jax.random.key(0)))
+    of_runs = pool.compile(runs_quality(cell, setting, asked), jax.random.key(0))
+    return Plan(cell, layers, asked or "xla", why, whole, stages, of_runs)
 
 
 def fastest_dense_layer(query: Any, struct: Any) -> programs.Layer:
@@ -144,7 +143,7 @@ def as_selection(indices: jax.Array) -> Any:
     return programs.Selection(indices, count)
 
 
-def runs_quality(cell: Cell, setting: Setting, implementation: str) -> Callable:
+def runs_quality(cell: Cell, setting: Setting, implementation: str | None) -> Callable:
     """Returns a function from a key to the quality of the cell on `runs`, at a length that fits."""
     length = min(cell.shape.capacity, setting.quality_length)
     config = cell.config(setting, length)
@@ -180,6 +179,14 @@ def run_or_why(
         return {"stopped": words(error)}, None
     ms = statistics.median(map(total, found))
     return {"ms": ms, "wall_ms": timing.wall_ms, "kernels": found[len(found) // 2]}, run
+
+
+def merged(kernels: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Adds up the milliseconds of the kernels of a run by name."""
+    found: dict[str, float] = {}
+    for name, ms in kernels:
+        found[name] = found.get(name, 0.0) + ms
+    return found
 
 
 class Bench:
@@ -283,11 +290,14 @@ class Bench:
         row |= {"implementation": plan.implementation, "why": plan.why}
         figures, _ = run_or_why(plan.whole, inputs, self.clock, self.limits.repeats)
         row |= self._times(figures, layers, read)
-        if plan.stages:
-            row["stages"] = self._stages(plan, inputs)
-        elif figures.get("kernels"):
-            stages = programs.stage_of(figures["kernels"])
+        kernels = figures.get("kernels", ())
+        if any("sparse_" in name for name, _ in kernels):
+            row["implementation"] = "mixed" if plan.why else "pallas"
+            stages = programs.stage_of(kernels)
             row["stages"] = {name: ms / layers * 1e3 for name, ms in stages.items()}
+        elif plan.stages:
+            row["stages"] = self._stages(plan, inputs)
+        row["kernels"] = merged(kernels)
         return row
 
     def _stages(self, plan: Plan, inputs: Any) -> dict[str, float]:
