@@ -115,7 +115,7 @@ def test_the_stages_give_what_the_whole_gives():
 
 
 def test_kernels_are_counted_by_stage():
-    """Two layers. Without the kernel of the scores, XLA's kernels before the selection are scores."""
+    """Two layers, with the kernel of the scores and with kernels of XLA in its place."""
     layer = [("round", 1.0), ("sparse_scores", 2.0), ("sort", 3.0), ("sparse_attend", 4.0)]
     found = decode_programs.stage_of([*layer, ("merge", 0.5), *layer, ("merge", 0.5)])
     assert found == {"scores": 4.0, "select": 6.0, "attend": 8.0, "other": 3.0}

@@ -17,6 +17,7 @@ from flax import nnx
 
 from benchmarks.decode_quality import exact_logits, kept_mask, recall_and_mass
 from race_jax.layers.positions import rotate
+from race_jax.layers.softmax import SoftmaxAttention
 from race_jax.models import TransformerLM
 from race_jax.models.decode import room_for
 from race_jax.sparse import KVCache, SparseCache, SparseConfig, sparse_decode_attention
@@ -61,7 +62,8 @@ class Runner:
     def __init__(self, model: TransformerLM, rows: int, context: int):
         config = model.trunk.blocks[0].attention.config
         plain = getattr(config, "short_conv", None) is None
-        if not model.trunk.keeps_tokens or config.NAME != "softmax" or not plain:
+        softmax = all(isinstance(b.attention, SoftmaxAttention) for b in model.trunk.blocks)
+        if not (softmax and plain and model.trunk.keeps_tokens):
             raise ValueError(
                 "the study needs a softmax model without forget gate and short convolution, such "
                 "as that of configs/lm_books_softmax.py"
