@@ -25,7 +25,7 @@ def get_config() -> Config:
     """Returns the configuration of the run."""
     config = Config()
     config.task = "lookup"
-    config.lookup.num_questions = 4
+    config.lookup.num_questions = 8
     config.lookup.answer_weight = 16
 
     config.model.attention = "softmax"

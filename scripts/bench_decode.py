@@ -25,8 +25,8 @@ import jaxlib
 
 from bench_kernels import lengths, names, output, positive
 from benchmarks import decode_report
-from benchmarks.decode_cells import METHODS, Setting, every, in_small, main_part
-from benchmarks.decode_runs import IMPLEMENTATIONS, Bench, Limits, estimate
+from benchmarks.decode_cells import METHODS, Setting, estimate, every, in_small, main_part
+from benchmarks.decode_runs import IMPLEMENTATIONS, Bench, Limits
 from benchmarks.text import header
 from benchmarks.timing import COPY_ELEMENTS, copy_rate, find_clock, memory_limit
 
@@ -113,6 +113,9 @@ def notes(bench: Bench) -> list[str]:
     if bench.left_out:
         lines.append(f"{bench.left_out} cells were left out for lack of time or memory.")
     reasons = {row["method"]: row["why"] for row in bench.rows if row["why"]}
+    for row in bench.rows:
+        if "quality_stopped" in row:
+            reasons[row["method"] + ", quality"] = row["quality_stopped"]
     lines += [f"{method}: {why}" for method, why in reasons.items()]
     return lines
 

@@ -128,7 +128,7 @@ def test_constant_scores_are_an_error(monkeypatch):
     monkeypatch.setitem(
         race_jax.sparse.scores.FUNCTIONS,
         "oracle",
-        lambda query, cache, config, positions: jnp.zeros((2, 1, 4, cache.capacity)),
+        lambda query, cache, config, positions: jnp.zeros((*query.shape[:3], cache.capacity)),
     )
     bench = Bench(SMALL, Limits(repeats=1, seconds=1e9), Clock(missing="a test"), rate=1e9)
     plan = dataclasses.make_dataclass("Plan", ["quality", "cell"])

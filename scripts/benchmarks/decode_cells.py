@@ -89,9 +89,9 @@ class Cell:
     ratio: int
     selection: str
 
-    def config(self, setting: Setting, length: int | None = None) -> SparseConfig:
-        """The options, for a cache of `length` tokens or of the shape's."""
-        budget = budget_for(length or self.shape.capacity, self.ratio)
+    def config(self, setting: Setting) -> SparseConfig:
+        """The options of sparse attention."""
+        budget = budget_for(self.shape.capacity, self.ratio)
         window = setting.window
         if self.method == WINDOW_ONLY:
             window = max(window, budget - setting.sink)
@@ -200,3 +200,16 @@ def dense_bytes(shape: Shape, setting: Setting) -> int:
 def describe(shape: Shape) -> str:
     """A shape in words."""
     return f"B = {shape.rows}, K = {shape.kv_heads}, S = {shape.capacity:,}"
+
+
+def estimate(parts: Sequence[Sequence[Cell]], setting: Setting, limit: int) -> list[str]:
+    """Says what every shape would hold, without allocating anything."""
+    cells, lines = [cell for part in parts for cell in part], []
+    for shape in dict.fromkeys(cell.shape for cell in cells):
+        own = [cell for cell in cells if cell.shape == shape]
+        layers = min(layers_that_fit(cell, setting, limit) for cell in own)
+        gib = layers * shape.cache_bytes(setting) / 2**30
+        lines.append(
+            f"{describe(shape)}: {len(own)} cells, {layers} layers, {gib:.2f} GiB of cache"
+        )
+    return lines

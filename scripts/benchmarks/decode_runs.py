@@ -23,7 +23,6 @@ from benchmarks.decode_cells import (
     Shape,
     bytes_read,
     dense_bytes,
-    describe,
     layers_that_fit,
 )
 from benchmarks.decode_quality import draw_runs, quality
@@ -46,7 +45,7 @@ class Limits:
     """
 
     repeats: int = 7
-    seconds: float = 210.0
+    seconds: float = 180.0
     implementation: str | None = None
 
 
@@ -56,6 +55,7 @@ class Pool:
     def __init__(self):
         self._threads = ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1))
         self._begun: list[Future] = []
+        self._qualities: dict[tuple, Future] = {}
 
     def compile(self, call: Callable, *structs: Any) -> Future:
         """Begins to compile a function for arguments of these shapes."""
@@ -69,6 +69,16 @@ class Pool:
         future = self._threads.submit(work)
         self._begun.append(future)
         return future
+
+    def quality(self, cell: Cell, setting: Setting, implementation: str | None) -> Future:
+        """Begins to compile the quality of a cell, which several shapes may have in common."""
+        length = min(cell.shape.capacity, setting.quality_length)
+        shape = dataclasses.replace(cell.shape, rows=QUALITY_ROWS, capacity=length)
+        cell = dataclasses.replace(cell, shape=shape)
+        if (cell, implementation) not in self._qualities:
+            call = runs_quality(cell, setting, implementation)
+            self._qualities[cell, implementation] = self.compile(call, jax.random.key(0))
+        return self._qualities[cell, implementation]
 
     def settle(self) -> None:
         """Waits until everything is compiled, because compilation would disturb the clock."""
@@ -108,7 +118,7 @@ def plan_cell(cell: Cell, setting: Setting, limits: Limits, pool: Pool, layers: 
         small = Shape(cell.shape.rows, cell.shape.kv_heads, config.budget)
         struct = programs.cache_struct(small, setting)
     whole = pool.compile(programs.step(layer), [(query, struct)] * layers)
-    of_runs = pool.compile(runs_quality(cell, setting, asked), jax.random.key(0))
+    of_runs = pool.quality(cell, setting, asked)
     return Plan(cell, layers, asked or "xla", why, whole, stages, of_runs)
 
 
@@ -144,14 +154,12 @@ def as_selection(indices: jax.Array) -> Any:
 
 
 def runs_quality(cell: Cell, setting: Setting, implementation: str | None) -> Callable:
-    """Returns a function from a key to the quality of the cell on `runs`, at a length that fits."""
-    length = min(cell.shape.capacity, setting.quality_length)
-    config = cell.config(setting, length)
+    """Returns a function from a key to the quality of the cell on `runs`."""
+    config, shape = cell.config(setting), cell.shape
     wanted = dataclasses.replace(config, window=setting.window)
-    kv_heads = cell.shape.kv_heads
 
     def measure(key: jax.Array) -> Any:
-        sizes = QUALITY_ROWS, length, setting.heads, kv_heads, setting.head_dim
+        sizes = shape.rows, shape.capacity, setting.heads, shape.kv_heads, setting.head_dim
         query, kv = draw_runs(key, *sizes)
         cache = SparseCache.of(jax.random.fold_in(key, 1), kv, config)
         return quality(query, cache, wanted, implementation)
@@ -250,7 +258,7 @@ class Bench:
                 small = dataclasses.replace(shape, capacity=config.budget)
                 coded, coding = programs.draw_caches(small, self.setting, layers), None
             elif coding != config.coding():
-                coded = []  # the old codes go first
+                coded, inputs = [], []  # the old codes go first
                 coded, coding = programs.with_codes(kv, config), config.coding()
             if coding is not None:
                 coded = [dataclasses.replace(cache, config=config) for cache in coded]
@@ -328,16 +336,3 @@ class Bench:
 
     def _is_late(self) -> bool:
         return time.monotonic() - self._start > self.limits.seconds
-
-
-def estimate(parts: Sequence[Sequence[Cell]], setting: Setting, limit: int) -> list[str]:
-    """Says what every shape would hold, without allocating anything."""
-    cells, lines = [cell for part in parts for cell in part], []
-    for shape in dict.fromkeys(cell.shape for cell in cells):
-        own = [cell for cell in cells if cell.shape == shape]
-        layers = min(layers_that_fit(cell, setting, limit) for cell in own)
-        gib = layers * shape.cache_bytes(setting) / 2**30
-        lines.append(
-            f"{describe(shape)}: {len(own)} cells, {layers} layers, {gib:.2f} GiB of cache"
-        )
-    return lines
