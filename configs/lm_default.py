@@ -1,7 +1,7 @@
 """A language model of bytes on Python source, which `make train` runs in minutes on a CPU.
 
-It uses RACE attention with a data gate, the short convolution and the output gate. The text is the
-source of Python's standard library, which every machine has. Whole files are held out. The text
+It uses the defaults of a model: RACE attention with a data gate, short convolutions, output norm
+and output gate. The text is the source of Python's standard library, which every machine has. Whole files are held out. The text
 differs between Python versions, so losses can only be compared if the digests that are printed at
 the start are the same.
 
