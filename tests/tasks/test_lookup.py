@@ -9,6 +9,8 @@ from race_jax.tasks.lookup import Lookup, LookupConfig, with_lookups
 from tests.tasks.few_steps import few_steps
 from tests.train.small import small_config
 
+pytestmark = pytest.mark.once
+
 TEXT = "It rained for a whole day, and nobody came to the old house by the sea. " * 400
 
 
