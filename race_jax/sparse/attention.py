@@ -16,7 +16,7 @@ import numpy as np
 from race_jax.core import masking, shards
 from race_jax.core.dispatch import IMPLEMENTATIONS, XLA_ASKED, Choice
 from race_jax.sparse import exact
-from race_jax.sparse.cache import KINDS, KVCache
+from race_jax.sparse.cache import KVCache, kinds_of
 
 _NO_KERNELS = "decoding from a cache has no GPU kernels yet"
 
@@ -27,15 +27,18 @@ def dense_decode_attention(
     *,
     query_mask: jax.Array | None = None,
     slopes: jax.Array | None = None,
+    rule: exact.Rule = exact.SOFTMAX,
     implementation: str | None = None,
 ) -> jax.Array:
     r"""Computes the softmax attention of the last tokens of every row to all tokens before them.
 
     .. math::
-        out_t = \sum_{s \le t} \mathrm{softmax}_s(q_t \cdot k_s / \sqrt{H} - m \, (t - s)) \, v_s
+        out_t = \sum_{s \le t} \mathrm{softmax}_s(
+            q_t \cdot k_s / \sqrt{H} - m \, (t - s) + G_t - G_s) \, v_s
 
-    The cost of a query grows with the number of tokens in the cache, and not with its capacity. One
-    program serves every length. Logits and sums are float32.
+    G is the decay that the cache holds, and zero if it holds none. Another ``rule`` gives other
+    weights than softmax. The cost of a query grows with the number of tokens in the cache, and not
+    with its capacity. One program serves every length. Logits and sums are float32.
 
     Args:
         query: shape (B, T, N, H), floating: the queries of the last T tokens appended. Query head
@@ -45,6 +48,7 @@ def dense_decode_attention(
             zeros.
         slopes: shape (N,), by how much the logits of a head fall per token of distance (the m of
             ALiBi), or None.
+        rule: how logits become weights (`race_jax.sparse.Rule`).
         implementation: "xla", or None for the best one there is.
 
     Returns:
@@ -69,15 +73,16 @@ def dense_decode_attention(
     choose(implementation)
     kv_heads = cache.key.shape[2]
     arrays = {"query": query, "cache": cache, "mask": query_mask, "slopes": None}
-    kinds = {"query": shards.TOKENS, "cache": KINDS, "mask": shards.SLOTS, "slopes": shards.HEADS}
+    kinds = {"query": shards.TOKENS, "cache": kinds_of(cache), "mask": shards.SLOTS}
     if slopes is not None:
         if slopes.shape != query.shape[2:3]:
             raise ValueError(f"slopes must be (N,) = {query.shape[2:3]}; got {slopes.shape}.")
+        kinds["slopes"] = shards.HEADS
         arrays["slopes"] = slopes.astype(jnp.float32).reshape(kv_heads, -1)
     arrays = {name: x for name, x in arrays.items() if x is not None}
     with jax.named_scope("dense_decode_attention"):
         return shards.over_shards(
-            lambda arrays, _: _dense(**arrays),
+            lambda arrays, _: _dense(rule, **arrays),
             arrays,
             {name: kinds[name] for name in arrays},
             shards.TOKENS,
@@ -86,9 +91,9 @@ def dense_decode_attention(
         )
 
 
-def _dense(query, cache, mask=None, slopes=None) -> jax.Array:
+def _dense(rule: exact.Rule, query, cache, mask=None, slopes=None) -> jax.Array:
     positions, wrong = query_positions(query.shape[1], cache, mask)
-    return guarded(exact.dense(query, cache, positions, slopes), wrong)
+    return guarded(exact.dense(query, cache, positions, slopes, rule), wrong)
 
 
 def query_positions(

@@ -37,7 +37,12 @@ CONFIGS = {
         "linear": {"short_conv": "qkv", "output_norm": "rms", "output_gate": "sigmoid"},
     },
     "performer": {"attention": "performer", "num_kv_heads": 2, "performer": {"num_features": 6}},
-    "sigmoid": {"attention": "sigmoid", "num_kv_heads": 2, "positions": "alibi"},
+    "sigmoid": {
+        "attention": "sigmoid",
+        "num_kv_heads": 2,
+        "positions": "alibi",
+        "sigmoid": {"forget_gate": "learned"},
+    },
     "angular": {
         "attention": "angular",
         "num_kv_heads": 2,
