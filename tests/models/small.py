@@ -47,7 +47,7 @@ CONFIGS = {
         "attention": "angular",
         "num_kv_heads": 2,
         "positions": "rope",
-        "angular": {"forget_gate": "data"},
+        "angular": {"forget_gate": "data", "short_conv": "qkv"},
     },
     "gated linear": {"attention": "gated_linear", "num_kv_heads": 2},
     "gated delta": {"attention": "gated_delta", "num_kv_heads": 2},
