@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from race_jax.core import masking, shards
-from race_jax.core.dispatch import IMPLEMENTATIONS, XLA_ASKED, Choice
+from race_jax.core import dispatch, masking, shards
 from race_jax.sparse import exact
 from race_jax.sparse.cache import KVCache, kinds_of
 
-_NO_KERNELS = "decoding from a cache has no GPU kernels yet"
+_NO_KERNELS = "dense decoding from a cache has no GPU kernels yet"
 
 
 def dense_decode_attention(
@@ -70,7 +69,7 @@ def dense_decode_attention(
     Source: Vaswani et al. 2017, section 3.2.1, with the keys and values kept.
     """
     check_query(query, cache, query_mask)
-    choose(implementation)
+    dispatch.decide(implementation, lambda: _NO_KERNELS)
     kv_heads = cache.key.shape[2]
     arrays = {"query": query, "cache": cache, "mask": query_mask, "slopes": None}
     kinds = {"query": shards.TOKENS, "cache": kinds_of(cache), "mask": shards.SLOTS}
@@ -123,8 +122,12 @@ def query_positions(
 
 
 @jax.custom_jvp
-def guarded(out: jax.Array, wrong: jax.Array) -> jax.Array:
-    """Returns NaN for the rows that are wrong. It has no derivative, and says so."""
+def guarded(out: jax.Array, wrong: jax.Array, inputs: Any = None) -> jax.Array:
+    """Returns NaN for the rows that are wrong.
+
+    It has no derivative, and says so, with respect to the output or to the inputs of the call.
+    """
+    del inputs
     return jnp.where(wrong[:, None, None, None], jnp.nan, out)
 
 
@@ -134,20 +137,6 @@ def _guarded_jvp(primals: Any, tangents: Any) -> Any:
         "decode attention has no gradient; train with softmax_attention, which reads whole "
         "sequences."
     )
-
-
-def choose(implementation: str | None) -> Choice:
-    """Returns which implementation runs, and why.
-
-    Raises:
-      ValueError: if the implementation is unknown.
-      NotImplementedError: if it is ``"pallas"``.
-    """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
-    if implementation == "pallas":
-        raise NotImplementedError(f"{_NO_KERNELS}; pass implementation='xla' or None")
-    return XLA_ASKED if implementation == "xla" else Choice("xla", _NO_KERNELS)
 
 
 def check_query(query: jax.Array, cache: KVCache, mask: jax.Array | None) -> None:

@@ -113,7 +113,8 @@ def unpack_levels(words: jax.Array, bits: int, count: int) -> jax.Array:
 def code_tables(key: jax.Array, planes: jax.Array, num_planes: int) -> jax.Array:
     """Returns the hash codes of keys ``(..., H)`` under planes ``(L P, H)``, as ``(..., W)``."""
     z = project(key, planes)
-    signs = (z >= 0).astype(jnp.uint32).reshape(*z.shape[:-1], -1, num_planes)
+    tables = len(planes) // num_planes
+    signs = (z >= 0).astype(jnp.uint32).reshape(*z.shape[:-1], tables, num_planes)
     weights = 2 ** jnp.arange(num_planes - 1, -1, -1, dtype=jnp.uint32)
     return pack_tables((signs * weights).sum(axis=-1, dtype=jnp.uint32), num_planes)
 
@@ -134,6 +135,11 @@ def code_of_table(words: jax.Array, table: jax.Array, num_planes: int) -> jax.Ar
     word = jax.lax.dynamic_index_in_dim(words, table // per_word, axis=-1, keepdims=False)
     shift = (num_planes * (table % per_word)).astype(jnp.uint32)
     return (word >> shift) & jnp.uint32(2**num_planes - 1)
+
+
+def signs(query: jax.Array, planes: jax.Array) -> jax.Array:
+    """Returns the sides of the planes on which queries ``(..., H)`` lie: 1 or -1, ``(..., M)``."""
+    return jnp.where(project(query, planes) >= 0, 1.0, -1.0)
 
 
 def round_query(query: jax.Array, planes: jax.Array) -> tuple[jax.Array, jax.Array]:

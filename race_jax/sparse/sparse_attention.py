@@ -8,17 +8,20 @@ to these exactly:
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from race_jax.core import dispatch
 from race_jax.core.dispatch import Choice
-from race_jax.sparse import attention, exact, scores
+from race_jax.sparse import attention, exact, scores, steps
 from race_jax.sparse.cache import KVCache
 from race_jax.sparse.coded import SparseCache
 from race_jax.sparse.config import SparseConfig
-from race_jax.sparse.selection import Selection, select
+from race_jax.sparse.selection import Selection
+from race_jax.sparse.steps import Steps
 
 
 class Report(NamedTuple):
@@ -65,7 +68,7 @@ def sparse_decode_attention(
             everything that the codes do not depend on.
         query_mask: shape (B, T) bool, the mask of the `append`, or None. Padded queries return
             zeros.
-        implementation: "xla", or None for the best one there is.
+        implementation: "xla", "pallas", or None for the kernels where they support the call.
         return_report: whether to return what was read as well.
 
     Returns:
@@ -76,7 +79,8 @@ def sparse_decode_attention(
         ValueError: if shapes do not fit, the cache has no codes or other ones, or a row is known to
             hold fewer tokens than its queries.
         TypeError: if the query is not floating, or the mask is not bool.
-        NotImplementedError: if the implementation is "pallas", or a gradient is taken.
+        NotImplementedError: if the implementation is "pallas" and the kernels do not support the
+            call, or a gradient is taken.
 
     Example:
         >>> import jax, jax.numpy as jnp, race_jax
@@ -97,11 +101,16 @@ def sparse_decode_attention(
     Source: arXiv 2602.06283. One selection in place of three lists goes beyond it.
     """
     config = _checked(query, cache, config, query_mask)
-    attention.choose(implementation)
+    choice = steps.choose(implementation, query, cache, config)
+    inputs = query, cache.kv
+    query, cache = jax.lax.stop_gradient((query, cache))  # kernels have no derivative
     positions, wrong = attention.query_positions(query.shape[1], cache.kv, query_mask)
 
     def sparse(query: jax.Array) -> tuple[jax.Array, Report]:
-        return _sparse(query, cache, config, positions)
+        xla, pallas = (
+            functools.partial(_sparse, take, config) for take in (steps.XLA, steps.KERNELS)
+        )
+        return dispatch.by_platform(choice, xla, pallas)(query, cache, positions)
 
     def dense(query: jax.Array) -> tuple[jax.Array, Report]:
         out = exact.dense(query, cache.kv, positions, None)
@@ -117,37 +126,28 @@ def sparse_decode_attention(
         else:
             short = cache.length.max(initial=0) < config.dense_below
             out, report = jax.lax.cond(short, dense, sparse, query)
-        out = attention.guarded(out, wrong)
+        out = attention.guarded(out, wrong, inputs)
     return (out, report) if return_report else out
 
 
-def _sparse(query, cache: SparseCache, config: SparseConfig, positions):
-    """Takes the queries one after another, because each reads tokens of its own."""
+def _sparse(take: Steps, config: SparseConfig, query, cache: SparseCache, positions):
+    """Takes all queries at once, or one after another if they are too many for the steps."""
+
+    def some(query: jax.Array, positions: jax.Array) -> tuple[jax.Array, Selection]:
+        scores = take.scores(query, cache, config, positions)
+        selection = take.select(scores, config, positions)
+        return take.attend(query, cache, selection), selection
 
     def one(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Selection]:
-        query, positions = (x[:, None] for x in inputs)
-        selection = _selected(query, cache, config, positions)
-        out = exact.listed(query, cache.kv, selection)
-        return out[:, 0], Selection(selection.indices[:, 0], selection.count[:, 0])
+        return jax.tree.map(lambda x: x[:, 0], some(*(x[:, None] for x in inputs)))
 
-    if query.shape[1] == 1:
-        out, selection = jax.tree.map(lambda x: x[:, None], one((query[:, 0], positions[:, 0])))
+    count, group = query.shape[1], query.shape[2] // cache.kv.key.shape[2]
+    if count == 1 or count * group <= take.most_queries:
+        out, selection = some(query, positions)
     else:
         by_time = jnp.moveaxis(query, 1, 0), jnp.moveaxis(positions, 1, 0)
         out, selection = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), jax.lax.map(one, by_time))
     return out, Report(*selection, jnp.bool_(False))
-
-
-def _selected(query, cache: SparseCache, config: SparseConfig, positions) -> Selection:
-    found = scores.by_name(query, cache, config, positions)
-    if config.selection == "group":
-        found = found * scores.unit(query, cache, config)
-        found = found.reshape(*found.shape[:2], cache.kv.key.shape[2], -1, found.shape[-1]).max(3)
-    slots = jnp.arange(cache.capacity, dtype=jnp.int32)
-    positions = positions[..., None]
-    visible = slots <= positions
-    forced = visible & ((slots < config.sink) | (slots > positions - config.window))
-    return select(found, forced=forced, visible=visible, budget=config.budget)
 
 
 def score(query: jax.Array, cache: SparseCache, config: SparseConfig | None = None) -> jax.Array:
@@ -182,8 +182,8 @@ def explain(query: jax.Array, cache: SparseCache, config: SparseConfig | None = 
       Traceback (most recent call last):
       ValueError: query has no token; append the keys of at least one first.
     """
-    _checked(query, cache, config, None)
-    return attention.choose(None)
+    config = _checked(query, cache, config, None)
+    return steps.choose(None, query, cache, config)
 
 
 def kept(config: SparseConfig, length: int, longest: int | None = None) -> tuple[int, bool]:
