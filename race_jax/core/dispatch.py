@@ -199,3 +199,10 @@ def kernels() -> ModuleType:
     import pallas_kernels
 
     return pallas_kernels
+
+
+def sparse_kernels() -> ModuleType:
+    """Returns the kernels of decoding, which are imported only when a call needs them."""
+    from pallas_kernels import sparse
+
+    return sparse

@@ -8,13 +8,15 @@ to these exactly:
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from race_jax.core import dispatch
 from race_jax.core.dispatch import Choice
-from race_jax.sparse import attention, exact, scores
+from race_jax.sparse import attention, exact, implementations, scores
 from race_jax.sparse.cache import KVCache
 from race_jax.sparse.coded import SparseCache
 from race_jax.sparse.config import SparseConfig
@@ -65,7 +67,7 @@ def sparse_decode_attention(
             everything that the codes do not depend on.
         query_mask: shape (B, T) bool, the mask of the `append`, or None. Padded queries return
             zeros.
-        implementation: "xla", or None for the best one there is.
+        implementation: "xla", "pallas" for the GPU kernels, or None for the best one there is.
         return_report: whether to return what was read as well.
 
     Returns:
@@ -76,7 +78,8 @@ def sparse_decode_attention(
         ValueError: if shapes do not fit, the cache has no codes or other ones, or a row is known to
             hold fewer tokens than its queries.
         TypeError: if the query is not floating, or the mask is not bool.
-        NotImplementedError: if the implementation is "pallas", or a gradient is taken.
+        NotImplementedError: if the implementation is "pallas" and the kernels do not support the
+            call, or a gradient is taken.
 
     Example:
         >>> import jax, jax.numpy as jnp, race_jax
@@ -97,14 +100,23 @@ def sparse_decode_attention(
     Source: arXiv 2602.06283. One selection in place of three lists goes beyond it.
     """
     config = _checked(query, cache, config, query_mask)
-    attention.choose(implementation)
+    choice = _choose(implementation, query, cache, config)
+    # A call that dense kernels cannot take is dense in XLA, also where "pallas" was asked for.
+    dense_choice = attention.choose_dense(
+        None if implementation == "pallas" else implementation, query, cache.kv
+    )
+    query, cache = attention.inference_only((query, cache))
     positions, wrong = attention.query_positions(query.shape[1], cache.kv, query_mask)
 
     def sparse(query: jax.Array) -> tuple[jax.Array, Report]:
-        return _sparse(query, cache, config, positions)
+        steps = _Steps(config), _KernelSteps(config)
+        xla, pallas = (functools.partial(_sparse, x) for x in steps)
+        run = implementations.by_platform(choice, xla, pallas)
+        out, selection = run(query, cache, positions)
+        return out, Report(*selection, jnp.bool_(False))
 
     def dense(query: jax.Array) -> tuple[jax.Array, Report]:
-        out = exact.dense(query, cache.kv, positions, None)
+        out = attention.over_all(dense_choice, query, cache.kv, positions)
         lists = query.shape[2] if config.selection == "head" else cache.kv.key.shape[2]
         count = jnp.broadcast_to((positions + 1)[..., None], (*positions.shape, lists))
         indices = jnp.zeros((*count.shape, config.budget), jnp.int32)
@@ -121,33 +133,72 @@ def sparse_decode_attention(
     return (out, report) if return_report else out
 
 
-def _sparse(query, cache: SparseCache, config: SparseConfig, positions):
-    """Takes the queries one after another, because each reads tokens of its own."""
+class _Steps:
+    """The steps of sparse attention in plain XLA: to score all tokens, to select, and to attend."""
+
+    most_queries = 1  # of a row that are taken at once
+
+    def __init__(self, config: SparseConfig) -> None:
+        self.config = config
+
+    def __call__(self, query, cache: SparseCache, positions) -> tuple[jax.Array, Selection]:
+        """Takes queries ``(B, T, N, H)``."""
+        selection = self.select(self.score(query, cache, positions), positions)
+        return self.attend(query, cache.kv, selection), selection
+
+    def score(self, query, cache: SparseCache, positions) -> jax.Array:
+        """Returns the scores ``(B, T, M, C)``, with one list for each head or for each group."""
+        found = scores.by_name(query, cache, self.config, positions)
+        if self.config.selection == "head":
+            return found
+        found = found * scores.unit(query, cache, self.config)
+        shape = *found.shape[:2], cache.kv.key.shape[2], -1, found.shape[-1]
+        return found.reshape(shape).max(axis=3)
+
+    def select(self, found: jax.Array, positions: jax.Array) -> Selection:
+        """Returns the lists of all queries."""
+        slots = jnp.arange(found.shape[-1], dtype=jnp.int32)
+        positions = positions[..., None]
+        visible = slots <= positions
+        late = slots > positions - self.config.window
+        forced = visible & ((slots < self.config.sink) | late)
+        return select(found, forced=forced, visible=visible, budget=self.config.budget)
+
+    def attend(self, query: jax.Array, cache: KVCache, selection: Selection) -> jax.Array:
+        """Returns the outputs ``(B, T, N, V)``."""
+        return exact.listed(query, cache, selection)
+
+
+class _KernelSteps(_Steps):
+    """The same steps on the GPU, by kernels that read tokens up to the position of each query."""
+
+    most_queries = 4
+
+    def select(self, found: jax.Array, positions: jax.Array) -> Selection:
+        config = self.config
+        sizes = {"budget": config.budget, "sink": config.sink, "window": config.window}
+        return Selection(*dispatch.sparse_kernels().select(found, positions, **sizes))
+
+    def attend(self, query: jax.Array, cache: KVCache, selection: Selection) -> jax.Array:
+        return dispatch.sparse_kernels().listed(query, cache.key, cache.value, *selection)
+
+
+def _sparse(steps: _Steps, query, cache: SparseCache, positions) -> tuple[jax.Array, Selection]:
+    """Takes a few queries of every row at once, because each reads tokens of its own."""
+    if query.shape[1] <= steps.most_queries:
+        return steps(query, cache, positions)
 
     def one(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Selection]:
-        query, positions = (x[:, None] for x in inputs)
-        selection = _selected(query, cache, config, positions)
-        out = exact.listed(query, cache.kv, selection)
-        return out[:, 0], Selection(selection.indices[:, 0], selection.count[:, 0])
+        found = steps(*(inputs[0][:, None], cache, inputs[1][:, None]))
+        return jax.tree.map(lambda x: x[:, 0], found)
 
-    if query.shape[1] == 1:
-        out, selection = jax.tree.map(lambda x: x[:, None], one((query[:, 0], positions[:, 0])))
-    else:
-        by_time = jnp.moveaxis(query, 1, 0), jnp.moveaxis(positions, 1, 0)
-        out, selection = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), jax.lax.map(one, by_time))
-    return out, Report(*selection, jnp.bool_(False))
+    by_time = jnp.moveaxis(query, 1, 0), jnp.moveaxis(positions, 1, 0)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), jax.lax.map(one, by_time))
 
 
-def _selected(query, cache: SparseCache, config: SparseConfig, positions) -> Selection:
-    found = scores.by_name(query, cache, config, positions)
-    if config.selection == "group":
-        found = found * scores.unit(query, cache, config)
-        found = found.reshape(*found.shape[:2], cache.kv.key.shape[2], -1, found.shape[-1]).max(3)
-    slots = jnp.arange(cache.capacity, dtype=jnp.int32)
-    positions = positions[..., None]
-    visible = slots <= positions
-    forced = visible & ((slots < config.sink) | (slots > positions - config.window))
-    return select(found, forced=forced, visible=visible, budget=config.budget)
+def _choose(implementation, query, cache: SparseCache, config: SparseConfig) -> Choice:
+    sharing = 1 if config.selection == "head" else query.shape[2] // cache.kv.key.shape[2]
+    return implementations.choose(implementation, query, cache.kv, sharing)
 
 
 def score(query: jax.Array, cache: SparseCache, config: SparseConfig | None = None) -> jax.Array:
@@ -182,8 +233,8 @@ def explain(query: jax.Array, cache: SparseCache, config: SparseConfig | None = 
       Traceback (most recent call last):
       ValueError: query has no token; append the keys of at least one first.
     """
-    _checked(query, cache, config, None)
-    return attention.choose(None)
+    config = _checked(query, cache, config, None)
+    return _choose(None, query, cache, config)
 
 
 def kept(config: SparseConfig, length: int, longest: int | None = None) -> tuple[int, bool]:
