@@ -7,7 +7,7 @@ between the steps, and gives the derivative rule.
 
 from typing import Any
 
-from pallas_kernels import backend
+from pallas_kernels import backend, sparse
 from pallas_kernels.bidirectional import BidirectionalOperands, BidirectionalSteps
 from pallas_kernels.blocks import Block, Blocks, split_length
 from pallas_kernels.causal import CausalOperands, CausalSteps
@@ -21,6 +21,7 @@ __all__ = [
     "CausalOperands",
     "CausalSteps",
     "projection_columns",
+    "sparse",
     "split_length",
     "supports",
 ]

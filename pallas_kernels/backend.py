@@ -102,7 +102,10 @@ def vary(arrays: Any, axes: frozenset[str]) -> Any:
 
 
 def load(ref: Any, index: tuple, rows: jax.Array | None = None) -> jax.Array:
-    """Returns `ref[index]`. Rows (C,) that are False are not read and give zero."""
+    """Returns `ref[index]`. Rows (C,) that are False are not read and give zero.
+
+    Rows may also be a mask of single elements, in the shape of the result.
+    """
     if rows is None:
         return ref[index]
     view = ref.at[index]
@@ -120,7 +123,26 @@ def store(ref: Any, index: tuple, value: jax.Array, rows: jax.Array | None = Non
 
 
 def _rows_mask(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.broadcast_to(rows.reshape(rows.shape + (1,) * (len(shape) - 1)), shape)
+    return jnp.broadcast_to(rows.reshape(rows.shape + (1,) * (len(shape) - rows.ndim)), shape)
+
+
+def bits_of_bytes(x: jax.Array, shift: int, count: int, interpret: bool) -> jax.Array:
+    """Returns the bits ``shift`` to ``shift + count - 1`` of every element of an int8 tile.
+
+    On the GPU one instruction serves four bytes.
+    """
+    if interpret:
+        shifted = lax.shift_right_logical(x, jnp.int8(shift))
+        return shifted & jnp.int8(2**count - 1)
+    mask = (2**count - 1) * 0x01010101
+    [result] = plt.elementwise_inline_asm(
+        f"{{ .reg .b32 x; shr.b32 x, $1, {shift}; and.b32 $0, x, {mask}; }}",
+        args=[x],
+        constraints="=r,r",
+        pack=4,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.int8)],
+    )
+    return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,14 +289,14 @@ def has_warpgroups() -> bool:
     return tuple(int(part) for part in jax.__version__.split(".")[:2]) >= (0, 11)
 
 
-def missing() -> str | None:
+def missing(kind: str = "RACE") -> str | None:
     """Returns what this installation or its card lacks for the compiled kernels, or None.
 
     The warpgroup kernels use instructions that exist only on compute capability 9.0 (sm_90a), and
     not on later ones. The other kernels have not been run on any other capability.
     """
     if not has_warpgroups():
-        return f"the RACE kernels need jax >= 0.11; found {jax.__version__}"
+        return f"the {kind} kernels need jax >= 0.11; found {jax.__version__}"
     for device in _devices():
         capability = getattr(device, "compute_capability", None)
         if capability is None:
@@ -284,7 +306,7 @@ def missing() -> str | None:
             fits = str(capability) == CAPABILITY
         if not fits:
             return (
-                f"the RACE kernels need compute capability {CAPABILITY} (H100, H200); "
+                f"the {kind} kernels need compute capability {CAPABILITY} (H100, H200); "
                 f"{device.device_kind} has {capability}"
             )
     return None

@@ -1,9 +1,8 @@
 """Attention of a few queries to cached keys and values, split over the keys of every row.
 
 Queries (B, T, N, H) and a cache (B, C, K, H), (B, C, K, V) give outputs (B, T, N, V). One kernel
-reads either all slots up to the position of a query (`dense`), or those of a list (`listed`).
-Program (list, split, row) walks over tiles of its part of the slots. With logits l in base 2 it
-keeps
+reads either all slots up to the position of a query, or those of a list. Program (list, split, row)
+walks over tiles of its part of the slots. With logits l in base 2 it keeps
 
     c = max_s l_s,   mass = sum_s 2**(l_s - c),   total = sum_s 2**(l_s - c) v_s
 
@@ -21,7 +20,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import backend
 from pallas_kernels.backend import LOG2_E, Arithmetic, Output, launch, load, store
 from pallas_kernels.blocks import Block
 from pallas_kernels.plan import traced_alike
@@ -74,7 +72,7 @@ class Problem:
 
 
 @traced_alike
-def dense(
+def dense_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -109,7 +107,7 @@ def dense(
 
 
 @traced_alike
-def listed(
+def listed_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -274,18 +272,16 @@ def _merge(largest: jax.Array, mass: jax.Array, total: jax.Array) -> jax.Array:
 
 
 def limit(query: Any, key: Any, value: Any, queries: int) -> str | None:
-    """Returns why the kernel cannot run a call whose lists are shared by so many queries."""
+    """Returns why the kernel cannot attend where so many queries read the same keys, or None."""
     for name, array in (("query", query), ("key", key), ("value", value)):
         if str(array.dtype) not in DTYPES:
-            return f"the decoding kernels support {' and '.join(DTYPES)}; {name} has {array.dtype}"
+            return f"the sparse kernels support {' and '.join(DTYPES)}; {name} has {array.dtype}"
     for name, width in (("key", key.shape[-1]), ("value", value.shape[-1])):
         if width not in WIDTHS:
-            return f"the decoding kernels support head dims in {WIDTHS}; {name} has {width}"
+            return f"the sparse kernels support head dims in {WIDTHS}; {name} has {width}"
     if queries > ROWS:
         return (
-            f"the decoding kernels support up to {ROWS} queries that read the same keys, which are "
+            f"the sparse kernels support up to {ROWS} queries that read the same keys, which are "
             f"G·T; got {queries}"
         )
-    if 0 in (*query.shape, *key.shape, *value.shape):
-        return f"the decoding kernels support no empty arrays; got query of shape {query.shape}"
-    return backend.missing()
+    return None

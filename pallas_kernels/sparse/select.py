@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import backend
 from pallas_kernels.backend import Output, launch, load, store
 from pallas_kernels.blocks import Block
 from pallas_kernels.plan import traced_alike
@@ -380,12 +379,3 @@ def _middle(low: jax.Array, high: jax.Array) -> jax.Array:
 
 def _power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
-
-
-def limit(scores: Any) -> str | None:
-    """Returns why the kernels cannot run this call, or None if they can."""
-    if str(scores.dtype) != "float32":
-        return f"the selection kernels support float32; scores have {scores.dtype}"
-    if 0 in scores.shape:
-        return f"the selection kernels support no empty arrays; got scores of {scores.shape}"
-    return backend.missing()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -84,24 +85,60 @@ def choose(
       ValueError: if the implementation is unknown.
       NotImplementedError: if it is ``"pallas"`` and the kernels do not support the call.
     """
+    choice = decide(
+        implementation, lambda: _limit(z_q, z_k, value, is_causal, packed, normalization)
+    )
+    if choice is not BY_PLATFORM:
+        return choice
+    tables, planes = z_q.shape[3:]
+    if value.dtype == jnp.float32 and tables * 2**planes > FLOAT32_KERNELS_FEATURES:
+        return WIDE_FLOAT32
+    short = value.dtype == jnp.float32 and value.shape[1] < FLOAT32_KERNELS_FROM
+    return SHORT_FLOAT32 if short else BY_PLATFORM
+
+
+def decide(implementation: str | None, limit: Callable[[], str | None]) -> Choice:
+    """Chooses from what the caller asks for and what the kernels cannot do.
+
+    Args:
+      implementation: one of ``IMPLEMENTATIONS``.
+      limit: returns why the kernels cannot run the call, or None. It is not asked about ``"xla"``.
+
+    Raises:
+      ValueError: if the implementation is unknown.
+      NotImplementedError: if it is ``"pallas"`` and the kernels do not support the call.
+    """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
     if implementation == "xla":
         return XLA_ASKED
-    reason = _limit(z_q, z_k, value, is_causal, packed, normalization)
+    reason = limit()
     if implementation == "pallas":
         if reason:
             raise NotImplementedError(f"{reason}; pass implementation='xla' or None")
         return PALLAS_ASKED
     if reason is None:
-        tables, planes = z_q.shape[3:]
-        if value.dtype == jnp.float32 and tables * 2**planes > FLOAT32_KERNELS_FEATURES:
-            return WIDE_FLOAT32
-        short = value.dtype == jnp.float32 and value.shape[1] < FLOAT32_KERNELS_FROM
-        return SHORT_FLOAT32 if short else BY_PLATFORM
+        return BY_PLATFORM
     if has_cuda():
         _say_once(f"{reason}; using XLA")
     return Choice("xla", reason)
+
+
+def by_platform(choice: Choice, xla: Callable, pallas: Callable) -> Callable:
+    """Returns the function of the choice. With both, the platform decides at lowering."""
+    if choice.implementation == BY_PLATFORM.implementation:
+        return lambda *arrays: jax.lax.platform_dependent(*arrays, cuda=pallas, default=xla)
+    return xla if choice.implementation == "xla" else pallas
+
+
+def without_cuda(kind: str) -> str | None:
+    """Returns why kernels of a kind cannot run if this host has no CUDA device, or None.
+
+    The kernels need not be imported on such a host.
+    """
+    if has_cuda():
+        return None
+    return f"the {kind} kernels run on CUDA devices, and this host has none"
 
 
 def _limit(
@@ -113,8 +150,8 @@ def _limit(
         return "the RACE kernels support segment_ids with is_causal=True only"
     if not all(isinstance(size, int) for size in (*z_q.shape, *value.shape)):
         return "the RACE kernels need known sizes, but this call has symbolic ones (jax.export)"
-    if not has_cuda():  # the kernels are not imported on such a host
-        return "the RACE kernels run on CUDA devices, and this host has none"
+    if reason := without_cuda("RACE"):
+        return reason
     exact = exact_products(jax.config.jax_default_matmul_precision)
     return kernels().supports(z_q, z_k, value, is_causal=is_causal, exact=exact)
 
@@ -199,10 +236,3 @@ def kernels() -> ModuleType:
     import pallas_kernels
 
     return pallas_kernels
-
-
-def sparse_kernels() -> ModuleType:
-    """Returns the kernels of decoding, which are imported only when a call needs them."""
-    from pallas_kernels import sparse
-
-    return sparse

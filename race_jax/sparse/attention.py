@@ -17,7 +17,6 @@ from race_jax.core import dispatch, masking, shards
 from race_jax.core.dispatch import Choice
 from race_jax.sparse import exact
 from race_jax.sparse.cache import KINDS, KVCache
-from race_jax.sparse.implementations import by_platform, choose
 
 
 def dense_decode_attention(
@@ -94,18 +93,30 @@ def _dense(choice: Choice, query, cache, mask=None, slopes=None) -> jax.Array:
 
 def choose_dense(implementation: str | None, query: jax.Array, cache: KVCache) -> Choice:
     """Returns which implementation attends to all tokens, and why."""
-    times, heads = query.shape[1:3]
-    return choose(implementation, query, cache, times * (heads // cache.key.shape[2]))
+
+    def limit() -> str | None:
+        together = query.shape[1] * (query.shape[2] // cache.key.shape[2])
+        return attention_limit(query, cache, together)
+
+    return dispatch.decide(implementation, limit)
+
+
+def attention_limit(query: jax.Array, cache: KVCache, queries: int) -> str | None:
+    """Returns why the kernels cannot attend to keys that so many queries read, or None."""
+    if reason := dispatch.without_cuda("sparse"):
+        return reason
+    kernels = dispatch.kernels().sparse
+    return kernels.supports_attention(query, cache.key, cache.value, queries=queries)
 
 
 def over_all(choice: Choice, query, cache: KVCache, positions, slopes=None) -> jax.Array:
     """Attends to every slot up to the position of each query, as `exact.dense` does."""
 
     def pallas(query, cache, positions, slopes):
-        kernels = dispatch.sparse_kernels()
-        return kernels.dense(query, cache.key, cache.value, positions, slopes)
+        kernels = dispatch.kernels().sparse
+        return kernels.dense_attention(query, cache.key, cache.value, positions, slopes)
 
-    return by_platform(choice, exact.dense, pallas)(query, cache, positions, slopes)
+    return dispatch.by_platform(choice, exact.dense, pallas)(query, cache, positions, slopes)
 
 
 def query_positions(

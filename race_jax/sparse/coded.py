@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from race_jax.core import dispatch
 from race_jax.sparse import cache as cache_module
 from race_jax.sparse import codes
 from race_jax.sparse.cache import KVCache
@@ -199,14 +200,32 @@ def _code(key: jax.Array, value: jax.Array, planes: jax.Array, coding: Any) -> d
     """Returns what is stored of tokens ``(B, T, K, ...)``, each ``(B, K, T, ...)`` or None."""
     words = factor = norm = None
     if coding.num_rotations is not None:
-        words, factor = codes.code_levels(key, planes, coding.code_bits or 1)
+        words, factor = _levels(key, planes, coding.code_bits or 1)
         factor = None if coding.scorer == "hamming" else factor
     elif coding.num_tables is not None:
-        words = codes.code_tables(key, planes, coding.num_planes)
+        words = jnp.swapaxes(codes.code_tables(key, planes, coding.num_planes), 1, 2)
         if coding.value_weighting:
             norm = jnp.linalg.norm(value.astype(jnp.float32), axis=-1)
-    parts = {"codes": words, "factor": factor, "value_norm": norm}
-    return {name: None if x is None else jnp.swapaxes(x, 1, 2) for name, x in parts.items()}
+    norm = None if norm is None else jnp.swapaxes(norm, 1, 2)
+    return {"codes": words, "factor": factor, "value_norm": norm}
+
+
+def _levels(key: jax.Array, planes: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    """Returns words ``(B, K, T, W)`` and factors ``(B, K, T)``, from the kernel where it can."""
+
+    def xla(key: jax.Array, planes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return tuple(jnp.swapaxes(x, 1, 2) for x in codes.code_levels(key, planes, bits))
+
+    def pallas(key: jax.Array, planes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return dispatch.kernels().sparse.level_codes(key, planes, bits=bits)
+
+    def limit() -> str | None:
+        if reason := dispatch.without_cuda("sparse"):
+            return reason
+        return dispatch.kernels().sparse.supports_codes(key, planes, bits=bits)
+
+    run = dispatch.by_platform(dispatch.decide(None, limit), xla, pallas)
+    return run(*jax.lax.stop_gradient((key, planes)))
 
 
 def _tiled(kv: KVCache, planes: jax.Array, coding: Any) -> dict[str, Any]:

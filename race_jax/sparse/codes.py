@@ -136,6 +136,11 @@ def code_of_table(words: jax.Array, table: jax.Array, num_planes: int) -> jax.Ar
     return (word >> shift) & jnp.uint32(2**num_planes - 1)
 
 
+def signs(query: jax.Array, planes: jax.Array) -> jax.Array:
+    """Returns the sides of the planes on which queries ``(..., H)`` lie: 1 or -1, ``(..., M)``."""
+    return jnp.where(project(query, planes) >= 0, 1.0, -1.0)
+
+
 def round_query(query: jax.Array, planes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rounds rotated queries ``(..., H)`` to 8 bits.
 

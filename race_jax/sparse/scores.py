@@ -81,7 +81,7 @@ def linear(query, cache: SparseCache, config: SparseConfig, positions) -> jax.Ar
 def hamming(query, cache: SparseCache, config: SparseConfig, positions) -> jax.Array:
     """Minus the number of signs in which query and key differ."""
     del config, positions
-    signs = jnp.where(codes.project(query, cache.planes) >= 0, 1.0, -1.0)
+    signs = codes.signs(query, cache.planes)
     return (levels_product(signs, cache.codes, 1) - signs.shape[-1]) / 2
 
 

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 
 from race_jax.core import dispatch
 from race_jax.core.dispatch import Choice
-from race_jax.sparse import attention, exact, implementations, scores
+from race_jax.sparse import attention, scores, steps
 from race_jax.sparse.cache import KVCache
 from race_jax.sparse.coded import SparseCache
 from race_jax.sparse.config import SparseConfig
-from race_jax.sparse.selection import Selection, select
+from race_jax.sparse.selection import Selection
+from race_jax.sparse.steps import Steps
 
 
 class Report(NamedTuple):
@@ -67,7 +68,7 @@ def sparse_decode_attention(
             everything that the codes do not depend on.
         query_mask: shape (B, T) bool, the mask of the `append`, or None. Padded queries return
             zeros.
-        implementation: "xla", "pallas" for the GPU kernels, or None for the best one there is.
+        implementation: "xla", "pallas", or None for the kernels where they support the call.
         return_report: whether to return what was read as well.
 
     Returns:
@@ -100,20 +101,17 @@ def sparse_decode_attention(
     Source: arXiv 2602.06283. One selection in place of three lists goes beyond it.
     """
     config = _checked(query, cache, config, query_mask)
-    choice = _choose(implementation, query, cache, config)
-    # A call that dense kernels cannot take is dense in XLA, also where "pallas" was asked for.
-    dense_choice = attention.choose_dense(
-        None if implementation == "pallas" else implementation, query, cache.kv
-    )
+    choice = steps.choose(implementation, query, cache, config)
+    # What the dense kernel cannot take is dense in XLA, also where "pallas" was asked for.
+    dense_asked = None if implementation == "pallas" else implementation
+    dense_choice = attention.choose_dense(dense_asked, query, cache.kv)
     query, cache = attention.inference_only((query, cache))
     positions, wrong = attention.query_positions(query.shape[1], cache.kv, query_mask)
 
     def sparse(query: jax.Array) -> tuple[jax.Array, Report]:
-        steps = _Steps(config), _KernelSteps(config)
-        xla, pallas = (functools.partial(_sparse, x) for x in steps)
-        run = implementations.by_platform(choice, xla, pallas)
-        out, selection = run(query, cache, positions)
-        return out, Report(*selection, jnp.bool_(False))
+        kernels = steps.of_kernels(query, cache, config)
+        xla, pallas = (functools.partial(_sparse, take, config) for take in (steps.XLA, kernels))
+        return dispatch.by_platform(choice, xla, pallas)(query, cache, positions)
 
     def dense(query: jax.Array) -> tuple[jax.Array, Report]:
         out = attention.over_all(dense_choice, query, cache.kv, positions)
@@ -133,72 +131,24 @@ def sparse_decode_attention(
     return (out, report) if return_report else out
 
 
-class _Steps:
-    """The steps of sparse attention in plain XLA: to score all tokens, to select, and to attend."""
+def _sparse(take: Steps, config: SparseConfig, query, cache: SparseCache, positions):
+    """Takes all queries at once, or one after another if they are too many for the steps."""
 
-    most_queries = 1  # of a row that are taken at once
-
-    def __init__(self, config: SparseConfig) -> None:
-        self.config = config
-
-    def __call__(self, query, cache: SparseCache, positions) -> tuple[jax.Array, Selection]:
-        """Takes queries ``(B, T, N, H)``."""
-        selection = self.select(self.score(query, cache, positions), positions)
-        return self.attend(query, cache.kv, selection), selection
-
-    def score(self, query, cache: SparseCache, positions) -> jax.Array:
-        """Returns the scores ``(B, T, M, C)``, with one list for each head or for each group."""
-        found = scores.by_name(query, cache, self.config, positions)
-        if self.config.selection == "head":
-            return found
-        found = found * scores.unit(query, cache, self.config)
-        shape = *found.shape[:2], cache.kv.key.shape[2], -1, found.shape[-1]
-        return found.reshape(shape).max(axis=3)
-
-    def select(self, found: jax.Array, positions: jax.Array) -> Selection:
-        """Returns the lists of all queries."""
-        slots = jnp.arange(found.shape[-1], dtype=jnp.int32)
-        positions = positions[..., None]
-        visible = slots <= positions
-        late = slots > positions - self.config.window
-        forced = visible & ((slots < self.config.sink) | late)
-        return select(found, forced=forced, visible=visible, budget=self.config.budget)
-
-    def attend(self, query: jax.Array, cache: KVCache, selection: Selection) -> jax.Array:
-        """Returns the outputs ``(B, T, N, V)``."""
-        return exact.listed(query, cache, selection)
-
-
-class _KernelSteps(_Steps):
-    """The same steps on the GPU, by kernels that read tokens up to the position of each query."""
-
-    most_queries = 4
-
-    def select(self, found: jax.Array, positions: jax.Array) -> Selection:
-        config = self.config
-        sizes = {"budget": config.budget, "sink": config.sink, "window": config.window}
-        return Selection(*dispatch.sparse_kernels().select(found, positions, **sizes))
-
-    def attend(self, query: jax.Array, cache: KVCache, selection: Selection) -> jax.Array:
-        return dispatch.sparse_kernels().listed(query, cache.key, cache.value, *selection)
-
-
-def _sparse(steps: _Steps, query, cache: SparseCache, positions) -> tuple[jax.Array, Selection]:
-    """Takes a few queries of every row at once, because each reads tokens of its own."""
-    if query.shape[1] <= steps.most_queries:
-        return steps(query, cache, positions)
+    def some(query: jax.Array, positions: jax.Array) -> tuple[jax.Array, Selection]:
+        scores = take.scores(query, cache, config, positions)
+        selection = take.select(scores, config, positions)
+        return take.attend(query, cache, selection), selection
 
     def one(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Selection]:
-        found = steps(*(inputs[0][:, None], cache, inputs[1][:, None]))
-        return jax.tree.map(lambda x: x[:, 0], found)
+        return jax.tree.map(lambda x: x[:, 0], some(*(x[:, None] for x in inputs)))
 
-    by_time = jnp.moveaxis(query, 1, 0), jnp.moveaxis(positions, 1, 0)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), jax.lax.map(one, by_time))
-
-
-def _choose(implementation, query, cache: SparseCache, config: SparseConfig) -> Choice:
-    sharing = 1 if config.selection == "head" else query.shape[2] // cache.kv.key.shape[2]
-    return implementations.choose(implementation, query, cache.kv, sharing)
+    count, group = query.shape[1], query.shape[2] // cache.kv.key.shape[2]
+    if count == 1 or count * group <= take.most_queries:
+        out, selection = some(query, positions)
+    else:
+        by_time = jnp.moveaxis(query, 1, 0), jnp.moveaxis(positions, 1, 0)
+        out, selection = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), jax.lax.map(one, by_time))
+    return out, Report(*selection, jnp.bool_(False))
 
 
 def score(query: jax.Array, cache: SparseCache, config: SparseConfig | None = None) -> jax.Array:
@@ -234,7 +184,7 @@ def explain(query: jax.Array, cache: SparseCache, config: SparseConfig | None = 
       ValueError: query has no token; append the keys of at least one first.
     """
     config = _checked(query, cache, config, None)
-    return _choose(None, query, cache, config)
+    return steps.choose(None, query, cache, config)
 
 
 def kept(config: SparseConfig, length: int, longest: int | None = None) -> tuple[int, bool]:

@@ -84,7 +84,7 @@ def test_dense(case, interpret, rng, assert_close):
         pytest.skip("the compiled kernels take bfloat16")
     arrays, positions, slopes = draw(case, rng)
     positions = positions.at[-1, 0].set(-1)  # a padded query
-    run = functools.partial(sparse.dense, plan=case.plan, interpret=interpret)
+    run = functools.partial(sparse.dense_attention, plan=case.plan, interpret=interpret)
     run = jax.jit(run)
     got = run(*arrays.values(), positions, slopes)
     seen = lambda b, t, n: np.arange(int(positions[b, t]) + 1)  # noqa: E731
@@ -120,7 +120,7 @@ def test_listed(case, shared, interpret, rng, assert_close):
     arrays, positions, _ = draw(case, rng)
     lists = case.kv_heads * (1 if shared else case.group)
     indices, count = draw_lists(case, lists, 70, positions, rng)
-    run = jax.jit(functools.partial(sparse.listed, plan=case.plan, interpret=interpret))
+    run = jax.jit(functools.partial(sparse.listed_attention, plan=case.plan, interpret=interpret))
     got = run(*arrays.values(), indices, count)
 
     def kept(b, t, n):
@@ -136,7 +136,9 @@ def test_listed(case, shared, interpret, rng, assert_close):
 @pytest.mark.parametrize("interpret", [True, COMPILED])
 def test_a_row_has_the_same_bits_alone(interpret, rng, assert_close):
     arrays, positions, _ = draw(CASES[0], rng)
-    run = jax.jit(functools.partial(sparse.dense, plan=Plan(splits=3), interpret=interpret))
+    run = jax.jit(
+        functools.partial(sparse.dense_attention, plan=Plan(splits=3), interpret=interpret)
+    )
     together = run(*arrays.values(), positions)
     alone = run(*(x[2:3] for x in arrays.values()), positions[2:3])
     assert_close("row", alone, together[2:3], kind="rerun")
@@ -149,7 +151,7 @@ def test_a_row_has_the_same_bits_alone(interpret, rng, assert_close):
 def test_every_cut(tile, stages, warps, rng, assert_close):
     arrays, positions, _ = draw(Case(head_dim=128, value_dim=128), rng)
     plan = Plan(splits=2, tile=tile, num_warps=warps, num_stages=stages)
-    run = jax.jit(functools.partial(sparse.dense, plan=plan))
+    run = jax.jit(functools.partial(sparse.dense_attention, plan=plan))
     got = run(*arrays.values(), positions)
     seen = lambda b, t, n: np.arange(int(positions[b, t]) + 1)  # noqa: E731
     want = attend_to(seen, positions, None, **arrays)
@@ -166,13 +168,13 @@ def test_splits_cover_a_row_and_are_few():
 def test_supports_names_the_limit():
     def reason(head_dim=64, dtype=jnp.bfloat16, queries=1, length=8):
         x = jax.ShapeDtypeStruct((1, length, 2, head_dim), dtype)
-        return sparse.supports(x, x, x, queries=queries)
+        return sparse.supports_attention(x, x, x, queries=queries)
 
     assert "head dims in (16, 32, 64, 128, 256); key has 48" in reason(48)
     assert "support bfloat16; query has float32" in reason(dtype=jnp.float32)
     assert f"up to {ROWS} queries" in reason(queries=17)
     assert "no empty arrays" in reason(length=0)
-    assert reason() == backend.missing()
+    assert reason() == backend.missing("sparse")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -180,8 +182,8 @@ def test_they_lower_for_cuda(case, rng, on_h200):
     arrays, positions, slopes = draw(case, rng)
     indices, count = draw_lists(case, case.kv_heads, 70, positions, rng)
     programs = {
-        "dense_attend": (sparse.dense, positions, slopes),
-        "sparse_attend": (sparse.listed, indices, count),
+        "dense_attend": (sparse.dense_attention, positions, slopes),
+        "sparse_attend": (sparse.listed_attention, indices, count),
     }
     with on_h200():
         for name, (function, *others) in programs.items():

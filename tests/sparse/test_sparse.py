@@ -257,7 +257,7 @@ def errors():
         "room": (lambda: cache.append(key, value), ValueError,
                  "row 0 holds 50 of 64 tokens; 50 more do not fit: cache.grow(128)"),
         "kernels": (lambda: call(cache, implementation="pallas"), NotImplementedError,
-                    "decoding from a cache has no GPU kernels yet"),
+                    "the sparse kernels run on CUDA devices, and this host has none; pass"),
         "gradient": (lambda: jax.grad(lambda q: sparse_decode_attention(q, cache).sum())(query),
                      NotImplementedError, "decode attention has no gradient; train with"),
     }  # fmt: skip
