@@ -244,7 +244,12 @@ def test_decoding_by_interpreted_kernels_is_that_of_xla(scorer, monkeypatch, ass
     monkeypatch.setattr(dispatch, "without_cuda", lambda _: None)
     monkeypatch.setattr(dispatch, "decide", lambda *_: dispatch.PALLAS_ASKED)
     got = decode(config, "pallas")
-    assert seen == ["level_codes", "linear_scores", "select", "listed_attention"]
+    assert list(dict.fromkeys(seen)) == [
+        "level_codes",
+        "linear_scores",
+        "select",
+        "listed_attention",
+    ]
     assert_close("report", got[2], want[2], kind="rerun")
     assert_close("out", got[1], want[1], kind="outputs", dtype="bfloat16")
     np.testing.assert_array_equal(got[0].codes[0, :, :60], want[0].codes[0, :, :60])
