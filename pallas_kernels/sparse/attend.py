@@ -6,8 +6,8 @@ walks over tiles of its part of the slots. With logits l in base 2 it keeps
 
     c = max_s l_s,   mass = sum_s 2**(l_s - c),   total = sum_s 2**(l_s - c) v_s
 
-and `_merge` adds those of the splits. A split is a share of the length and not of the capacity, so
-that all programs have work at every length.
+and a second kernel adds those of the splits. A split is a share of the length and not of the
+capacity, so that all programs have work at every length.
 """
 
 import dataclasses
@@ -102,8 +102,8 @@ def dense_attention(
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, times, kv_heads, heads // kv_heads, -1)
     arrays = {"positions": positions, "slopes": slopes, "indices": None, "count": None}
-    out = _attend(grouped, key, value, arrays, plan, interpret)  # (B, K, T, G, V)
-    return jnp.moveaxis(out, 2, 1).reshape(batch, times, heads, -1)
+    out = _attend(grouped, key, value, arrays, plan, interpret)
+    return out.reshape(batch, times, heads, -1)
 
 
 @traced_alike
@@ -148,7 +148,10 @@ def listed_attention(
 
 
 def _attend(query, key, value, arrays, cut: Plan | None, interpret: bool) -> jax.Array:
-    """Takes queries (Q, T, M, G, H), with Q the rows of the cache times the queries of each."""
+    """Returns outputs (Q, T, M, G, V) of queries (Q, T, M, G, H).
+
+    Q is the number of rows, times the queries of each if these have lists of their own.
+    """
     rows, times, lists, group, head_dim = query.shape
     batch, capacity, kv_heads, value_dim = value.shape
     indices = arrays["indices"]
@@ -194,8 +197,8 @@ def _attend(query, key, value, arrays, cut: Plan | None, interpret: bool) -> jax
         block=Block(value_dim, cut.num_warps, cut.num_stages),
         interpret=interpret,
     )
-    out = _merge(*(x[:, :, :, : problem.queries] for x in (sums.largest, sums.mass, sums.total)))
-    return out.reshape(rows, lists, times, group, value_dim).astype(value.dtype)
+    shape = rows, times, lists, group, value_dim
+    return _merged(problem, vars(sums), Output(shape, value.dtype, _query_head(problem, value_dim)))
 
 
 def _kernel(problem: Problem, refs: SimpleNamespace) -> None:
@@ -263,12 +266,42 @@ def share(end: jax.Array, tile: int, splits: int) -> tuple[jax.Array, jax.Array]
     return first, jnp.minimum(first + each, tiles)
 
 
-def _merge(largest: jax.Array, mass: jax.Array, total: jax.Array) -> jax.Array:
-    """Returns the mean of the values (Q, M, R, V) from the sums of the splits, which are axis 2."""
-    highest = largest.max(axis=2, keepdims=True)
-    scale = jnp.exp2(largest - highest)
-    mass = jnp.maximum((scale * mass).sum(axis=2), TINY)
-    return (scale[..., None] * total).sum(axis=2) / mass[..., None]
+def _query_head(problem: Problem, width: int) -> pl.BlockSpec:
+    """One query of one head of an array (Q, T, M, G, width), for the grid (M, T·G, Q)."""
+    group = problem.group
+    return pl.BlockSpec(
+        (None, None, None, None, width),
+        lambda m, r, q: (q, lax.div(r, group), m, lax.rem(r, group), 0),
+    )
+
+
+def _merged(problem: Problem, sums: dict[str, jax.Array], out: Output) -> jax.Array:
+    """Returns the mean of the values from the sums of the splits, which are axis 2."""
+    rows, lists, splits, *_ = sums["mass"].shape
+    number = pl.BlockSpec((None, None, splits, None), lambda m, r, q: (q, m, 0, r))
+    vector = (None, None, splits, None, problem.value_dim)
+    whole = pl.BlockSpec(vector, lambda m, r, q: (q, m, 0, r, 0))
+    return launch(
+        lambda refs: _merge_kernel(problem, refs),
+        name="attend_merge",
+        grid=(lists, problem.queries, rows),
+        inputs={name: (x, whole if name == "total" else number) for name, x in sums.items()},
+        outputs={"out": out},
+        block=Block(problem.value_dim, num_warps=8, num_stages=1),
+        interpret=problem.arithmetic.interpret,
+    ).out
+
+
+def _merge_kernel(problem: Problem, refs: SimpleNamespace) -> None:
+    splits = problem.plan.splits
+    split = lax.iota(jnp.int32, 1 << (splits - 1).bit_length())
+    real, split = split < splits, jnp.minimum(split, splits - 1)
+    largest = jnp.where(real, load(refs.largest, (split,), real), LOWEST)
+    scale = problem.arithmetic.exp2(largest - jnp.max(largest))
+    mass = jnp.sum(scale * load(refs.mass, (split,), real))
+    total = load(refs.total, _cells(problem.value_dim, split), real)
+    out = jnp.sum(scale[:, None] * total, axis=0) / jnp.maximum(mass, TINY)
+    refs.out[...] = out.astype(refs.out.dtype)
 
 
 def limit(query: Any, key: Any, value: Any, queries: int) -> str | None:
