@@ -98,6 +98,8 @@ def choose_dense(implementation: str | None, query: jax.Array, cache: KVCache) -
         together = query.shape[1] * (query.shape[2] // cache.key.shape[2])
         return attention_limit(query, cache, together)
 
+    if implementation is None and query.shape[1] > 1 and (reason := limit()):
+        return Choice("xla", reason)  # prompts are read in XLA, which is no news to the user
     return dispatch.decide(implementation, limit)
 
 

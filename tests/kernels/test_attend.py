@@ -1,6 +1,7 @@
 """The kernels of decoding attend to all slots of a row or to a list, as a loop in float64 does."""
 
 import functools
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,9 @@ import pytest
 
 from pallas_kernels import backend, sparse
 from pallas_kernels.sparse.attend import ROWS, Plan, plan_for
+from race_jax import KVCache, dense_decode_attention
+from race_jax.core import dispatch
+from race_jax.sparse import attention
 
 C = 200  # no multiple of a tile
 
@@ -159,6 +163,65 @@ def test_every_cut(tile, stages, warps, rng, assert_close):
     assert_close("rerun", run(*arrays.values(), positions), got, kind="rerun")
 
 
+@pytest.fixture
+def decoding(monkeypatch):
+    """Calls of dense decoding by interpreted kernels, on a machine without a GPU."""
+    kernels = SimpleNamespace(
+        dense_attention=functools.partial(sparse.dense_attention, interpret=True),
+        supports_attention=lambda *_, **__: None,
+    )
+    monkeypatch.setattr(dispatch, "kernels", lambda: SimpleNamespace(sparse=kernels))
+    monkeypatch.setattr(dispatch, "without_cuda", lambda _: None)
+    return jax.jit(dense_decode_attention, static_argnames="implementation")
+
+
+def test_dense_decoding_by_kernels_is_that_of_xla(decoding, rng, assert_close):
+    """With slopes, a padded query, and a row that holds more than the capacity."""
+    case = CASES[-1]
+    arrays, _, slopes = draw(case, rng)
+    length = jnp.asarray([*LENGTHS[:-1], C + 1], jnp.int32)
+    cache = KVCache(arrays["key"], arrays["value"], length)
+    mask = jnp.ones((len(LENGTHS), case.times), bool).at[1, 0].set(False)
+    options = {"query_mask": mask, "slopes": slopes.reshape(-1)}
+    want, got = (
+        decoding(arrays["query"], cache, **options, implementation=x) for x in ("xla", "pallas")
+    )
+    assert np.isnan(np.asarray(got[-1], np.float32)).all()
+    assert_close("out", got[:-1], want[:-1], kind="outputs", dtype="bfloat16")
+
+
+def test_decoding_by_kernels_has_no_gradient(decoding, rng):
+    arrays, *_ = draw(CASES[0], rng)
+    length = jnp.asarray(LENGTHS, jnp.int32)
+
+    def loss(query, key):
+        cache = KVCache(key, arrays["value"], length)
+        return decoding(query, cache, implementation="pallas").sum()
+
+    for argument in (0, 1):
+        with pytest.raises(NotImplementedError, match="decode attention has no gradient"):
+            jax.grad(loss, argument)(arrays["query"], arrays["key"])
+
+
+def test_what_runs_is_said(on_h200, caplog):
+    """Long prompts are XLA's without a warning. The others run by kernels, or there is a reason."""
+
+    def choice(length=1, dtype=jnp.bfloat16):
+        cache = jax.eval_shape(lambda: KVCache.init(1, 64, 1, 32, dtype=dtype))
+        query = jax.ShapeDtypeStruct((1, length, 2, 32), dtype)
+        with on_h200():
+            return attention.choose_dense(None, query, cache)
+
+    prompt = choice(9)
+    assert (prompt.implementation, caplog.text) == ("xla", "")
+    assert "up to 16 queries" in prompt.reason
+    assert "bfloat16; query has float32" in choice(dtype=jnp.float32).reason
+    if backend.missing("sparse") is None:
+        assert choice() is dispatch.BY_PLATFORM
+    else:
+        assert "jax >= 0.11" in choice().reason
+
+
 def test_splits_cover_a_row_and_are_few():
     assert plan_for(1, 10).splits == 1
     assert plan_for(10_000, 10**6).splits == 1
@@ -189,4 +252,5 @@ def test_they_lower_for_cuda(case, rng, on_h200):
         for name, (function, *others) in programs.items():
             run = jax.jit(functools.partial(function, plan=case.plan))
             lowered = run.trace(*arrays.values(), *others).lower(lowering_platforms=("cuda",))
-            assert lowered.as_text().count(f'name = "{name}"') == 1
+            for kernel in (name, "attend_merge"):
+                assert lowered.as_text().count(f'name = "{kernel}"') == 1
