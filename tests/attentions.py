@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from race_jax.layers.positions import alibi_bias
+from race_jax.layers.positions import alibi_bias, alibi_slopes, rotate
 
 
 class Pairs(NamedTuple):
@@ -180,10 +180,24 @@ def gated_delta(pairs, query, key, value):
     return jnp.stack(rows, axis=1)
 
 
+def sliding_window(pairs, query, key, value):
+    """Softmax over the last tokens, counted without padding."""
+    config = pairs.layer.config
+    count = jnp.cumsum(pairs.mask, axis=1)
+    distance = count[:, :, None] - count[:, None, :]
+    if config.positions == "rope":
+        query, key = rotate(query, count), rotate(key, count)
+    logits = jnp.einsum("btnh,bsnh->btsn", query, key) / query.shape[-1] ** 0.5
+    if config.positions == "alibi":
+        logits -= alibi_slopes(query.shape[2]) * distance[..., None]
+    near = (distance < config.window)[..., None]
+    return mean(jnp.exp(logits) * pairs.decay * near, value)
+
+
 DEFINITIONS: dict[str, Callable] = {
     function.__name__: function
     for function in (
         *(softmax, linear, performer, sigmoid, angular, linformer),
-        *(gated_linear, gated_delta),
+        *(gated_linear, gated_delta, sliding_window),
     )
 }

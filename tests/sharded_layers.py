@@ -151,6 +151,11 @@ def cases() -> dict[str, Callable[[], Case]]:
         "model of the gated delta net": lambda: language_model(
             PACKED | drawn_state(attention="gated_delta"), attention="gated_delta"
         ),
+        "model of sliding windows": lambda: language_model(
+            PACKED | drawn_state(attention="sliding_window", positions="alibi"),
+            attention="sliding_window",
+            positions="alibi",
+        ),
         "model of sigmoid attention": lambda: language_model(
             PACKED, attention="sigmoid", positions="alibi"
         ),

@@ -36,6 +36,17 @@ CASES = {
     "gated linear": ("gated_linear", {"gate_rank": 2}, True),
     "gated linear, one gate a head": ("gated_linear", {"forget_gate": "data", **BEFORE}, True),
     "gated delta": ("gated_delta", {}, True),
+    "sliding window": ("sliding_window", {"window": 3, **PARTS}, True),
+    "sliding window, rope": (
+        "sliding_window",
+        {"window": 4, "positions": "rope", "head_dim": 4},
+        True,
+    ),
+    "sliding window, alibi": (
+        "sliding_window",
+        {"window": 20, "positions": "alibi", **PARTS},
+        True,
+    ),
 }
 
 
@@ -84,7 +95,7 @@ def test_every_attention_but_race_has_its_definition():
     assert set(DEFINITIONS) == {name for name, _, _ in CASES.values()}
 
 
-@pytest.mark.parametrize("name", ["gated_linear", "gated_delta"])
+@pytest.mark.parametrize("name", ["gated_linear", "gated_delta", "sliding_window"])
 def test_a_method_that_reads_in_order_refuses_an_encoder(name):
     with pytest.raises(ValueError, match=f"{name} attention reads tokens in their order"):
         Transformer(ModelConfig(attention=name), 5, is_causal=False, rngs=nnx.Rngs(0))
@@ -143,6 +154,8 @@ def test_a_state_of_another_kind_is_refused():
         ("linear", {"short_conv": "k"}, "short_conv must be one of None, 'before', 'qkv'"),
         ("linear", {"forget_gate": "fixed"}, "needs half_life"),
         ("gated_linear", {"half_life": 64.0}, "no effect with forget_gate='channel'"),
+        ("sliding_window", {"window": 0}, "window must be at least 1 token, got 0"),
+        ("sliding_window", {"forget_gate": "data"}, "forget_gate must be"),
     ],
 )
 def test_bad_options_are_refused_in_words(name, options, words):

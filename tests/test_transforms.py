@@ -163,4 +163,4 @@ def test_shard_map_over_batch_and_heads_on_two_devices(run_python):
 
 def test_layers_and_models_on_two_devices(run_python):
     printed = run_python("from tests import sharded_layers; sharded_layers.main()", devices=2)
-    assert printed.count(": equal") == 15
+    assert printed.count(": equal") == 16

@@ -35,7 +35,7 @@ class Tile:
     """How the kernel is cut: the tokens of a program, and Triton's options."""
 
     tokens: int = 64
-    num_warps: int = 4
+    num_warps: int = 8
     num_stages: int = 1
 
 

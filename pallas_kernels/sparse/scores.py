@@ -74,6 +74,10 @@ class _Sizes:
         """The bytes of a code as the product takes them."""
         return max(FEWEST_BYTES, _power_of_two(self.bytes))
 
+    def held(self, tokens: jax.Array) -> jax.Array | None:
+        """Returns which tokens of a chunk are slots of the cache, or None if all are."""
+        return tokens < self.capacity if self.capacity % self.tile.chunk else None
+
 
 def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
@@ -233,7 +237,7 @@ def _heads(sizes: _Sizes) -> tuple[jax.Array, jax.Array]:
 
 def _scores(codes, first: jax.Array, tokens: jax.Array, columns: _Columns, factor, sizes: _Sizes):
     """Returns f I of a chunk, ``(chunk, columns)`` float32."""
-    held = tokens < sizes.capacity if sizes.capacity % sizes.tile.chunk else None
+    held = sizes.held(tokens)
     if sizes.padded != sizes.bytes:
         inside = jnp.arange(sizes.padded, dtype=jnp.int32) < sizes.bytes
         held = jnp.broadcast_to(
@@ -267,7 +271,7 @@ def _ranked(scores: jax.Array, tokens: jax.Array, columns: _Columns, sizes: _Siz
 
 def _store(out, tokens: jax.Array, scores: jax.Array, sizes: _Sizes) -> None:
     """Writes the columns that are queries, or the largest of each group of them."""
-    held = tokens < sizes.capacity if sizes.capacity % sizes.tile.chunk else None
+    held = sizes.held(tokens)
     t, g = _heads(sizes)
     if sizes.shared:
         for query in range(sizes.queries):

@@ -45,6 +45,7 @@ ATTENTIONS = {
     "linformer": "race_jax.layers.linformer.LinformerAttention",
     "gated_linear": "race_jax.layers.gated_linear.GatedLinearAttention",
     "gated_delta": "race_jax.layers.gated_delta.GatedDeltaAttention",
+    "sliding_window": "race_jax.layers.sliding_window.SlidingWindowAttention",
 }
 SHARED = (
     *("num_heads", "in_features", "num_kv_heads", "head_dim"),

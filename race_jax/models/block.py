@@ -29,18 +29,19 @@ class Block(nnx.Module):
 
     Args:
         config: a validated record.
+        attention: the name of the attention.
         is_causal: whether a token sees only itself and earlier tokens.
         rngs: the random streams "params" and "planes".
 
     Source: the initial values are those of GPT-2 (Radford et al. 2019, section 2.3, and its code).
     """
 
-    def __init__(self, config: ModelConfig, *, is_causal: bool, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, attention: str, *, is_causal: bool, rngs: nnx.Rngs):
         width, dtype = config.width, jnp.dtype(config.dtype)
         branch_init = nnx.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
         self.attention_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.attention = registry.find(config.attention).from_config(
-            config.attention_config(),
+        self.attention = registry.find(attention).from_config(
+            config.attention_config(attention),
             is_causal=is_causal,
             kernel_init=kernel_init,
             out_kernel_init=branch_init,

@@ -32,8 +32,11 @@ class ModelConfig:
         mlp_ratio: the hidden width of the MLP, divided by ``width``.
         dropout_rate: the dropout rate of the embedding and of the output of each branch, in [0, 1).
         attention: the name of an attention in `race_jax.layers.registry`.
-        positions: "none", "learned" (added to the embedding), or a scheme of the attention, such as
-            "rope" or "alibi" of softmax.
+        hybrid: the name of a second attention, which stands in the last of every
+            ``hybrid_every`` blocks, or None for one attention in all blocks.
+        hybrid_every: how many blocks there are for each block of the second attention, at least 2.
+        positions: "none", "learned" (added to the embedding), or a scheme of an attention of the
+            model, such as "rope" or "alibi" of softmax. Only attentions that know a scheme use it.
         max_length: the length of the table of learned positions, and the largest length for
             linformer. Other positions and attentions ignore it.
         dtype: the dtype of the computation, "float32" or "bfloat16". Parameters, the sums of
@@ -57,6 +60,8 @@ class ModelConfig:
     mlp_ratio: int = 4
     dropout_rate: float = 0.0
     attention: str = "race"
+    hybrid: str | None = None
+    hybrid_every: int = 4
     positions: str = "none"
     max_length: int = 1024
     dtype: str = "float32"
@@ -79,8 +84,28 @@ class ModelConfig:
             if isinstance(options, dict):
                 setattr(self, name, registry.options_class(name)(**options))
 
-    def attention_config(self) -> Any:
-        """Returns the checked record of the chosen attention, with this model's sizes.
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """The names of the attentions that the blocks have, each once."""
+        return tuple(dict.fromkeys(self.attention_of(block) for block in range(self.num_layers)))
+
+    def attention_of(self, block: int) -> str:
+        """Returns the name of the attention of a block.
+
+        Example:
+            >>> from race_jax.models import ModelConfig
+            >>> config = ModelConfig(hybrid="sliding_window", hybrid_every=2)
+            >>> [config.attention_of(block) for block in range(4)]
+            ['race', 'sliding_window', 'race', 'sliding_window']
+        """
+        is_second = self.hybrid is not None and (block + 1) % self.hybrid_every == 0
+        return self.hybrid if is_second else self.attention
+
+    def attention_config(self, name: str | None = None) -> Any:
+        """Returns the checked record of an attention, with this model's sizes.
+
+        Args:
+            name: the name of the attention, or None for ``attention``.
 
         Raises:
             ValueError: if an option of the attention is not allowed. The message names it.
@@ -95,7 +120,10 @@ class ModelConfig:
             "max_length": self.max_length,
             "implementation": self.implementation,
         }
-        return registry.make_config(self.attention, getattr(self, self.attention), shared)
+        name = self.attention if name is None else name
+        if self.positions not in registry.find(name).config_class.POSITIONS:
+            shared["positions"] = "none"  # those of another attention of the model, or "learned"
+        return registry.make_config(name, getattr(self, name), shared)
 
     def validate(self) -> "ModelConfig":
         """Checks every field, and the fields against each other.
@@ -109,7 +137,8 @@ class ModelConfig:
         """
         self._validate_sizes()
         self._validate_choices()
-        self.attention_config()
+        for name in self.attentions:
+            self.attention_config(name)
         return self
 
     def _validate_sizes(self) -> None:
@@ -133,11 +162,22 @@ class ModelConfig:
     def _validate_choices(self) -> None:
         _require_choice("attention", self.attention, tuple(registry.ATTENTIONS))
         _require_choice("dtype", self.dtype, DTYPES)
-        takes = *POSITIONS, *registry.find(self.attention).config_class.POSITIONS
+        if self.hybrid is not None:
+            _require_choice("hybrid", self.hybrid, tuple(registry.ATTENTIONS))
+            _require_positive_integer("hybrid_every", self.hybrid_every)
+            if not 2 <= self.hybrid_every <= self.num_layers:
+                raise ValueError(
+                    f"hybrid_every={self.hybrid_every} must lie between 2 and num_layers="
+                    f"{self.num_layers}, so that both attentions have a block."
+                )
+        takes = dict.fromkeys(POSITIONS)
+        for name in self.attentions:
+            takes |= dict.fromkeys(registry.find(name).config_class.POSITIONS)
         if self.positions not in takes:
             raise ValueError(
-                f"positions={self.positions!r} does not go with attention={self.attention!r}, "
-                f"which takes {', '.join(map(repr, takes))}."
+                f"positions={self.positions!r} does not go with attention="
+                f"{' and '.join(map(repr, self.attentions))}, which takes "
+                f"{', '.join(map(repr, takes))}."
             )
 
 

@@ -89,19 +89,24 @@ class Transformer(nnx.Module):
             )
         )
         self.blocks = nnx.List(
-            [Block(config, is_causal=is_causal, rngs=rngs) for _ in range(config.num_layers)]
+            [
+                Block(config, config.attention_of(block), is_causal=is_causal, rngs=rngs)
+                for block in range(config.num_layers)
+            ]
         )
         self.norm = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(config.dropout_rate)
         self.deterministic = True
-        attention = self.blocks[0].attention
-        self.needs_rngs = config.dropout_rate > 0 or getattr(attention, "needs_rngs", False)
+        attentions = [block.attention for block in self.blocks]
+        self.needs_rngs = config.dropout_rate > 0 or any(
+            getattr(attention, "needs_rngs", False) for attention in attentions
+        )
         keep_rngs = keep_rngs and self.needs_rngs
         has_stream = "dropout" in rngs or "default" in rngs
         self.rngs = rngs.dropout.fork() if keep_rngs and has_stream else None
-        self.keeps_tokens = is_causal and _has_cache(attention)
-        self.carries_state = self.keeps_tokens or (
-            is_causal and jax.eval_shape(lambda: attention.init_state(1)) is not None
+        self.keeps_tokens = is_causal and any(map(_has_cache, attentions))
+        self.carries_state = is_causal and all(
+            _has_cache(attention) or _has_state(attention) for attention in attentions
         )
         self.remat = config.remat
 
@@ -121,11 +126,12 @@ class Transformer(nnx.Module):
             raise NotImplementedError(_NO_STATE)
         if self.keeps_tokens and capacity is None:
             raise NotImplementedError(_NO_CAPACITY.format(batch))
-        attentions = [block.attention for block in self.blocks]
-        if self.keeps_tokens:
-            layers = tuple(attention.init_cache(batch, capacity) for attention in attentions)
-        else:
-            layers = tuple(attention.init_state(batch) for attention in attentions)
+        layers = tuple(
+            attention.init_cache(batch, capacity)
+            if _has_cache(attention)
+            else attention.init_state(batch)
+            for attention in (block.attention for block in self.blocks)
+        )
         position, segment = jnp.zeros(batch, jnp.int32), jnp.full(batch, EMPTY, jnp.int32)
         return TransformerState(layers, position, segment)
 
@@ -297,6 +303,11 @@ def _has_cache(attention: nnx.Module) -> bool:
     """Returns whether an attention keeps the tokens, in a state that grows with the length."""
     make = getattr(attention, "init_cache", None)
     return make is not None and jax.eval_shape(lambda: make(1, 1)) is not None
+
+
+def _has_state(attention: nnx.Module) -> bool:
+    """Returns whether an attention carries a state of fixed size."""
+    return jax.eval_shape(lambda: attention.init_state(1)) is not None
 
 
 def _next_position(positions, start, key_value_mask) -> jax.Array:

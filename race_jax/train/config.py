@@ -283,11 +283,12 @@ class Config:
                 f"config.mesh.seq must be 1 with config.task={self.task!r}, whose loss needs whole "
                 f"sequences; got {seq}. Share the sequences of a batch by config.mesh.data instead"
             )
-        if not splits_sequences(self.model.attention):
-            raise ValueError(
-                f"config.mesh.seq must be 1 with config.model.attention={self.model.attention!r}, "
-                f"which reads whole sequences; got {seq}"
-            )
+        for attention in self.model.attentions:
+            if not splits_sequences(attention):
+                raise ValueError(
+                    f"config.mesh.seq must be 1 with {attention!r} attention, which reads whole "
+                    f"sequences; got {seq}"
+                )
         if self.model.positions != "none":
             raise ValueError(
                 f'config.mesh.seq > 1 needs config.model.positions="none", got '
@@ -297,14 +298,15 @@ class Config:
     def _validate_direction(self) -> None:
         """Checks that the attention reads tokens in the direction of the task's model."""
         is_causal = registry.task_named(self.task).is_causal
-        try:
-            self.model.attention_config().check_direction(is_causal)
-        except ValueError as error:
-            reads = "reads in one direction" if is_causal else "reads in both directions"
-            raise ValueError(
-                f"config.model.{self.model.attention} does not go with config.task={self.task!r}, "
-                f"whose model {reads}: {error}"
-            ) from None
+        for name in self.model.attentions:
+            try:
+                self.model.attention_config(name).check_direction(is_causal)
+            except ValueError as error:
+                reads = "reads in one direction" if is_causal else "reads in both directions"
+                raise ValueError(
+                    f"config.model.{name} does not go with config.task={self.task!r}, "
+                    f"whose model {reads}: {error}"
+                ) from None
 
     def _validate_together(self) -> None:
         self._validate_direction()
@@ -356,8 +358,10 @@ class Config:
         values = dataclasses.asdict(self)
         for name in set(registry.TASKS) - {self.task}:
             del values[name]
-        for name in set(ATTENTIONS) - {self.model.attention}:
+        for name in set(ATTENTIONS) - set(self.model.attentions):
             del values["model"][name]
+        if self.model.hybrid is None:
+            del values["model"]["hybrid"], values["model"]["hybrid_every"]
         return json.loads(json.dumps(values))
 
     @classmethod

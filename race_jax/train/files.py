@@ -211,7 +211,7 @@ def is_free(name: str, config: Config) -> bool:
         return section != config.task or field in TASKS[section].free_fields
     attention, _, option = field.partition(".")
     if section == "model" and attention in ATTENTIONS:  # likewise for attentions
-        return not option or attention != config.model.attention
+        return not option or attention not in config.model.attentions
     # A constant learning rate does not depend on the length of the run, so the run may be extended.
     extends = name == "config.run.steps" and config.optimizer.schedule == "constant"
     return name in FREE_FIELDS or extends

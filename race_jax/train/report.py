@@ -90,9 +90,14 @@ def _attention(config: Config, mesh: Mesh, is_causal: bool) -> tuple[str, str]:
     shares = mesh.size // mesh.shape[SEQ]
     batch = config.run.batch_size // config.optimizer.accumulation_steps // shares
     is_packed = config.data.packing != "contiguous"
-    return config.model.attention_config().describe(
-        batch, config.data.sequence_length // mesh.shape[SEQ], is_packed, is_causal
-    )
+    length = config.data.sequence_length // mesh.shape[SEQ]
+    described = [
+        config.model.attention_config(name).describe(batch, length, is_packed, is_causal)
+        for name in config.model.attentions
+    ]
+    names, reasons = (list(dict.fromkeys(texts)) for texts in zip(*described, strict=True))
+    name = f"; in one block of {config.model.hybrid_every}, ".join(names)
+    return name, "; ".join(reasons)
 
 
 def planned_memory(compiled: jax.stages.Compiled) -> tuple[int, int] | None:

@@ -323,11 +323,12 @@ class Trainer:
             model = nnx.merge(self._graph, self._state.params, self._state.fixed)
             jax.eval_shape(lambda: self._task.init_state(model, self._task.batch))
         except NotImplementedError:
-            task, attention = self._config.task, self._config.model.attention
+            task, attentions = self._config.task, self._config.model.attentions
             raise ValueError(
                 "config.optimizer.segment_length needs a task and an attention that carry a state "
                 f"from segment to segment; config.task={task!r} with "
-                f"config.model.attention={attention!r} reads whole sequences. Leave it out."
+                f"{' and '.join(map(repr, attentions))} attention reads whole sequences. Leave it "
+                "out."
             ) from None
         length = min(options.segment_length, self._config.data.sequence_length)
         return Segments(

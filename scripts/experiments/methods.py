@@ -31,11 +31,21 @@ def plain(attention: str, label: str, **positions: str) -> Method:
     return Method(attention, label, {"model.attention": attention, **model})
 
 
+PARTS = {"short_conv": "qkv", "output_norm": "rms", "output_gate": "sigmoid"}
+
+
 def with_parts(method: Method, label: str) -> Method:
     """Returns a method with the convolutions, the output norm and the sigmoid output gate."""
-    parts = {"short_conv": "qkv", "output_norm": "rms", "output_gate": "sigmoid"}
-    change = options(str(method.settings["model.attention"]), **parts)
+    change = options(str(method.settings["model.attention"]), **PARTS)
     return method.but(f"{method.name}_full", label, change)
+
+
+def hybrid(method: Method, name: str, label: str, second: str, every: int, **values: Any) -> Method:
+    """Returns a method whose every so-many-th block has a second attention, with all parts."""
+    change = {"model.hybrid": second, "model.hybrid_every": every}
+    return method.but(
+        name, label, change | values.pop("model", {}) | options(second, **PARTS, **values)
+    )
 
 
 def race(name: str, label: str, **values: Any) -> Method:
@@ -54,6 +64,7 @@ PAPER = {
 SOFTMAX = plain("softmax", "softmax, learned positions", positions="learned")
 SOFTMAX_ROPE = SOFTMAX.but("softmax_rope", "softmax, RoPE", {"model.positions": "rope"})
 SOFTMAX_ALIBI = SOFTMAX.but("softmax_alibi", "softmax, ALiBi", {"model.positions": "alibi"})
+SOFTMAX_ROPE_FULL = with_parts(SOFTMAX_ROPE, "softmax, RoPE, all parts")
 SOFTMAX_FULL = with_parts(SOFTMAX_ALIBI, "softmax, ALiBi, with convolutions, norm and output gate")
 SIGMOID = plain("sigmoid", "sigmoid")
 ANGULAR = plain("angular", "exact angular, degree 8")
@@ -61,13 +72,15 @@ PERFORMER = plain("performer", "Performer (256 features)")
 LINEAR = plain("linear", "linear (elu + 1)")
 LINEAR_GATE = LINEAR.but("linear_gate", "linear, data gate", options("linear", forget_gate="data"))
 LINEAR_FULL = with_parts(LINEAR_GATE, "linear, data gate, convolutions, norm and output gate")
-GATED_LINEAR = plain("gated_linear", "gated linear attention, as published")
+NO_POSITIONS = {"model.positions": "none"}
+LINEAR_BEST = LINEAR_FULL.but("linear_best", "… no positions", NO_POSITIONS)
+GATED_LINEAR = plain("gated_linear", "gated linear attention, as published", positions="none")
 GATED_LINEAR_SIGMOID = GATED_LINEAR.but(
     "gated_linear_sigmoid",
     "gated linear attention, sigmoid output gate",
     options("gated_linear", output_gate="sigmoid"),
 )
-GATED_DELTA = plain("gated_delta", "gated delta net, as published")
+GATED_DELTA = plain("gated_delta", "gated delta net, as published", positions="none")
 GATED_DELTA_SIGMOID = GATED_DELTA.but(
     "gated_delta_sigmoid",
     "gated delta net, sigmoid output gate",
@@ -92,8 +105,23 @@ RACE_WIDE = RACE_SMOOTH.but(
     "RACE, all parts, without tanh, P = 2, L = 16",
     options("race", num_planes=2, num_tables=16),
 )
+RACE_BEST = RACE_WIDE.but(
+    "race_best", "RACE, all parts, without tanh, P = 2, L = 16, no positions", NO_POSITIONS
+)
+ALIBI = {"model.positions": "alibi"}
+RACE_WINDOW = hybrid(
+    RACE_BEST,
+    "race_window",
+    "RACE, every 4th block a window of 128 tokens, ALiBi",
+    "sliding_window",
+    4,
+    model=ALIBI,
+)
+RACE_HYBRID = hybrid(
+    RACE_BEST, "race_hybrid", "RACE, every 4th block softmax, ALiBi", "softmax", 4, model=ALIBI
+)
 
-# What the parts of RACE are worth: each differs from RACE_FULL, or from RACE_WIDE, by one change.
+# What the parts of RACE are worth: each differs from RACE_FULL or RACE_BEST by one change.
 RACE_FORMS = (
     *(RACE_PAPER, RACE_PLAIN, RACE, RACE_CONV, RACE_NORM, RACE_FULL),
     RACE_FULL.but("race_silu", "… silu output gate", options("race", output_gate="silu")),
@@ -103,16 +131,33 @@ RACE_FORMS = (
     ),
     RACE_FULL.but("race_p2", "… P = 2, L = 16", options("race", num_planes=2, num_tables=16)),
     RACE_FULL.but("race_p5", "… P = 5, L = 2", options("race", num_planes=5, num_tables=2)),
-    *(RACE_SMOOTH, RACE_WIDE),
-    RACE_WIDE.but("race_learned", "… learned planes", options("race", learn_planes=True)),
-    RACE_WIDE.but("race_one_beta", "… one β a layer", options("race", shared_sharpness=True)),
-    RACE_WIDE.but("race_nowhere", "… no positions", {"model.positions": "none"}),
+    *(RACE_SMOOTH, RACE_WIDE, RACE_BEST),
+    RACE_BEST.but("race_learned", "… learned planes", options("race", learn_planes=True)),
+    RACE_BEST.but("race_one_beta", "… one β a layer", options("race", shared_sharpness=True)),
+    RACE_BEST.but("race_l32", "… P = 2, L = 32", options("race", num_tables=32)),
+    RACE_BEST.but("race_p1", "… P = 1, L = 32", options("race", num_planes=1, num_tables=32)),
+    RACE_BEST.but("race_p3", "… P = 3, L = 8", options("race", num_planes=3, num_tables=8)),
+    *(RACE_WINDOW, RACE_HYBRID),
+    RACE_WINDOW.but("race_window2", "… every 2nd block", {"model.hybrid_every": 2}),
+    RACE_WINDOW.but("race_window_256", "… of 256 tokens", options("sliding_window", window=256)),
+    RACE_HYBRID.but("race_hybrid2", "… every 2nd block", {"model.hybrid_every": 2}),
+    RACE_BEST.but("race_half_life", "… longest half-life 2048", options("race", half_life=2048.0)),
 )
 
 CAUSAL = (
-    *(SOFTMAX, SOFTMAX_ROPE, SOFTMAX_ALIBI, SOFTMAX_FULL, SIGMOID, ANGULAR, PERFORMER),
-    *(LINEAR, LINEAR_GATE, LINEAR_FULL, GATED_LINEAR, GATED_LINEAR_SIGMOID),
-    *(GATED_DELTA, GATED_DELTA_SIGMOID, RACE_PAPER, RACE_PLAIN, RACE, RACE_FULL, RACE_WIDE),
+    *(
+        SOFTMAX,
+        SOFTMAX_ROPE,
+        SOFTMAX_ALIBI,
+        SOFTMAX_ROPE_FULL,
+        SOFTMAX_FULL,
+        SIGMOID,
+        ANGULAR,
+        PERFORMER,
+    ),
+    *(LINEAR, LINEAR_GATE, LINEAR_FULL, LINEAR_BEST, GATED_LINEAR, GATED_LINEAR_SIGMOID),
+    *(GATED_DELTA, GATED_DELTA_SIGMOID),
+    *(RACE_PAPER, RACE_PLAIN, RACE, RACE_FULL, RACE_WIDE, RACE_BEST, RACE_WINDOW, RACE_HYBRID),
 )
 
 # Models that see all tokens. They take the positions, and RACE the P and L, of the configuration.

@@ -46,6 +46,26 @@ CONFIGS = {
     },
     "gated linear": {"attention": "gated_linear", "num_kv_heads": 2},
     "gated delta": {"attention": "gated_delta", "num_kv_heads": 2},
+    "sliding window": {
+        "attention": "sliding_window",
+        "num_kv_heads": 2,
+        "positions": "alibi",
+        "sliding_window": {"window": 4, "short_conv": "qkv"},
+    },
+    "race and sliding windows": {
+        "num_layers": 2,
+        "hybrid": "sliding_window",
+        "hybrid_every": 2,
+        "positions": "rope",
+        "sliding_window": {"window": 3},
+    },
+    "race and softmax": {
+        "num_layers": 2,
+        "num_kv_heads": 2,
+        "hybrid": "softmax",
+        "hybrid_every": 2,
+        "positions": "alibi",
+    },
     "softmax": {"attention": "softmax", "num_kv_heads": 2},
     "softmax with every part": {
         "attention": "softmax",
@@ -72,6 +92,7 @@ CONFIGS = {
 STATEFUL = (
     *("race", "race with everything", "race, convolutions on q, k, v"),
     *("linear", "linear with every part", "performer", "gated linear", "gated delta"),
+    *("sliding window", "race and sliding windows"),
 )
 
 

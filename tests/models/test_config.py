@@ -16,6 +16,17 @@ def test_the_defaults_are_valid():
     assert (race.num_tables, race.num_planes, race.forget_gate, race.head_dim) == (8, 3, "data", 64)
 
 
+def test_a_hybrid_has_its_second_attention_in_every_so_many_blocks():
+    config = ModelConfig(
+        num_layers=6, hybrid="softmax", hybrid_every=3, positions="alibi"
+    ).validate()
+    names = [config.attention_of(block) for block in range(6)]
+    assert names == ["race", "race", "softmax"] * 2
+    assert config.attentions == ("race", "softmax")
+    assert config.attention_config("softmax").positions == "alibi"
+    assert ModelConfig().attentions == ("race",)
+
+
 def test_the_word_none_turns_the_gate_off():
     assert ModelConfig(race={"forget_gate": "none"}).attention_config().forget_gate is None
 
@@ -58,6 +69,13 @@ def test_a_bad_field_is_named_with_its_value(changes):
         ({"race": {"forget_gate": "fixed"}}, "needs half_life, .* half_life=1024"),
         ({"implementation": "cudnn"}, "implementation must be one of None, 'xla', 'pallas'"),
         ({"positions": "rope"}, "positions='rope' does not go with attention='race', which takes"),
+        ({"hybrid": "window"}, "hybrid='window' is unknown; choose one of"),
+        (
+            {"hybrid": "softmax", "hybrid_every": 1},
+            "hybrid_every=1 must lie between 2 and num_layers=4",
+        ),
+        ({"hybrid": "softmax", "hybrid_every": 5}, "hybrid_every=5 must lie between 2 and"),
+        ({"hybrid": "linear", "positions": "rope"}, "with attention='race' and 'linear', which"),
         ({"attention": "linear", "positions": "alibi"}, "go with attention='linear'"),
         ({"attention": "linear", "linear": {"forget_gate": "fixed"}}, "needs half_life"),
         ({"attention": "linear", "implementation": "pallas"}, "linear attention takes one of"),

@@ -224,7 +224,7 @@ def test_the_command_of_every_config_is_right(file, monkeypatch):
     assert config.run.directory.startswith(f"runs/{file.stem}")
 
 
-GATED = ("gated_linear", "gated_delta")  # they read tokens in their order
+GATED = ("gated_linear", "gated_delta", "sliding_window")  # they read tokens in their order
 ENCODERS = ("linformer",)  # it mixes all tokens
 
 
