@@ -26,6 +26,9 @@ def get_config() -> Config:
     config.model.race.num_tables = 2
     config.model.race.num_planes = 3
     config.model.race.forget_gate = None
+    config.model.race.short_conv = None
+    config.model.race.output_norm = None
+    config.model.race.output_gate = None
 
     config.data.source = "files"
     config.data.train_files = ("imdb/train.tsv.xz",)

@@ -26,6 +26,9 @@ def get_config() -> Config:
     config.model.positions = "learned"
     config.model.max_length = 2000
     config.model.race.forget_gate = None
+    config.model.race.short_conv = None
+    config.model.race.output_norm = None
+    config.model.race.output_gate = None
 
     config.data.sequence_length = 2000
 

@@ -35,6 +35,9 @@ def get_config() -> Config:
     config.model.width = 256
     config.model.num_heads = 4
     config.model.race.forget_gate = None
+    config.model.race.short_conv = None
+    config.model.race.output_norm = None
+    config.model.race.output_gate = None
 
     config.data.source = "files"
     config.data.train_files = tuple(f"books/{name}.md.xz" for name in BOOKS)

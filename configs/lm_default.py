@@ -1,7 +1,7 @@
 """A language model of bytes on Python source, which `make train` runs in minutes on a CPU.
 
-It uses RACE attention with a data gate, the short convolution and the output gate. The text is the
-source of Python's standard library, which every machine has. Whole files are held out. The text
+It uses the defaults of a model: RACE attention with a data gate, short convolutions, output norm
+and output gate. The text is the source of Python's standard library, which every machine has. Whole files are held out. The text
 differs between Python versions, so losses can only be compared if the digests that are printed at
 the start are the same.
 
@@ -19,9 +19,6 @@ def get_config() -> Config:
     config.model.num_layers = 3
     config.model.width = 128
     config.model.num_heads = 4
-    config.model.race.short_conv = "before"
-    config.model.race.output_norm = "rms"
-    config.model.race.output_gate = "silu"
 
     config.data.source = "stdlib"
     config.data.tokenizer = "bytes"

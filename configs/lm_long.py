@@ -23,9 +23,7 @@ TRAIN = (
 def get_config() -> Config:
     """Returns the configuration of the run."""
     config = Config()
-    config.model.race.forget_gate = "data"
     config.model.race.half_life = 2.0**20
-    config.model.race.short_conv = None
 
     config.data.source = "files"
     config.data.train_files = tuple(f"books/train/{name}.md.xz" for name in TRAIN)

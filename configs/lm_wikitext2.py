@@ -1,13 +1,14 @@
 """A language model of words on WikiText-2.
 
-It is a small transformer of RACE attention with a data gate: 4 layers of width 256, 256 words of
+It is a small transformer of RACE attention: 4 layers of width 256, 256 words of
 context, dropout 0.2. The whole validation and test splits are scored, in windows that do not
 overlap. `--config.model.attention=softmax` trains the same model with softmax attention.
 
 Command:  RACE_JAX_DATA=FOLDER .venv/bin/python scripts/train_lm.py --config configs/lm_wikitext2.py
 Data:     wikitext/wikitext-2.{train,valid,test}.txt.xz under FOLDER
 Hardware: one NVIDIA H200, under three minutes with two others beside it
-Result:   perplexity 101.8 on the validation split, 97.5 on the test split
+Result:   with a data gate and no other part, and learned positions: perplexity 101.8 on the
+          validation split, 97.5 on the test split. The form of today has not been measured
 """
 
 from race_jax.train.config import Config
@@ -16,8 +17,6 @@ from race_jax.train.config import Config
 def get_config() -> Config:
     """Returns the configuration of the run."""
     config = Config()
-    config.model.positions = "learned"
-    config.model.max_length = 256
     config.model.dropout_rate = 0.2
 
     config.data.source = "files"

@@ -26,6 +26,9 @@ def get_config() -> Config:
     config.model.race.num_tables = 4
     config.model.race.num_planes = 4
     config.model.race.forget_gate = None
+    config.model.race.short_conv = None
+    config.model.race.output_norm = None
+    config.model.race.output_gate = None
 
     config.data.source = "files"
     config.data.train_files = ("tinystories/train.txt.xz",)

@@ -20,6 +20,9 @@ def get_config() -> Config:
     config.model.max_length = 256
     config.model.dropout_rate = 0.2
     config.model.race.forget_gate = None
+    config.model.race.short_conv = None
+    config.model.race.output_norm = None
+    config.model.race.output_gate = None
 
     config.data.source = "files"
     config.data.train_files = ("wikitext/wikitext-2.train.txt.xz",)

@@ -65,6 +65,7 @@ def shell_commands(page: str) -> list[str]:
 def in_small(command: str) -> str | None:
     """Returns a form of the command that runs in seconds, or None if another test runs it."""
     elsewhere = "reproduce.py", "configs/recall.py", "configs/needle.py"
+    elsewhere += "bench_decode.py", "study_decoding.py"
     if command.startswith(("make test", "pip ")) or any(name in command for name in elsewhere):
         return None
     if "bench_kernels.py" in command:

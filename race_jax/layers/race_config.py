@@ -87,10 +87,15 @@ class RACEConfig(Parts):
         *("param_dtype", "dropout_rate", "decode", "precision"),
     )
     MODEL_DEFAULTS: ClassVar[dict[str, Any]] = {
-        "num_tables": 8,
-        "num_planes": 3,
-        "forget_gate": "data",
+        "num_tables": 16,
+        "num_planes": 2,
+        "use_tanh": False,
+        "sharpness": 1.0,
         "fold_planes": True,
+        "forget_gate": "data",
+        "short_conv": "qkv",
+        "output_norm": "rms",
+        "output_gate": "sigmoid",
     }
 
     num_heads: int

@@ -35,6 +35,7 @@ class ModelConfig:
         hybrid: the name of a second attention, which stands in the last of every
             ``hybrid_every`` blocks, or None for one attention in all blocks.
         hybrid_every: how many blocks there are for each block of the second attention, at least 2.
+            A model of fewer blocks has the second attention in its last block.
         positions: "none", "learned" (added to the embedding), or a scheme of an attention of the
             model, such as "rope" or "alibi" of softmax. Only attentions that know a scheme use it.
         max_length: the length of the table of learned positions, and the largest length for
@@ -98,7 +99,8 @@ class ModelConfig:
             >>> [config.attention_of(block) for block in range(4)]
             ['race', 'sliding_window', 'race', 'sliding_window']
         """
-        is_second = self.hybrid is not None and (block + 1) % self.hybrid_every == 0
+        every = min(self.hybrid_every, self.num_layers)
+        is_second = self.hybrid is not None and (block + 1) % every == 0
         return self.hybrid if is_second else self.attention
 
     def attention_config(self, name: str | None = None) -> Any:
@@ -165,10 +167,11 @@ class ModelConfig:
         if self.hybrid is not None:
             _require_choice("hybrid", self.hybrid, tuple(registry.ATTENTIONS))
             _require_positive_integer("hybrid_every", self.hybrid_every)
-            if not 2 <= self.hybrid_every <= self.num_layers:
+            if min(self.hybrid_every, self.num_layers) < 2:
                 raise ValueError(
-                    f"hybrid_every={self.hybrid_every} must lie between 2 and num_layers="
-                    f"{self.num_layers}, so that both attentions have a block."
+                    f"hybrid={self.hybrid!r} needs hybrid_every and num_layers of at least 2, so "
+                    "that both attentions have a block; got "
+                    f"hybrid_every={self.hybrid_every}, num_layers={self.num_layers}."
                 )
         takes = dict.fromkeys(POSITIONS)
         for name in self.attentions:

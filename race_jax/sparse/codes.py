@@ -113,7 +113,8 @@ def unpack_levels(words: jax.Array, bits: int, count: int) -> jax.Array:
 def code_tables(key: jax.Array, planes: jax.Array, num_planes: int) -> jax.Array:
     """Returns the hash codes of keys ``(..., H)`` under planes ``(L P, H)``, as ``(..., W)``."""
     z = project(key, planes)
-    signs = (z >= 0).astype(jnp.uint32).reshape(*z.shape[:-1], -1, num_planes)
+    tables = len(planes) // num_planes
+    signs = (z >= 0).astype(jnp.uint32).reshape(*z.shape[:-1], tables, num_planes)
     weights = 2 ** jnp.arange(num_planes - 1, -1, -1, dtype=jnp.uint32)
     return pack_tables((signs * weights).sum(axis=-1, dtype=jnp.uint32), num_planes)
 

@@ -8,6 +8,7 @@ from race_jax.tasks.images import ImageClassification
 from race_jax.tasks.language_model import LanguageModel
 from race_jax.tasks.listops import ListOps
 from race_jax.tasks.long_documents import LongDocuments
+from race_jax.tasks.lookup import Lookup
 from race_jax.tasks.masked_lm import MaskedLM
 from race_jax.tasks.needle import Needle
 from race_jax.tasks.recall import Recall
@@ -17,6 +18,7 @@ from race_jax.tasks.text_classification import TextClassification
 TASKS: dict[str, type[Task]] = {
     "language_model": LanguageModel,
     "copy": Copy,
+    "lookup": Lookup,
     "masked_lm": MaskedLM,
     "text_classification": TextClassification,
     "listops": ListOps,

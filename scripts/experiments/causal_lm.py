@@ -27,13 +27,26 @@ def epochs(steps: int) -> dict[str, int]:
     }
 
 
-PTB = Data("ptb", "Penn Treebank, words", "configs/lm_ptb.py", PERPLEXITY, {"paper": epochs(470)})
+def learned(length: int) -> dict[str, Any]:
+    """Returns the settings of learned positions, for methods that do not say otherwise."""
+    return {"model.positions": "learned", "model.max_length": length}
+
+
+PTB = Data(
+    "ptb",
+    "Penn Treebank, words",
+    "configs/lm_ptb.py",
+    PERPLEXITY,
+    {"paper": epochs(470)},
+    learned(256),
+)
 TEXT8 = Data(
     "text8",
     "text8 sample, characters",
     "configs/lm_text8.py",
     (Metric("valid.bits_per_byte", "bits per character, held out", digits=3),),
     {"tiny": {"data.valid_tail": 2_000}, "paper": epochs(3350)},
+    learned(512),
 )
 WIKITEXT2 = Data(
     "wikitext2",
@@ -41,9 +54,11 @@ WIKITEXT2 = Data(
     "configs/lm_wikitext2.py",
     PERPLEXITY,
     {"paper": epochs(1060)},
+    learned(256),
 )
 BUDGETS: dict[str, dict[str, Any]] = {
-    "tiny": TINY | {"data.sequence_length": 32, "language_model.compare_xz": False},
+    "tiny": TINY
+    | {"model.num_layers": 2, "data.sequence_length": 32, "language_model.compare_xz": False},
     "paper": {
         "model.num_layers": 8,
         "model.width": 512,

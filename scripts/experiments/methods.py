@@ -49,10 +49,18 @@ def hybrid(method: Method, name: str, label: str, second: str, every: int, **val
 
 
 def race(name: str, label: str, **values: Any) -> Method:
-    """Returns RACE with some options."""
-    return Method(name, label, {"model.attention": "race", **options("race", **values)})
+    """Returns RACE with some options, and otherwise without parts and with tanh in its hash."""
+    own = options("race", **(BARE | values))
+    return Method(name, label, {"model.attention": "race", **own})
 
 
+BARE = {
+    "use_tanh": True,
+    "sharpness": 2.0,
+    "short_conv": None,
+    "output_norm": None,
+    "output_gate": None,
+}
 # The paper's form: planes of unit scale, one trained sharpness, and nothing beside the hash.
 PAPER = {
     "planes_scale": 1.0,
@@ -112,10 +120,11 @@ ALIBI = {"model.positions": "alibi"}
 RACE_WINDOW = hybrid(
     RACE_BEST,
     "race_window",
-    "RACE, every 4th block a window of 128 tokens, ALiBi",
+    "RACE, every 4th block a window of 256 tokens, ALiBi",
     "sliding_window",
     4,
     model=ALIBI,
+    window=256,
 )
 RACE_HYBRID = hybrid(
     RACE_BEST, "race_hybrid", "RACE, every 4th block softmax, ALiBi", "softmax", 4, model=ALIBI
@@ -138,8 +147,12 @@ RACE_FORMS = (
     RACE_BEST.but("race_p1", "… P = 1, L = 32", options("race", num_planes=1, num_tables=32)),
     RACE_BEST.but("race_p3", "… P = 3, L = 8", options("race", num_planes=3, num_tables=8)),
     *(RACE_WINDOW, RACE_HYBRID),
-    RACE_WINDOW.but("race_window2", "… every 2nd block", {"model.hybrid_every": 2}),
-    RACE_WINDOW.but("race_window_256", "… of 256 tokens", options("sliding_window", window=256)),
+    RACE_WINDOW.but(
+        "race_window2",
+        "… every 2nd block, of 128 tokens",
+        {"model.hybrid_every": 2, **options("sliding_window", window=128)},
+    ),
+    RACE_WINDOW.but("race_window_128", "… of 128 tokens", options("sliding_window", window=128)),
     RACE_HYBRID.but("race_hybrid2", "… every 2nd block", {"model.hybrid_every": 2}),
     RACE_BEST.but("race_half_life", "… longest half-life 2048", options("race", half_life=2048.0)),
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from race_jax.core.hashing import init_planes, init_rotations, soft_hash
-from race_jax.sparse import SparseConfig, codes, reference, scores, socket_sharpness
+from race_jax.sparse import SparseCache, SparseConfig, codes, reference, scores, socket_sharpness
 
 
 def test_rotations_are_orthogonal(assert_close):
@@ -39,6 +39,15 @@ def test_tables_come_back_and_do_not_straddle_words(rng):
         for table in range(tables):
             got = codes.code_of_table(words, jnp.asarray(table), planes)
             np.testing.assert_array_equal(got, held[:, table])
+
+
+@pytest.mark.parametrize("scorer", ["socket", "quantized"])
+def test_a_cache_of_whole_tiles_can_be_made(scorer):
+    """The tokens after the last whole tile are then none."""
+    config = SparseConfig(scorer=scorer)
+    shape = 1, 2 * codes.TILE, 1, 128
+    cache = jax.eval_shape(lambda: SparseCache.init(jax.random.key(0), *shape, config=config))
+    assert cache.codes.shape[:3] == (1, 1, 2 * codes.TILE)
 
 
 def test_a_projection_of_zero_is_a_bit_of_one():

@@ -1,0 +1,114 @@
+"""Lines to be looked up: where they are, which bytes count, and what is refused."""
+
+import re
+
+import numpy as np
+import pytest
+
+from race_jax.tasks.lookup import Lookup, LookupConfig, with_lookups
+from tests.tasks.few_steps import few_steps
+from tests.train.small import small_config
+
+TEXT = "It rained for a whole day, and nobody came to the old house by the sea. " * 400
+
+
+def lookup_config(tmp_path, **options):
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = small_config()
+    config.task, config.model.attention = "lookup", "softmax"
+    config.data.source, config.data.train_files = "files", (str(tmp_path / "text.txt"),)
+    config.data.sequence_length, config.run.batch_size = 64, 8
+    options = {"least_lines": 2, "most_lines": 3, "name_length": 1, "value_length": 2} | options
+    for name, value in options.items():
+        setattr(config.lookup, name, value)
+    return config
+
+
+def as_text(ids) -> str:
+    return bytes(np.asarray(ids, np.uint8)).decode()
+
+
+def test_the_repeated_lines_are_found_in_the_text():
+    options = LookupConfig(least_lines=3, most_lines=5)
+    text = np.frombuffer(TEXT[:400].encode(), np.uint8)
+    counts = set()
+    for seed in range(40):
+        ids, asked, places = with_lookups(np.random.default_rng(seed), text, options, 2)
+        assert len(ids) == len(asked) == len(text)
+        hidden, repeated = as_text(ids[: -2 * 10]), as_text(ids[-2 * 10 :])
+        lines = re.findall(r"\n(#[a-z]{3}=\d{4})\n", hidden)
+        counts.add(len(lines))
+        assert len({line[:4] for line in lines}) == len(lines)
+        first, second = repeated[1:10], repeated[11:]
+        assert {first, second} <= set(lines)
+        assert first != second
+        assert as_text(ids[asked]) == first[-4:] + second[-4:]
+        for place, line in zip(places, (first, second), strict=True):
+            assert hidden[place:].startswith(f"\n{line}\n")
+        assert re.sub(r"\n#[a-z]{3}=\d{4}\n", "", hidden) == TEXT[: len(hidden) - 11 * len(lines)]
+    assert counts == {3, 4, 5}
+
+
+def test_a_text_without_room_is_refused():
+    text = np.zeros(20, np.uint8)
+    with pytest.raises(ValueError, match="20 bytes have no room for 8 lines and 1 questions of 11"):
+        with_lookups(np.random.default_rng(0), text, LookupConfig(most_lines=8), 1)
+
+
+def test_training_weighs_answers_and_held_out_rows_are_scored_apart(tmp_path):
+    task = Lookup(lookup_config(tmp_path, share=0.5, num_questions=2, answer_weight=9).validate())
+    batch, again = next(iter(task.train)), next(iter(task.train))
+    for name in batch:
+        np.testing.assert_array_equal(batch[name], again[name])
+    chosen = batch["asked"].any(axis=1)
+    assert 0 < chosen.sum() < len(chosen)
+    assert set(batch["asked"].sum(axis=1)[chosen]) == {2 * 2}
+    np.testing.assert_array_equal(batch["weights"], 1 + 8 * batch["asked"])
+    np.testing.assert_array_equal(batch["inputs"][:, 1:], batch["targets"][:, :-1])
+    held = next(iter(task.held_out["valid"]))
+    chosen = held["asked"].any(axis=1)
+    assert 0 < chosen.sum() < len(chosen)
+    assert set(held["asked"].sum(axis=1)[chosen]) == {2}
+    assert not held["weights"][chosen].any()
+    assert held["weights"][~chosen].all()
+    assert "#" not in as_text(held["inputs"][~chosen].ravel())
+
+
+def test_a_model_learns_and_is_scored(tmp_path):
+    losses, scores = few_steps(lookup_config(tmp_path, share=0.5), 10)
+    assert losses[-1] < losses[0]
+    assert set(scores) == {"loss", "perplexity", "bits_per_byte", "accuracy"}
+    assert 0 <= scores["accuracy"] <= 1
+
+
+def test_without_lines_it_is_language_modeling(tmp_path):
+    _, scores = few_steps(lookup_config(tmp_path, share=0.0), 1)
+    assert set(scores) == {"loss", "perplexity", "bits_per_byte"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"share": 1.5}, r"share must lie in \[0, 1\], got 1\.5"),
+        ({"least_lines": 4}, "most_lines must be >= 4, got 3"),
+        ({"num_questions": 3}, "num_questions must be <= least_lines 2, got 3"),
+        ({"most_lines": 27}, "most_lines must be <= 26, .* got 27; raise name_length"),
+        ({"answer_weight": 256}, r"answer_weight must lie in \[1, 255\], got 256"),
+        ({"value_length": 30}, "sequence_length must be >= 140, .* got 64"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path, options, message):
+    config = lookup_config(tmp_path, **options)
+    with pytest.raises(ValueError, match=message):
+        Lookup(config.validate())
+
+
+def test_packed_documents_and_several_processes_are_refused(tmp_path):
+    config = lookup_config(tmp_path)
+    config.data.packing = "packed"
+    with pytest.raises(ValueError, match=r'needs config\.data\.tokenizer="bytes"'):
+        Lookup(config.validate())
+    config = lookup_config(tmp_path)
+    config.mesh.coordinator = "auto"
+    with pytest.raises(ValueError, match="runs in one process"):
+        Lookup(config)
