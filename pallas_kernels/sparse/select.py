@@ -25,9 +25,8 @@ from pallas_kernels.backend import Output, launch, load, store
 from pallas_kernels.blocks import Block
 from pallas_kernels.plan import traced_alike
 from pallas_kernels.sparse.attend import share
+from pallas_kernels.sparse.keys import LEAST, MOST, mean, ranks, tile_of_row
 
-LEAST, MOST = -(2**31), 2**31 - 1  # hidden tokens have LEAST, and forced ones MOST
-HIGHEST = float(jnp.finfo(jnp.float32).max)
 DIGITS = 16  # the parts into which a step of the search in the sample cuts an interval
 STEPS = 5  # of that search, which leaves 2**12 of 2**32 keys
 DEVIATIONS = 4  # by how many standard deviations the rank in a sample is overestimated
@@ -150,7 +149,7 @@ def _count_kernel(problem: Problem, refs: SimpleNamespace) -> None:
     thresholds = _thresholds(problem, refs.scores, end)
 
     def body(index, counts):
-        _, keys = _tile_of_row(problem, refs.scores, index * cut.tile, cut.tile, end)
+        _, keys = tile_of_row(problem, refs.scores, index * cut.tile, cut.tile, end)
         return counts + (keys[None, :] >= thresholds[:, None]).astype(jnp.int32)
 
     counts = jnp.zeros((cut.thresholds, cut.tile), jnp.int32)
@@ -169,7 +168,7 @@ def _thresholds(problem: Problem, scores: Any, end: jax.Array) -> jax.Array:
     spread = lax.iota(jnp.int32, number)
     whole, rest = lax.div(end, number), lax.rem(end, number)
     slots = spread * whole + lax.div(spread * rest, number)
-    sample = _keys(problem, load(scores, (slots,), slots < end), slots, end)
+    sample = ranks(problem, load(scores, (slots,), slots < end), slots, end)
     share_of = problem.budget / jnp.maximum(end, 1).astype(jnp.float32)
     expected = jnp.minimum(share_of, 1.0) * number
     rank = expected + DEVIATIONS * jnp.sqrt(expected) + 2.0
@@ -213,7 +212,7 @@ def _gather_kernel(problem: Problem, refs: SimpleNamespace) -> None:
     low, _, before, _ = _border(problem, refs, end)
 
     def body(index, before):
-        slots, keys = _tile_of_row(problem, refs.scores, index * cut.tile, cut.tile, end)
+        slots, keys = tile_of_row(problem, refs.scores, index * cut.tile, cut.tile, end)
         chosen = keys >= low
         places = before + jnp.cumsum(chosen.astype(jnp.int32)) - 1
         here = chosen & (places < cut.room)
@@ -281,13 +280,13 @@ def _finish_kernel(problem: Problem, refs: SimpleNamespace) -> None:
 
     def halve(interval):
         low, high = interval
-        middle = _middle(low, high)
+        middle = mean(low, high)
         enough = reaching(middle) >= wanted
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     # All tokens of the list are wanted if there are no more of them.
     high = jnp.where(number <= wanted, low, high)
-    last, _ = lax.while_loop(lambda x: _middle(*x) > x[0], halve, (low, high))
+    last, _ = lax.while_loop(lambda x: mean(*x) > x[0], halve, (low, high))
     ties = wanted - reaching(last + 1)
     ties = jnp.where(number <= wanted, number, ties)
 
@@ -340,7 +339,7 @@ def _source(problem: Problem, refs: SimpleNamespace, end: jax.Array, number: jax
             return add(carry, *tile_of_list(index * tile))
 
         def of_row(index, carry):
-            slots, keys = _tile_of_row(problem, refs.scores, index * tile, tile, end)
+            slots, keys = tile_of_row(problem, refs.scores, index * tile, tile, end)
             return add(carry, slots, keys, slots < end)
 
         if held is None:
@@ -351,30 +350,6 @@ def _source(problem: Problem, refs: SimpleNamespace, end: jax.Array, number: jax
         return lax.fori_loop(0, tiles, of_row, carry)
 
     return over
-
-
-def _tile_of_row(
-    problem: Problem, scores: Any, start, tile: int, end
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the slots of a tile of a row, and their keys. Those that are hidden have LEAST."""
-    slots = start + lax.iota(jnp.int32, tile)
-    real = slots < end
-    return slots, _keys(problem, load(scores, (pl.ds(start, tile),), real), slots, end)
-
-
-def _keys(problem: Problem, scores: jax.Array, slots: jax.Array, end: jax.Array) -> jax.Array:
-    """Returns integers in the order of the scores. Those of zeros are equal."""
-    finite = jnp.where(scores == scores, scores, -HIGHEST)
-    finite = jnp.minimum(jnp.maximum(finite, -HIGHEST), HIGHEST)
-    bits = lax.bitcast_convert_type(jnp.where(finite == 0, 0.0, finite), jnp.int32)
-    keys = jnp.where(bits < 0, bits ^ MOST, bits)
-    keys = jnp.where((slots < problem.sink) | (slots >= end - problem.window), MOST, keys)
-    return jnp.where(slots < end, keys, LEAST)
-
-
-def _middle(low: jax.Array, high: jax.Array) -> jax.Array:
-    """Returns the mean of two keys, rounded down, without overflow."""
-    return (low >> 1) + (high >> 1) + (low & high & 1)
 
 
 def _power_of_two(size: int) -> int:
