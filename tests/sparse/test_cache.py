@@ -250,6 +250,9 @@ def cases():
         "slopes": (lambda: dense(q, held, slopes=jnp.ones(2)), ValueError, "must be (N,) = (4,)"),
         "implementation": (lambda: dense(q, held, implementation="cudnn"), ValueError,
                            "implementation must be one of"),
+        "gate and kernels": (
+            lambda: dense(q, append(gated, x, v, log_decay=-x[..., 0]), implementation="pallas"),
+            NotImplementedError, "have the weights of softmax without a forget gate only"),
         "kernels": (lambda: dense(q, held, implementation="pallas"), NotImplementedError,
                     "the sparse kernels run on CUDA devices, and this host has none; pass"),
     }  # fmt: skip
