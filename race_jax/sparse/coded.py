@@ -105,6 +105,7 @@ class SparseCache:
 
         Raises:
           ValueError: as `init`.
+          NotImplementedError: if the tokens have a forget gate.
 
         Example:
           >>> import jax, jax.numpy as jnp, race_jax
@@ -114,6 +115,10 @@ class SparseCache:
           >>> race_jax.SparseCache.of(jax.random.key(0), kv, config).length.tolist()
           [3]
         """
+        if kv.decay is not None:
+            raise NotImplementedError(
+                "sparse scores know nothing of a forget gate; use decode_attention='dense'."
+            )
         coding = config.coding()
         size = coding.page_size
         if size is not None and kv.capacity % size:
@@ -224,7 +229,9 @@ def _levels(key: jax.Array, planes: jax.Array, bits: int) -> tuple[jax.Array, ja
             return reason
         return dispatch.kernels().sparse.supports_codes(key, planes, bits=bits)
 
-    run = dispatch.by_platform(dispatch.decide(None, limit), xla, pallas)
+    # A new cache codes no tokens. That the kernels do not support this is no news to the user.
+    choice = dispatch.decide("xla" if 0 in key.shape else None, limit)
+    run = dispatch.by_platform(choice, xla, pallas)
     return run(*jax.lax.stop_gradient((key, planes)))
 
 
