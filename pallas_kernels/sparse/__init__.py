@@ -1,4 +1,4 @@
-"""GPU kernels for decoding from a cache: codes of keys, and scores of cached keys.
+"""GPU kernels for decoding from a cache: codes, scores, selection and attention.
 
 Each is one function of arrays with static shapes. They are independent of each other.
 """
@@ -6,10 +6,24 @@ Each is one function of arrays with static shapes. They are independent of each 
 from typing import Any
 
 from pallas_kernels import backend
+from pallas_kernels.sparse import attend
+from pallas_kernels.sparse.attend import dense_attention, listed_attention
 from pallas_kernels.sparse.codes import level_codes
 from pallas_kernels.sparse.scores import MOST_QUERIES, Forced, linear_scores
+from pallas_kernels.sparse.select import select
 
-__all__ = ["Forced", "level_codes", "linear_scores", "supports", "supports_codes"]
+__all__ = [
+    "Forced",
+    "dense_attention",
+    "level_codes",
+    "linear_scores",
+    "listed_attention",
+    "select",
+    "supports",
+    "supports_attention",
+    "supports_codes",
+    "supports_selection",
+]
 
 SCORERS = ("sign_linear", "quantized", "hamming")
 CODE_LIMIT = 2**31  # bytes, which are counted in int32
@@ -18,7 +32,7 @@ HEAD_DIMS = range(1, 257)
 
 
 def supports(query: Any, codes: Any, *, scorer: str) -> str | None:
-    """Returns why the kernels cannot run sparse decoding, or None if they can.
+    """Returns why the kernels cannot compute scores, or None if they can.
 
     Args:
       query: the shape of the queries, (B, T, N, H).
@@ -85,3 +99,42 @@ def supports_codes(key: Any, planes: Any, *, bits: int) -> str | None:
     if 0 in key.shape:
         return f"the sparse kernels support no empty arrays; got keys of shape {key.shape}"
     return backend.missing("sparse")
+
+
+def supports_selection(query: Any, key: Any) -> str | None:
+    """Returns why the kernels cannot select among the scores of these queries, or None.
+
+    Args:
+      query: the shape of the queries, (B, T, N, H).
+      key: the shape of the cached keys, (B, C, K, H).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> x = jax.ShapeDtypeStruct((0, 8, 1, 64), jnp.bfloat16)
+      >>> supports_selection(x, x)
+      'the sparse kernels support no empty arrays; got query of shape (0, 8, 1, 64)'
+    """
+    if not all(isinstance(size, int) for size in (*query.shape, *key.shape)):
+        return "the sparse kernels need known sizes, but this call has symbolic ones (jax.export)"
+    if 0 in (*query.shape, *key.shape):
+        return f"the sparse kernels support no empty arrays; got query of shape {query.shape}"
+    return backend.missing("sparse")
+
+
+def supports_attention(query: Any, key: Any, value: Any, *, queries: int) -> str | None:
+    """Returns why the kernels cannot attend to cached keys, or None if they can.
+
+    Args:
+      query: the shape and dtype of the queries, (B, T, N, H).
+      key: the shape and dtype of the cached keys, (B, C, K, H).
+      value: the shape and dtype of the cached values, (B, C, K, V).
+      queries: how many queries read the same keys: G·T if all tokens are read, G if the heads of a
+        group share a list, else 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> x = jax.ShapeDtypeStruct((1, 8, 1, 48), jnp.bfloat16)
+      >>> supports_attention(x, x, x, queries=1).split(";")[1]
+      ' key has 48'
+    """
+    return attend.limit(query, key, value, queries) or supports_selection(query, key)

@@ -126,11 +126,9 @@ def decide(implementation: str | None, limit: Callable[[], str | None]) -> Choic
 
 def by_platform(choice: Choice, xla: Callable, pallas: Callable) -> Callable:
     """Returns the function of the choice. With both, the platform decides at lowering."""
-    if choice is PALLAS_ASKED:
-        return pallas
-    if choice is BY_PLATFORM:
+    if choice.implementation == BY_PLATFORM.implementation:
         return lambda *arrays: jax.lax.platform_dependent(*arrays, cuda=pallas, default=xla)
-    return xla
+    return xla if choice.implementation == "xla" else pallas
 
 
 def without_cuda(kind: str) -> str | None:

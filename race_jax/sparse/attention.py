@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from race_jax.core import dispatch, masking, shards
+from race_jax.core.dispatch import Choice
 from race_jax.sparse import exact
 from race_jax.sparse.cache import KINDS, KVCache
-
-_NO_KERNELS = "dense decoding from a cache has no GPU kernels yet"
 
 
 def dense_decode_attention(
@@ -44,7 +43,7 @@ def dense_decode_attention(
             zeros.
         slopes: shape (N,), by how much the logits of a head fall per token of distance (the m of
             ALiBi), or None.
-        implementation: "xla", or None for the best one there is.
+        implementation: "xla", "pallas" for the GPU kernels, or None for the best one there is.
 
     Returns:
         Shape (B, T, N, V), with the dtype of the values. A row that has passed its capacity, or
@@ -53,7 +52,8 @@ def dense_decode_attention(
     Raises:
         ValueError: if shapes do not fit, or a row is known to hold fewer tokens than its queries.
         TypeError: if the query is not floating, or the mask is not bool.
-        NotImplementedError: if the implementation is "pallas", or a gradient is taken.
+        NotImplementedError: if the implementation is "pallas" and the kernels do not support the
+            call, or a gradient is taken.
 
     Example:
         >>> import jax.numpy as jnp, race_jax
@@ -65,8 +65,9 @@ def dense_decode_attention(
     Source: Vaswani et al. 2017, section 3.2.1, with the keys and values kept.
     """
     check_query(query, cache, query_mask)
-    dispatch.decide(implementation, lambda: _NO_KERNELS)
     kv_heads = cache.key.shape[2]
+    choice = choose_dense(implementation, query, cache)
+    query, cache, slopes = inference_only((query, cache, slopes))
     arrays = {"query": query, "cache": cache, "mask": query_mask, "slopes": None}
     kinds = {"query": shards.TOKENS, "cache": KINDS, "mask": shards.SLOTS, "slopes": shards.HEADS}
     if slopes is not None:
@@ -76,7 +77,7 @@ def dense_decode_attention(
     arrays = {name: x for name, x in arrays.items() if x is not None}
     with jax.named_scope("dense_decode_attention"):
         return shards.over_shards(
-            lambda arrays, _: _dense(**arrays),
+            lambda arrays, _: _dense(choice, **arrays),
             arrays,
             {name: kinds[name] for name in arrays},
             shards.TOKENS,
@@ -85,9 +86,39 @@ def dense_decode_attention(
         )
 
 
-def _dense(query, cache, mask=None, slopes=None) -> jax.Array:
+def _dense(choice: Choice, query, cache, mask=None, slopes=None) -> jax.Array:
     positions, wrong = query_positions(query.shape[1], cache, mask)
-    return guarded(exact.dense(query, cache, positions, slopes), wrong)
+    return guarded(over_all(choice, query, cache, positions, slopes), wrong)
+
+
+def choose_dense(implementation: str | None, query: jax.Array, cache: KVCache) -> Choice:
+    """Returns which implementation attends to all tokens, and why."""
+
+    def limit() -> str | None:
+        together = query.shape[1] * (query.shape[2] // cache.key.shape[2])
+        return attention_limit(query, cache, together)
+
+    if implementation is None and query.shape[1] > 1 and (reason := limit()):
+        return Choice("xla", reason)  # prompts are read in XLA, which is no news to the user
+    return dispatch.decide(implementation, limit)
+
+
+def attention_limit(query: jax.Array, cache: KVCache, queries: int) -> str | None:
+    """Returns why the kernels cannot attend to keys that so many queries read, or None."""
+    if reason := dispatch.without_cuda("sparse"):
+        return reason
+    kernels = dispatch.kernels().sparse
+    return kernels.supports_attention(query, cache.key, cache.value, queries=queries)
+
+
+def over_all(choice: Choice, query, cache: KVCache, positions, slopes=None) -> jax.Array:
+    """Attends to every slot up to the position of each query, as `exact.dense` does."""
+
+    def pallas(query, cache, positions, slopes):
+        kernels = dispatch.kernels().sparse
+        return kernels.dense_attention(query, cache.key, cache.value, positions, slopes)
+
+    return dispatch.by_platform(choice, exact.dense, pallas)(query, cache, positions, slopes)
 
 
 def query_positions(
@@ -116,18 +147,19 @@ def query_positions(
     return jnp.minimum(positions, cache.capacity - 1), wrong
 
 
-@jax.custom_jvp
-def guarded(out: jax.Array, wrong: jax.Array, inputs: Any = None) -> jax.Array:
-    """Returns NaN for the rows that are wrong.
-
-    It has no derivative, and says so, with respect to the output or to the inputs of the call.
-    """
-    del inputs
+def guarded(out: jax.Array, wrong: jax.Array) -> jax.Array:
+    """Returns NaN for the rows that are wrong."""
     return jnp.where(wrong[:, None, None, None], jnp.nan, out)
 
 
-@guarded.defjvp
-def _guarded_jvp(primals: Any, tangents: Any) -> Any:
+@jax.custom_jvp
+def inference_only(arrays: Any) -> Any:
+    """Returns the arrays. They have no derivative here, and say so."""
+    return arrays
+
+
+@inference_only.defjvp
+def _inference_only_jvp(primals: Any, tangents: Any) -> Any:
     raise NotImplementedError(
         "decode attention has no gradient; train with softmax_attention, which reads whole "
         "sequences."

@@ -224,7 +224,9 @@ def _levels(key: jax.Array, planes: jax.Array, bits: int) -> tuple[jax.Array, ja
             return reason
         return dispatch.kernels().sparse.supports_codes(key, planes, bits=bits)
 
-    run = dispatch.by_platform(dispatch.decide(None, limit), xla, pallas)
+    # A new cache codes no tokens. That the kernels do not support this is no news to the user.
+    choice = dispatch.decide("xla" if 0 in key.shape else None, limit)
+    run = dispatch.by_platform(choice, xla, pallas)
     return run(*jax.lax.stop_gradient((key, planes)))
 
 

@@ -48,7 +48,7 @@ def select(scores: jax.Array, *, forced: jax.Array, visible: jax.Array, budget: 
     Source: beyond the paper, whose lists are joined afterwards.
     """
     finite = jnp.where(jnp.isnan(scores), -HIGHEST, jnp.clip(scores, -HIGHEST, HIGHEST))
-    finite += 0.0  # of -0 and 0 neither is the better one
+    finite = jnp.where(finite == 0, 0.0, finite)  # of -0 and 0 neither is the better one
     ranked = jnp.where(forced[:, :, None], jnp.inf, finite)
     ranked = jnp.where(visible[:, :, None], ranked, -jnp.inf)
     most = min(budget, scores.shape[-1])

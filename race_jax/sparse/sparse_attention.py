@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from race_jax.core import dispatch
 from race_jax.core.dispatch import Choice
-from race_jax.sparse import attention, exact, scores, steps
+from race_jax.sparse import attention, scores, steps
 from race_jax.sparse.cache import KVCache
 from race_jax.sparse.coded import SparseCache
 from race_jax.sparse.config import SparseConfig
@@ -102,18 +102,19 @@ def sparse_decode_attention(
     """
     config = _checked(query, cache, config, query_mask)
     choice = steps.choose(implementation, query, cache, config)
-    inputs = query, cache.kv
-    query, cache = jax.lax.stop_gradient((query, cache))  # kernels have no derivative
+    # What the dense kernel cannot take is dense in XLA, also where "pallas" was asked for.
+    dense_asked = None if implementation == "pallas" else implementation
+    dense_choice = attention.choose_dense(dense_asked, query, cache.kv)
+    query, cache = attention.inference_only((query, cache))
     positions, wrong = attention.query_positions(query.shape[1], cache.kv, query_mask)
 
     def sparse(query: jax.Array) -> tuple[jax.Array, Report]:
-        xla, pallas = (
-            functools.partial(_sparse, take, config) for take in (steps.XLA, steps.KERNELS)
-        )
+        kernels = steps.of_kernels(query, cache, config)
+        xla, pallas = (functools.partial(_sparse, take, config) for take in (steps.XLA, kernels))
         return dispatch.by_platform(choice, xla, pallas)(query, cache, positions)
 
     def dense(query: jax.Array) -> tuple[jax.Array, Report]:
-        out = exact.dense(query, cache.kv, positions, None)
+        out = attention.over_all(dense_choice, query, cache.kv, positions)
         lists = query.shape[2] if config.selection == "head" else cache.kv.key.shape[2]
         count = jnp.broadcast_to((positions + 1)[..., None], (*positions.shape, lists))
         indices = jnp.zeros((*count.shape, config.budget), jnp.int32)
@@ -126,7 +127,7 @@ def sparse_decode_attention(
         else:
             short = cache.length.max(initial=0) < config.dense_below
             out, report = jax.lax.cond(short, dense, sparse, query)
-        out = attention.guarded(out, wrong, inputs)
+        out = attention.guarded(out, wrong)
     return (out, report) if return_report else out
 
 

@@ -20,6 +20,7 @@ from race_jax.core import dispatch
 from race_jax.core.dispatch import Choice
 from race_jax.sparse import codes, exact
 from race_jax.sparse import scores as scorers
+from race_jax.sparse.attention import attention_limit
 from race_jax.sparse.coded import SparseCache
 from race_jax.sparse.config import SparseConfig
 from race_jax.sparse.selection import Selection
@@ -40,17 +41,48 @@ def choose(
 ) -> Choice:
     """Returns which implementation runs, and why.
 
+    If it is None, the kernels run for the steps that they support.
+
     Raises:
       ValueError: if the implementation is unknown.
-      NotImplementedError: if it is ``"pallas"`` and the kernels do not support the call.
+      NotImplementedError: if it is ``"pallas"`` and the kernels do not support every step.
     """
 
     def limit() -> str | None:
-        if reason := dispatch.without_cuda("sparse"):
-            return reason
-        return dispatch.kernels().sparse.supports(query, cache.codes, scorer=config.scorer)
+        found = limits(query, cache, config)
+        every = implementation == "pallas" or all(found)
+        return next(filter(None, found), None) if every else None
 
-    return dispatch.decide(implementation, limit)
+    choice = dispatch.decide(implementation, limit)
+    if choice is not dispatch.BY_PLATFORM:
+        return choice
+    missing = [reason for reason in limits(query, cache, config) if reason]
+    reason = "; ".join([choice.reason, *(f"one step is XLA's: {reason}" for reason in missing)])
+    return Choice(choice.implementation, reason)
+
+
+def limits(query, cache: SparseCache, config: SparseConfig) -> tuple[str | None, ...]:
+    """Returns why the kernels cannot compute scores, select and attend, or None for each."""
+    if reason := dispatch.without_cuda("sparse"):
+        return (reason,) * 3
+    kernels = dispatch.kernels().sparse
+    sharing = 1 if config.selection == "head" else query.shape[2] // cache.kv.key.shape[2]
+    return (
+        kernels.supports(query, cache.codes, scorer=config.scorer),
+        kernels.supports_selection(query, cache.kv.key),
+        attention_limit(query, cache.kv, sharing),
+    )
+
+
+def of_kernels(query, cache: SparseCache, config: SparseConfig) -> Steps:
+    """Returns the steps with a kernel for each that the kernels support."""
+    scores, select, attend = (reason is None for reason in limits(query, cache, config))
+    return Steps(
+        kernel_scores if scores else xla_scores,
+        kernel_select if select else xla_select,
+        kernel_attend if attend else xla_attend,
+        most_queries=16,
+    )
 
 
 def xla_scores(query, cache: SparseCache, config: SparseConfig, positions) -> jax.Array:
@@ -94,6 +126,17 @@ def xla_attend(query: jax.Array, cache: SparseCache, selection: Selection) -> ja
     return exact.listed(query, cache.kv, selection)
 
 
+def kernel_select(scores: jax.Array, config: SparseConfig, positions: jax.Array) -> Selection:
+    """Returns the same, without a look at tokens behind the position of a query."""
+    sizes = {"budget": config.budget, "sink": config.sink, "window": config.window}
+    return Selection(*dispatch.kernels().sparse.select(scores, positions, **sizes))
+
+
+def kernel_attend(query: jax.Array, cache: SparseCache, selection: Selection) -> jax.Array:
+    """Returns attention to the tokens of the lists."""
+    key, value = cache.kv.key, cache.kv.value
+    return dispatch.kernels().sparse.listed_attention(query, key, value, *selection)
+
+
 # XLA takes one query after another, because each reads tokens of its own.
 XLA = Steps(xla_scores, xla_select, xla_attend, most_queries=0)
-KERNELS = Steps(kernel_scores, xla_select, xla_attend, most_queries=16)

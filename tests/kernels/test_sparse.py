@@ -201,9 +201,9 @@ CONFIGS = {
 def decode(config, implementation, count=3):
     """The result of a ragged cache and the queries of its last tokens, one of which is padded."""
     rng = np.random.default_rng(5)
-    query, key, value = draw_tokens(rng, 3, 60, 4, 2, 16, 5, jnp.bfloat16)
+    query, key, value = draw_tokens(rng, 3, 60, 4, 2, 16, 32, jnp.bfloat16)
     lengths = np.array([60, 37, 9])
-    cache = SparseCache.init(jax.random.key(3), 3, 64, 2, 16, 5, config=config)
+    cache = SparseCache.init(jax.random.key(3), 3, 64, 2, 16, 32, config=config)
     cache = cache.append(key, value, key_value_mask=jnp.arange(60) < lengths[:, None])
     last = jnp.stack([q[n - count : n] for q, n in zip(query, lengths, strict=True)])
     run = jax.jit(
@@ -230,16 +230,28 @@ def test_decoding_by_interpreted_kernels_is_that_of_xla(scorer, monkeypatch, ass
 
         return run
 
+    named = (sparse.level_codes, sparse.select, sparse.listed_attention)
     kernels = SimpleNamespace(
         Forced=Forced,
         linear_scores=interpreted(sparse.linear_scores, tile=SMALL),
-        level_codes=interpreted(sparse.level_codes),
+        **{function.__name__: interpreted(function) for function in named},
+        **dict.fromkeys(
+            ("supports", "supports_selection", "supports_attention", "supports_codes"),
+            lambda *_, **__: None,
+        ),
     )
     monkeypatch.setattr(dispatch, "kernels", lambda: SimpleNamespace(sparse=kernels))
+    monkeypatch.setattr(dispatch, "without_cuda", lambda _: None)
     monkeypatch.setattr(dispatch, "decide", lambda *_: dispatch.PALLAS_ASKED)
     got = decode(config, "pallas")
-    assert set(seen) == {"level_codes", "linear_scores"}
-    assert_close("decoding", got[1:], want[1:], kind="rerun")
+    assert list(dict.fromkeys(seen)) == [
+        "level_codes",
+        "linear_scores",
+        "select",
+        "listed_attention",
+    ]
+    assert_close("report", got[2], want[2], kind="rerun")
+    assert_close("out", got[1], want[1], kind="outputs", dtype="bfloat16")
     np.testing.assert_array_equal(got[0].codes[0, :, :60], want[0].codes[0, :, :60])
 
 

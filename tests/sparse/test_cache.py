@@ -199,7 +199,7 @@ def cases():
         "implementation": (lambda: dense(q, held, implementation="cudnn"), ValueError,
                            "implementation must be one of"),
         "kernels": (lambda: dense(q, held, implementation="pallas"), NotImplementedError,
-                    "no GPU kernels yet; pass implementation='xla' or None"),
+                    "the sparse kernels run on CUDA devices, and this host has none; pass"),
     }  # fmt: skip
 
 

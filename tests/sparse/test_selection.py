@@ -39,6 +39,15 @@ def test_equal_scores_give_the_first_tokens():
     assert run(np.zeros(9), ~everything, ~everything, 4) == []
 
 
+def test_zeros_of_both_signs_are_equal_in_compiled_code():
+    """XLA removes an addition of 0.0, so that the signs of zeros would count."""
+    zeros = jnp.array([-0.0, 0.0, -0.0, 0.0])[None, None, None]
+    everything = jnp.ones((1, 1, 4), bool)
+    compiled = jax.jit(select, static_argnames="budget")
+    got = compiled(zeros, forced=~everything, visible=everything, budget=2)
+    assert got.indices[0, 0, 0].tolist() == [0, 1]
+
+
 def test_the_values_are_those_of_top_k(rng):
     values = jnp.asarray(rng.normal(size=(2, 3, 4, 50)), jnp.float32)
     everything = jnp.ones((2, 3, 50), bool)

@@ -1,0 +1,112 @@
+"""The selection kernels choose what `race_jax.sparse.select` chooses, to the last index."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import sparse
+from pallas_kernels.sparse.select import Plan, plan_for
+from race_jax.sparse import select
+
+C = 700  # no multiple of a tile
+POSITIONS = np.array([[C - 2, C - 1], [0, 1], [333, -1]])
+INTERPRETED = functools.partial(Plan, sample=64, tile=64, final_tile=64, splits=3, room=64)
+COMPILED = pytest.param(False, marks=pytest.mark.gpu, id="compiled")
+
+
+def draw(kind, rng):
+    normal = rng.normal(size=(*POSITIONS.shape, 2, C))
+    special = [-np.inf, -1.0, -0.0, 0.0, 2.0, np.inf, np.nan, np.finfo(np.float32).max]
+    return {
+        "normal": normal,
+        "close": 1000 + 1e-3 * normal,
+        "ties": np.round(2 * normal),
+        "zeros": np.where(normal > 0, 0.0, -0.0),
+        "special": rng.choice(special, normal.shape),
+        "rising": np.sort(normal, axis=-1),
+        "one large": np.where(np.arange(C) == 17, 1e30, normal),
+    }[kind].astype(np.float32)
+
+
+KINDS = ["normal", "close", "ties", "zeros", "special", "rising", "one large"]
+CALLS = {
+    "fits": (20, 2, 4, INTERPRETED(room=128)),
+    "list too long": (60, 2, 4, INTERPRETED()),
+    "tiles of the list": (60, 2, 4, INTERPRETED(room=256)),
+    "one": (1, 0, 1, INTERPRETED(splits=5, thresholds=4)),
+    "only forced": (6, 2, 4, INTERPRETED(splits=1)),
+    "all": (C, 2, 4, INTERPRETED(room=1024, final_tile=1024)),
+    "more than all": (C + 9, 0, 0, INTERPRETED(room=1024)),
+}
+
+
+def wanted(scores, budget, sink, window):
+    slots, positions = np.arange(C), POSITIONS[..., None]
+    visible = slots <= positions
+    forced = visible & ((slots < sink) | (slots > positions - window))
+    arrays = (jnp.asarray(x) for x in (scores, forced, visible))
+    scores, forced, visible = arrays
+    return select(scores, forced=forced, visible=visible, budget=budget)
+
+
+def check(call, kinds, rng, assert_close, **options):
+    """One compiled call, with scores of many kinds and junk where nothing is visible."""
+    budget, sink, window, *_ = call
+    sizes = {"budget": budget, "sink": sink, "window": window}
+    run = jax.jit(functools.partial(sparse.select, **sizes, **options))
+    for kind in kinds:
+        scores = draw(kind, rng)
+        want = wanted(scores, **sizes)
+        hidden = np.arange(C) > POSITIONS[..., None, None]
+        for junk in (np.nan, np.inf):
+            got = run(np.where(hidden, np.float32(junk), scores), jnp.asarray(POSITIONS, jnp.int32))
+            assert_close(kind, got, tuple(want), kind="rerun")
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_interpreted(call, rng, assert_close):
+    check(call, KINDS, rng, assert_close, plan=call[-1], interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chosen", [False, True], ids=["small", "chosen"])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_compiled(call, chosen, rng, assert_close):
+    """With the same small sizes, and with those that the heuristic chooses."""
+    check(call, KINDS, rng, assert_close, plan=None if chosen else call[-1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["normal", "equal", "ties"])
+@pytest.mark.parametrize("budget", [1, 3971, 20_000])
+def test_long_rows(budget, kind, rng, assert_close):
+    scores = rng.normal(size=(1, 1, 8, 131_071)).astype(np.float32)
+    scores = {"normal": scores, "equal": 0 * scores, "ties": np.round(2 * scores)}[kind]
+    positions = jnp.array([[130_000]], jnp.int32)
+    visible = jnp.arange(scores.shape[-1]) <= positions[..., None]
+    want = select(jnp.asarray(scores), forced=~visible & False, visible=visible, budget=budget)
+    run = jax.jit(functools.partial(sparse.select, budget=budget))
+    got = run(jnp.asarray(scores), positions)
+    assert_close("lists", got, tuple(want), kind="rerun")
+    assert_close("again", run(jnp.asarray(scores), positions), got, kind="rerun")
+
+
+def test_the_list_in_between_has_room_for_the_budget():
+    for rows, capacity, budget in [(1, 1, 1), (32, 131_072, 3971), (8, 5000, 6000)]:
+        plan = plan_for(rows, capacity, budget)
+        assert plan.room >= min(capacity, budget)
+        assert plan.room & (plan.room - 1) == 0
+
+
+@pytest.mark.parametrize("rows", [8, 256])
+def test_they_lower_for_cuda(rows, on_h200):
+    scores = jax.ShapeDtypeStruct((rows // 8, 1, 8, 131_072), jnp.float32)
+    positions = jax.ShapeDtypeStruct((rows // 8, 1), jnp.int32)
+    run = jax.jit(functools.partial(sparse.select, budget=1024, sink=16, window=128))
+    with on_h200():
+        program = run.trace(scores, positions).lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("sparse_count", "sparse_gather", "sparse_finish"):
+        assert program.count(f'name = "{name}"') == 1, name
