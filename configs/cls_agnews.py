@@ -8,7 +8,7 @@ split. `--config.model.attention=softmax` trains the same model with softmax att
 Command:  RACE_JAX_DATA=FOLDER .venv/bin/python scripts/train_classifier.py \
               --config configs/cls_agnews.py
 Data:     agnews/train-10001.tsv.xz and agnews/test.csv.xz under FOLDER
-Hardware: a GPU
+Hardware: a GPU; no whole run has been timed
 """
 
 from race_jax.train.config import Config

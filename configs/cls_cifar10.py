@@ -9,7 +9,7 @@ published ones. `--config.model.attention=softmax` trains the same model with so
 Command:  RACE_JAX_DATA=FOLDER .venv/bin/python scripts/train_classifier.py \
               --config configs/cls_cifar10.py
 Data:     cifar10-jpeg/{train,test}.tar.xz under FOLDER, with files SPLIT/CLASS/NAME.jpg
-Hardware: a GPU
+Hardware: a GPU; no whole run has been timed
 Small:    add --config.images.patch_size=4 --config.data.sequence_length=64
           --config.model.width=64 --config.run.batch_size=64 --config.run.steps=600
           --config.optimizer.learning_rate=1e-3

@@ -7,7 +7,7 @@ out for validation. `--config.model.attention=softmax` trains the same model wit
 Command:  RACE_JAX_DATA=FOLDER .venv/bin/python scripts/train_classifier.py \
               --config configs/cls_fashion_mnist.py
 Data:     fashion-mnist/{train,t10k}-{images-idx3,labels-idx1}-ubyte.xz under FOLDER
-Hardware: a GPU
+Hardware: a GPU; no whole run has been timed
 Small:    add --config.images.patch_size=4 --config.data.sequence_length=49
           --config.model.width=64 --config.run.batch_size=64 --config.run.steps=600
           --config.optimizer.learning_rate=1e-3

@@ -8,7 +8,7 @@ first run. A longer review loses its end. A tenth of the training reviews is the
 Command:  RACE_JAX_DATA=FOLDER .venv/bin/python scripts/train_classifier.py \
               --config configs/cls_imdb.py
 Data:     imdb/{train,test}.tsv.xz under FOLDER
-Hardware: a GPU
+Hardware: a GPU; no whole run has been timed
 """
 
 from race_jax.train.config import Config

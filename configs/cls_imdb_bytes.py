@@ -8,7 +8,7 @@ the training reviews is the validation split.
 Command:  RACE_JAX_DATA=FOLDER .venv/bin/python scripts/train_classifier.py \
               --config configs/cls_imdb_bytes.py
 Data:     imdb/{train,test}.tsv.xz under FOLDER
-Hardware: a GPU
+Hardware: a GPU; no whole run has been timed
 """
 
 from race_jax.train.config import Config

@@ -6,7 +6,7 @@ first token for the head. Always answering 0 would be right for 17 % of the exam
 
 Command:  .venv/bin/python scripts/train_classifier.py --config configs/cls_listops.py
 Data:     drawn from a seed, which takes about half a minute
-Hardware: a GPU
+Hardware: a GPU; no whole run has been timed
 Small:    add --config.data.sequence_length=64 --config.listops.max_depth=4
           --config.listops.longer_than=10 --config.listops.train_examples=8000
           --config.model.num_layers=2 --config.model.width=64 --config.model.num_heads=4

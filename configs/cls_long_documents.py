@@ -12,7 +12,7 @@ Author:   add --config.long_documents.target=author
           --config.data.train_files=books/train/war-and-peace.md.xz,books/train/bleak-house.md.xz
           --config.data.valid_files=books/train/anna-karenina.md.xz,books/train/little-dorrit.md.xz
 Data:     books/{train,valid,test}/*.md.xz under FOLDER
-Hardware: a GPU
+Hardware: a GPU; no whole run has been timed
 Small:    add --config.data.sequence_length=1024 --config.model.num_layers=2
           --config.model.width=64 --config.optimizer.accumulation_steps=1 --config.run.steps=300
           --config.optimizer.warmup_steps=50 --config.optimizer.learning_rate=1e-3

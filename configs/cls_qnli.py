@@ -9,7 +9,7 @@ development set of GLUE is the validation split.
 Command:  RACE_JAX_DATA=FOLDER .venv/bin/python scripts/train_classifier.py \
               --config configs/cls_qnli.py
 Data:     qnli/train-10475.tsv.xz and qnli/dev.tsv.xz under FOLDER
-Hardware: a GPU
+Hardware: a GPU; no whole run has been timed
 """
 
 from race_jax.train.config import Config

@@ -8,7 +8,7 @@ of GLUE is the validation split. The test split is that of the original treebank
 Command:  RACE_JAX_DATA=FOLDER .venv/bin/python scripts/train_classifier.py \
               --config configs/cls_sst2.py
 Data:     sst2/{train,dev,test-labelled}.tsv.xz under FOLDER
-Hardware: a GPU
+Hardware: a GPU; no whole run has been timed
 """
 
 from race_jax.train.config import Config

@@ -1,9 +1,9 @@
 """A language model of bytes on Python source, which `make train` runs in minutes on a CPU.
 
 It uses the defaults of a model: RACE attention with a data gate, short convolutions, output norm
-and output gate. The text is the source of Python's standard library, which every machine has. Whole files are held out. The text
-differs between Python versions, so losses can only be compared if the digests that are printed at
-the start are the same.
+and output gate. The text is the source of Python's standard library, which every machine has. Whole
+files are held out. The text differs between Python versions, so losses can only be compared if the
+digests that are printed at the start are the same.
 
 Command:  .venv/bin/python scripts/train_lm.py --config configs/lm_default.py
 Hardware: 2 CPU cores, 195 s

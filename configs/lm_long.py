@@ -6,6 +6,7 @@ whose half-lives start at up to a million tokens.
 
 Command:  RACE_JAX_DATA=FOLDER .venv/bin/python scripts/train_lm.py --config configs/lm_long.py
 Data:     books/ under FOLDER: 11 books to train on, 2 held out, 2 for the test
+Hardware: a GPU; no whole run has been timed
 Small:    add --config.model.num_layers=2 --config.model.width=64 --config.run.steps=2
           --config.optimizer.warmup_steps=1 --config.data.train_files=books/valid/moby-dick.md.xz
           --config.data.valid_files=books/valid/moby-dick.md.xz --config.data.test_files=

@@ -7,7 +7,7 @@ goes beyond the paper. `--config.model.race.forget_gate=none` removes it.
 
 Command:  .venv/bin/python scripts/train_lm.py --config configs/lm_paper_wikitext103.py \
               --config.data.tokenizer_file=gpt2-tokenizer.json
-Hardware: a GPU
+Hardware: a GPU; no whole run has been timed
 Data:     Salesforce/wikitext, wikitext-103-raw-v1, which the package `datasets` downloads, and
           the byte pairs of GPT-2 as a JSON file of the package `tokenizers`
 """

@@ -8,7 +8,7 @@ training text. Stories follow each other, with the line between them that stands
 Command:  RACE_JAX_DATA=FOLDER .venv/bin/python scripts/train_mlm.py \
               --config configs/mlm_tinystories.py
 Data:     tinystories/{train,valid,test}.txt.xz under FOLDER: 5,235 stories to train on
-Hardware: a GPU
+Hardware: a GPU; no whole run has been timed
 """
 
 from race_jax.train.config import Config

@@ -7,7 +7,7 @@ context, dropout 0.2. The hidden words of the validation and test splits are the
 Command:  RACE_JAX_DATA=FOLDER .venv/bin/python scripts/train_mlm.py \
               --config configs/mlm_wikitext2.py
 Data:     wikitext/wikitext-2.{train,valid,test}.txt.xz under FOLDER
-Hardware: a GPU
+Hardware: a GPU; no whole run has been timed
 """
 
 from race_jax.train.config import Config

@@ -5,10 +5,10 @@ r"""Scores books token by token, and tells the loss by the position in the book.
 
 Every book is one sequence. With `--context 0` the state of the model is carried from its first
 token to its last, so a token may use all that came before it. With `--context 2048` the book is cut
-into windows of 2,048 tokens, and the model starts anew at each. A model that carries no state, such
-as softmax, is scored with windows only. Positions are put into buckets whose borders double: 0 to
-1,023, then 1,024 to 2,047, 2,048 to 4,095 and so on. The table has the mean loss of each bucket in
-bits a token, over all books.
+into windows of 2,048 tokens, and the model starts anew at each. A model without a state of fixed
+size, such as softmax, is scored with windows only. Positions are put into buckets whose borders
+double: 0 to 1,023, then 1,024 to 2,047, 2,048 to 4,095 and so on. The table has the mean loss of
+each bucket in bits a token, over all books.
 """
 
 import argparse
@@ -146,8 +146,11 @@ def score(options: argparse.Namespace) -> dict[int, dict[int, tuple[float, int]]
     model, tokenizer, _ = load_for_inference(options.checkpoint)
     if not isinstance(tokenizer, Tokenizer):
         raise ValueError(f"{options.checkpoint} is not a run that was trained on text")
-    if 0 in options.context and not model.trunk.carries_state:
-        raise ValueError("this model carries no state; give --context without 0, as in 2048")
+    has_fixed_state = model.trunk.carries_state and not model.trunk.keeps_tokens
+    if 0 in options.context and not has_fixed_state:
+        raise ValueError(
+            "this model has no state of fixed size; give --context without 0, as in 2048"
+        )
     sums: dict[int, dict[int, tuple[float, int]]] = {context: {} for context in options.context}
     for path in options.books:
         data = read_file(path)

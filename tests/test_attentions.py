@@ -114,25 +114,46 @@ def test_linformer_refuses_what_it_cannot_do():
         layer(jnp.zeros((B, 10, D)))
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "angular"])
-def test_a_method_without_a_state_refuses_one(name):
-    layer = make(name, True, forget_gate="data")  # the cache of softmax holds no decay
+def test_a_method_without_a_state_refuses_one():
+    layer = make("linformer", False, max_length=T, rank=2)
     assert layer.init_state(1) is None
-    with pytest.raises(NotImplementedError, match=f"{name} attention carries no state"):
-        layer(jnp.zeros((B, T, D)), is_causal=True, state=make("linear", True).init_state(B))
+    with pytest.raises(NotImplementedError, match="linformer attention carries no state"):
+        layer(jnp.zeros((B, T, D)), state=make("linear", True).init_state(B))
 
 
-def test_softmax_takes_a_cache_and_with_a_gate_no_state():
-    other = make("linear", True).init_state(B)
-    layer, gated = make("softmax", True), make("softmax", True, forget_gate="data")
-    assert layer.init_state(1) is gated.init_state(1) is gated.init_cache(1, 8) is None
+@pytest.mark.parametrize("name", ["softmax", "sigmoid", "angular"])
+@pytest.mark.parametrize("gate", [None, "data"])
+def test_a_method_over_all_pairs_takes_a_cache_and_no_other_state(name, gate):
+    layer = make(name, True, forget_gate=gate)
+    assert layer.init_state(1) is None
     with pytest.raises(TypeError, match="with a cache of keys and values"):
-        layer(jnp.zeros((B, T, D)), is_causal=True, state=other)
-    with pytest.raises(NotImplementedError, match="softmax attention carries no state"):
-        gated(jnp.zeros((B, T, D)), is_causal=True, state=other)
+        layer(jnp.zeros((B, T, D)), is_causal=True, state=make("linear", True).init_state(B))
     out, state = layer(jnp.ones((B, T, D)), is_causal=True, state=layer.init_cache(B, T))
     assert out.shape == (B, T, D)
     assert state.memory.length.tolist() == [T] * B
+    assert (state.memory.decay is None) == (gate is None)
+
+
+def test_states_of_other_sizes_are_refused_by_name():
+    x = jnp.zeros((B, T, D))
+    linear, softmax = make("linear", True), make("softmax", True)
+    wide, convolved = make("linear", True, head_dim=H + 1), make("linear", True, short_conv="qkv")
+    gated = make("softmax", True, forget_gate="data")
+    cases = (
+        (linear, linear.init_state(B + 1), ValueError,
+         r"state.memory.numerator has shape \(3, 2, 3, 3\), and this linear layer needs "
+         r"\(2, 2, 3, 3\); pass the state of an earlier call of the layer, or init_state\(2\)"),
+        (linear, wide.init_state(B), ValueError, r"numerator has shape \(2, 2, 4, 4\)"),
+        (linear, convolved.init_state(B), TypeError, "state belongs to another layer"),
+        (convolved, linear.init_state(B), TypeError, "state belongs to another layer"),
+        (softmax, softmax.init_cache(B + 1, T), ValueError,
+         r"state.memory.key has shape \(3, 9, 2, 3\).* or init_cache\(2, 9\)"),
+        (softmax, gated.init_cache(B, T), TypeError, "state belongs to another layer"),
+        (gated, softmax.init_cache(B, T), TypeError, "state belongs to another layer"),
+    )  # fmt: skip
+    for layer, state, kind, words in cases:
+        with pytest.raises(kind, match=words):
+            layer(x, is_causal=True, state=state)
 
 
 def test_a_state_of_another_kind_is_refused():

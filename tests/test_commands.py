@@ -77,6 +77,8 @@ def in_small(command: str) -> str | None:
         return f"{command} --length 64 --heads 1 --width 8 --repeats 1"
     if "bench_scaling.py" in command:
         return f"{command} --tiny --fresh"
+    if "hybrid_every=4" in command:
+        command += " --config.model.num_layers=4"
     if "--config.run.steps" in command and not command.startswith("make"):
         command += " --config.run.steps=4 --config.optimizer.warmup_steps=1"
     return command.replace("FOLDER", "data")

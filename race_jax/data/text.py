@@ -43,7 +43,7 @@ class HeldOut:
         batches: one pass in a fixed order. The last batch is filled up with rows of weight 0.
     """
 
-    text: bytes
+    text: bytes | memoryview
     num_tokens: int
     num_bytes: int
     encodes_text: bool
@@ -181,7 +181,7 @@ def _stored_data(config: DataConfig, batch_size: int, seed: int, unread: bool) -
         if len(ids) < 2:
             raise ValueError(f"{file.path}: two held-out tokens are needed, got {len(ids)}")
         batches = windows.held_out_windows(
-            TokenStream.of([ids]),
+            TokenStream(ids, np.array([0, len(ids)])),
             length,
             batch_size=batch_size,
             check=file.check if unread else None,
@@ -214,9 +214,11 @@ def _stored_data(config: DataConfig, batch_size: int, seed: int, unread: bool) -
 
 
 def _scored_ids(tokenizer: Tokenizer, ids: np.ndarray, batches: grain.IterDataset) -> HeldOut:
-    """Returns a held-out split of ids whose text is no longer there."""
-    is_bytes = isinstance(tokenizer, ByteTokenizer)
-    text = ids.tobytes() if is_bytes else tokenizer.decode(ids).encode("utf-8")
+    """Returns a held-out split of ids whose text is no longer there. Bytes stay on the disk."""
+    if isinstance(tokenizer, ByteTokenizer):
+        text = memoryview(ids.astype(np.uint8, copy=False))
+    else:
+        text = tokenizer.decode(ids).encode("utf-8")
     num_unknown = tokenizer.num_unknown(ids[1:])
     return HeldOut(
         text=text,

@@ -8,15 +8,16 @@ With theta the angle between a query and a key,
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from race_jax.core.pairs import pair_attention
-from race_jax.layers import positions
+from race_jax.layers import cached, positions
 from race_jax.layers.positions import PairsConfig
-from race_jax.layers.self_attention import Call, SelfAttention, unit_vectors
+from race_jax.layers.self_attention import Call, unit_vectors
+from race_jax.sparse.exact import Rule
 
 # The slope of the angle is infinite at a cosine of 1 or -1. Weights change by less than
 # gamma * 5e-4 here.
@@ -66,7 +67,7 @@ def angular_kernel(cosine: jax.Array, degree: float) -> jax.Array:
     return (1.0 - jnp.arccos(bounded) / jnp.pi) ** degree
 
 
-class AngularAttention(SelfAttention):
+class AngularAttention(cached.CachedAttention):
     """Self-attention by the angles between queries and keys.
 
     Args:
@@ -80,14 +81,23 @@ class AngularAttention(SelfAttention):
 
     config_class = AngularConfig
 
-    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, call: Call) -> jax.Array:
-        """Returns the heads' outputs. The positions of the call are needed for RoPE."""
-        query, key, _ = positions.place(query, key, call.positions, self.config.positions)
+    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, call: Call) -> Any:
+        """Returns the heads' outputs, and the cache if the call has one.
+
+        The positions of the call are needed for RoPE. The cache holds keys of length one.
+        """
+        scheme, degree = self.config.positions, self.config.degree
+        if call.memory is not None:
+            rule = Rule(lambda cosine, _: jnp.log(angular_kernel(cosine, degree)), scale=1.0)
+            unit_key = unit_vectors(key, EPSILON).astype(key.dtype)
+            unit_query = unit_vectors(query, EPSILON)
+            return cached.attend_and_keep(unit_query, unit_key, value, call, scheme, rule)
+        query, key, _ = positions.place(query, key, call.positions, scheme)
         return pair_attention(
             unit_vectors(query, EPSILON),
             unit_vectors(key, EPSILON),
             value,
-            lambda cosine, _: angular_kernel(cosine, self.config.degree),
+            lambda cosine, _: angular_kernel(cosine, degree),
             normalized=True,
             log_decay=call.log_decay,
             **call.masks(),

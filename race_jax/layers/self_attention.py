@@ -236,7 +236,8 @@ class SelfAttention(nnx.Module):
         masking.check_key_value_mask(mask, x.shape[:2])
         x = masking.select_tokens(x, mask)
         fresh = jnp.full(x.shape[0], EMPTY, jnp.int32)
-        memory, taps = self._state(None, x.shape[0]) if state is None else self._checked(state)
+        batch = x.shape[0]
+        memory, taps = self._state(None, batch) if state is None else self._checked(state, batch)
         segment = fresh if memory is None else memory.segment
         span = parts.Span(segment, mask, segment_ids)
         x, taps = parts.convolve_inputs(x, params, settings, taps, span)
@@ -262,10 +263,11 @@ class SelfAttention(nnx.Module):
     def _state(self, memory: Any, batch: int) -> AttentionState:
         return AttentionState(memory, parts.init_taps(self.config, batch))
 
-    def _checked(self, state: AttentionState) -> AttentionState:
+    def _checked(self, state: AttentionState, batch: int) -> AttentionState:
         """Returns a state that this layer can continue, or raises an error."""
         name = self.config.NAME
-        if jax.eval_shape(lambda: self.init_memory(1)) is None:
+        wanted = jax.eval_shape(lambda: self.init_state(batch))
+        if wanted is None:
             raise NotImplementedError(
                 f"{name} attention carries no state of fixed size; pass the whole sequence instead."
             )
@@ -274,4 +276,33 @@ class SelfAttention(nnx.Module):
                 f"state must be an AttentionState, from init_state or an earlier call of {name} "
                 f"attention; got {type(state)}"
             )
+        check_fits(state, wanted, f"this {name} layer", f"init_state({batch})")
         return state
+
+
+def check_fits(state: AttentionState, wanted: AttentionState, layer: str, maker: str) -> None:
+    """Raises an error unless a state has the arrays, and their shapes, that a layer needs.
+
+    Args:
+      state: the state that was given.
+      wanted: what the layer makes, as ``jax.eval_shape`` returns it.
+      layer: what the message calls the layer.
+      maker: the call that makes a fitting state.
+
+    Raises:
+      TypeError: if the state is of another method, or of a layer with other parts.
+      ValueError: if an array has a wrong shape.
+    """
+    way_out = f"pass the state of an earlier call of the layer, or {maker}."
+    given, needed = jax.tree.structure(state), jax.tree.structure(wanted)
+    if given != needed:
+        raise TypeError(
+            f"state belongs to another layer; it is {given}, and {layer} needs {needed}; {way_out}"
+        )
+    pairs = zip(jax.tree.leaves_with_path(state), jax.tree.leaves(wanted), strict=True)
+    for (path, leaf), array in pairs:
+        if jnp.shape(leaf) != array.shape:
+            raise ValueError(
+                f"state{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, and {layer} needs "
+                f"{array.shape}; {way_out}"
+            )

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from race_jax.core.pairs import pair_attention
-from race_jax.layers import positions
+from race_jax.layers import cached, positions
 from race_jax.layers.positions import PairsConfig
-from race_jax.layers.self_attention import Call, SelfAttention
+from race_jax.layers.self_attention import Call
+from race_jax.sparse.exact import Rule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class SigmoidConfig(PairsConfig):
             raise ValueError(f"bias must be finite, or None for -log n; got {self.bias}.")
 
 
-class SigmoidAttention(SelfAttention):
+class SigmoidAttention(cached.CachedAttention):
     """Self-attention whose weights are sigmoids and are not normalised.
 
     Args:
@@ -58,20 +59,25 @@ class SigmoidAttention(SelfAttention):
 
     config_class = SigmoidConfig
 
-    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, call: Call) -> jax.Array:
-        """Returns the heads' outputs. The positions of the call are needed for RoPE and ALiBi."""
+    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, call: Call) -> Any:
+        """Returns the heads' outputs, and the cache if the call has one.
+
+        The positions of the call are needed for RoPE and ALiBi.
+        """
         settings = self.config
 
-        def weigh(logits: jax.Array, count: jax.Array) -> jax.Array:
-            bias = -jnp.log(count) if settings.bias is None else settings.bias
-            return jax.nn.sigmoid(logits + bias)
+        def biased(logits: jax.Array, count: jax.Array) -> jax.Array:
+            return logits + (-jnp.log(count) if settings.bias is None else settings.bias)
 
+        if call.memory is not None:
+            rule = Rule(lambda x, count: jax.nn.log_sigmoid(biased(x, count)), normalized=False)
+            return cached.attend_and_keep(query, key, value, call, settings.positions, rule)
         query, key, bias = positions.place(query, key, call.positions, settings.positions)
         return pair_attention(
             query * settings.head_dim**-0.5,
             key,
             value,
-            weigh,
+            lambda x, count: jax.nn.sigmoid(biased(x, count)),
             normalized=False,
             bias=bias,
             log_decay=call.log_decay,

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from race_jax.core import masking
 from race_jax.layers import cached, positions
 from race_jax.layers.positions import PairsConfig
-from race_jax.layers.self_attention import AttentionState, Call, SelfAttention
-from race_jax.sparse.cache import KVCache
+from race_jax.layers.self_attention import Call
 
 IMPLEMENTATIONS = (None, "xla", "cudnn")
 
@@ -123,7 +122,7 @@ class SoftmaxConfig(PairsConfig):
     IMPLEMENTATIONS: ClassVar[tuple[str | None, ...]] = IMPLEMENTATIONS
 
 
-class SoftmaxAttention(SelfAttention):
+class SoftmaxAttention(cached.CachedAttention):
     """Self-attention by softmax. A forget gate adds its decay to the logits.
 
     Args:
@@ -134,29 +133,6 @@ class SoftmaxAttention(SelfAttention):
     """
 
     config_class = SoftmaxConfig
-
-    def init_cache(self, batch: int, capacity: int) -> AttentionState | None:
-        """Returns the state before any token, with room for the keys and values of `capacity`.
-
-        With a forget gate it is None, because the cache does not hold the decay of its tokens.
-        """
-        settings = self.config
-        if settings.forget_gate is not None:
-            return None
-        dtype = settings.dtype or jnp.float32
-        sizes = settings.num_kv_heads, settings.head_dim
-        return self._state(KVCache.init(batch, capacity, *sizes, dtype=dtype), batch)
-
-    def _checked(self, state: Any) -> AttentionState:
-        """Returns a state with a cache, or raises an error."""
-        if self.config.forget_gate is not None:
-            return super()._checked(state)
-        if not isinstance(state, AttentionState) or not isinstance(state.memory, cached.Cache):
-            raise TypeError(
-                "state must be an AttentionState with a cache of keys and values, from init_cache "
-                f"or an earlier call; got {type(state)}."
-            )
-        return state
 
     def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, call: Call) -> Any:
         """Returns the heads' outputs, and the cache if the call has one.

@@ -127,11 +127,11 @@ def stream(
     """Draws the continuation of each prompt, and yields it token by token.
 
     The prompt is read once. With a state of fixed size, every further token costs the same time and
-    memory, whatever the length so far. With softmax attention the state is a cache of the keys and
-    values of all tokens, and a further token costs as much as the cache is long. Its room is that
-    of the prompt and ``max_tokens``, rounded up. An attention without a state reads the whole
-    sequence again for every token. With learned positions the continuation ends where their table
-    ends, with a warning.
+    memory, whatever the length so far. With softmax, sigmoid and angular attention the state is a
+    cache of the keys and values of all tokens, and a further token costs as much as the cache is
+    long. Its room is that of the prompt and ``max_tokens``, rounded up. An attention without a
+    state reads the whole sequence again for every token. With learned positions the continuation
+    ends where their table ends, with a warning.
 
     Args:
         model: a causal language model.

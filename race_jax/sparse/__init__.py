@@ -4,6 +4,7 @@ from race_jax.sparse.attention import dense_decode_attention
 from race_jax.sparse.cache import KVCache
 from race_jax.sparse.coded import SparseCache
 from race_jax.sparse.config import SCORERS, SparseConfig, budget_for, socket_sharpness
+from race_jax.sparse.exact import Rule
 from race_jax.sparse.exact import listed as attend
 from race_jax.sparse.selection import Selection, select
 from race_jax.sparse.sparse_attention import (
@@ -18,6 +19,7 @@ __all__ = [
     "SCORERS",
     "KVCache",
     "Report",
+    "Rule",
     "Selection",
     "SparseCache",
     "SparseConfig",

@@ -7,6 +7,7 @@ up to itself.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from race_jax.core import dispatch, masking, shards
 from race_jax.core.dispatch import Choice
 from race_jax.sparse import exact
-from race_jax.sparse.cache import KINDS, KVCache
+from race_jax.sparse.cache import KVCache, kinds_of
 
 
 def dense_decode_attention(
@@ -25,15 +26,18 @@ def dense_decode_attention(
     *,
     query_mask: jax.Array | None = None,
     slopes: jax.Array | None = None,
+    rule: exact.Rule = exact.SOFTMAX,
     implementation: str | None = None,
 ) -> jax.Array:
     r"""Computes the softmax attention of the last tokens of every row to all tokens before them.
 
     .. math::
-        out_t = \sum_{s \le t} \mathrm{softmax}_s(q_t \cdot k_s / \sqrt{H} - m \, (t - s)) \, v_s
+        out_t = \sum_{s \le t} \mathrm{softmax}_s(
+            q_t \cdot k_s / \sqrt{H} - m \, (t - s) + G_t - G_s) \, v_s
 
-    The cost of a query grows with the number of tokens in the cache, and not with its capacity. One
-    program serves every length. Logits and sums are float32.
+    G is the decay that the cache holds, and zero if it holds none. Another ``rule`` gives other
+    weights than softmax. The cost of a query grows with the number of tokens in the cache, and not
+    with its capacity. One program serves every length. Logits and sums are float32.
 
     Args:
         query: shape (B, T, N, H), floating: the queries of the last T tokens appended. Query head
@@ -43,6 +47,7 @@ def dense_decode_attention(
             zeros.
         slopes: shape (N,), by how much the logits of a head fall per token of distance (the m of
             ALiBi), or None.
+        rule: how logits become weights (`race_jax.sparse.Rule`).
         implementation: "xla", "pallas" for the GPU kernels, or None for the best one there is.
 
     Returns:
@@ -66,18 +71,19 @@ def dense_decode_attention(
     """
     check_query(query, cache, query_mask)
     kv_heads = cache.key.shape[2]
-    choice = choose_dense(implementation, query, cache)
+    choice = choose_dense(implementation, query, cache, rule)
     query, cache, slopes = inference_only((query, cache, slopes))
     arrays = {"query": query, "cache": cache, "mask": query_mask, "slopes": None}
-    kinds = {"query": shards.TOKENS, "cache": KINDS, "mask": shards.SLOTS, "slopes": shards.HEADS}
+    kinds = {"query": shards.TOKENS, "cache": kinds_of(cache), "mask": shards.SLOTS}
     if slopes is not None:
         if slopes.shape != query.shape[2:3]:
             raise ValueError(f"slopes must be (N,) = {query.shape[2:3]}; got {slopes.shape}.")
+        kinds["slopes"] = shards.HEADS
         arrays["slopes"] = slopes.astype(jnp.float32).reshape(kv_heads, -1)
     arrays = {name: x for name, x in arrays.items() if x is not None}
     with jax.named_scope("dense_decode_attention"):
         return shards.over_shards(
-            lambda arrays, _: _dense(choice, **arrays),
+            lambda arrays, _: _dense(choice, rule, **arrays),
             arrays,
             {name: kinds[name] for name in arrays},
             shards.TOKENS,
@@ -86,15 +92,19 @@ def dense_decode_attention(
         )
 
 
-def _dense(choice: Choice, query, cache, mask=None, slopes=None) -> jax.Array:
+def _dense(choice: Choice, rule: exact.Rule, query, cache, mask=None, slopes=None) -> jax.Array:
     positions, wrong = query_positions(query.shape[1], cache, mask)
-    return guarded(over_all(choice, query, cache, positions, slopes), wrong)
+    return guarded(over_all(choice, query, cache, positions, slopes, rule), wrong)
 
 
-def choose_dense(implementation: str | None, query: jax.Array, cache: KVCache) -> Choice:
+def choose_dense(
+    implementation: str | None, query: jax.Array, cache: KVCache, rule: exact.Rule = exact.SOFTMAX
+) -> Choice:
     """Returns which implementation attends to all tokens, and why."""
 
     def limit() -> str | None:
+        if cache.decay is not None or rule is not exact.SOFTMAX:
+            return "the kernels of decoding have the weights of softmax without a forget gate only"
         together = query.shape[1] * (query.shape[2] // cache.key.shape[2])
         return attention_limit(query, cache, together)
 
@@ -111,14 +121,17 @@ def attention_limit(query: jax.Array, cache: KVCache, queries: int) -> str | Non
     return kernels.supports_attention(query, cache.key, cache.value, queries=queries)
 
 
-def over_all(choice: Choice, query, cache: KVCache, positions, slopes=None) -> jax.Array:
+def over_all(
+    choice: Choice, query, cache: KVCache, positions, slopes=None, rule: exact.Rule = exact.SOFTMAX
+) -> jax.Array:
     """Attends to every slot up to the position of each query, as `exact.dense` does."""
 
     def pallas(query, cache, positions, slopes):
         kernels = dispatch.kernels().sparse
         return kernels.dense_attention(query, cache.key, cache.value, positions, slopes)
 
-    return dispatch.by_platform(choice, exact.dense, pallas)(query, cache, positions, slopes)
+    xla = functools.partial(exact.dense, rule=rule)
+    return dispatch.by_platform(choice, xla, pallas)(query, cache, positions, slopes)
 
 
 def query_positions(

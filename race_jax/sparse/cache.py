@@ -1,9 +1,11 @@
-"""The cache of keys and values of softmax attention, which decoding reads instead of the tokens.
+"""The cache of keys and values, which decoding reads instead of the tokens.
 
 Keys (B, T, K, H) and values (B, T, K, V) of new tokens go in. Every row of the batch has a length
 of its own, and its tokens lie side by side in the slots before it:
 
     key[b, length[b] + i] = the i-th new key of row b that the mask does not hide
+
+With a forget gate, the running sum of its logarithm up to each token lies beside them.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ class KVCache:
       key: ``(B, C, K, H)``, as attention reads them, which is after rotary positions.
       value: ``(B, C, K, V)``.
       length: ``(B,)`` int32, the number of tokens of each row.
+      decay: ``(B, C, K)`` float32, the sum G of the log decay up to and with each token, or None
+        without a forget gate.
 
     Example:
       >>> import jax.numpy as jnp, race_jax
@@ -49,6 +53,7 @@ class KVCache:
     key: jax.Array
     value: jax.Array
     length: jax.Array
+    decay: jax.Array | None = None
 
     @classmethod
     def init(
@@ -59,6 +64,7 @@ class KVCache:
         head_dim: int,
         value_dim: int | None = None,
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        has_decay: bool = False,
     ) -> KVCache:
         """Returns an empty cache.
 
@@ -69,6 +75,7 @@ class KVCache:
           head_dim: H.
           value_dim: V, or None for H.
           dtype: the dtype of keys and values.
+          has_decay: whether the tokens have a forget gate.
 
         Raises:
           ValueError: if the capacity is out of range.
@@ -85,6 +92,7 @@ class KVCache:
             jnp.zeros((batch, capacity, kv_heads, head_dim), dtype),
             jnp.zeros((batch, capacity, kv_heads, value_dim), dtype),
             jnp.zeros(batch, jnp.int32),
+            jnp.zeros((batch, capacity, kv_heads), jnp.float32) if has_decay else None,
         )
 
     @property
@@ -98,7 +106,12 @@ class KVCache:
         return jnp.where(self.length > 0, 0, -1)
 
     def append(
-        self, key: jax.Array, value: jax.Array, *, key_value_mask: jax.Array | None = None
+        self,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        key_value_mask: jax.Array | None = None,
+        log_decay: jax.Array | None = None,
     ) -> KVCache:
         """Returns the cache with the tokens added. Prefill and decoding are the same call.
 
@@ -107,22 +120,26 @@ class KVCache:
           value: ``(B, T, K, V)``, in the dtype of the cache.
           key_value_mask: ``(B, T)`` bool, True where there is a token, or None. Padded slots are
             left out, wherever they are, so that the tokens of a row lie side by side.
+          log_decay: ``(B, T, K)``, <= 0, the forget gate of the tokens, for a cache that has one.
 
         Raises:
-          ValueError: if shapes do not fit, or if the tokens are known not to fit the capacity. In
-            traced code such a row gives NaN instead.
+          ValueError: if shapes do not fit, if the gate is missing or the cache has no place for
+            it, or if the tokens are known not to fit the capacity. In traced code a row beyond its
+            capacity gives NaN instead.
           TypeError: if a dtype differs from that of the cache.
         """
-        check_append(self, key, value, key_value_mask)
+        check_append(self, key, value, key_value_mask, log_decay)
         arrays = {"cache": self, "key": key, "value": value, "mask": key_value_mask}
+        arrays["log_decay"] = log_decay
         kinds = {"key": shards.TOKENS, "value": shards.TOKENS, "mask": shards.SLOTS}
+        kinds["log_decay"] = shards.TOKENS
         kinds = {name: kind for name, kind in kinds.items() if arrays[name] is not None}
         arrays = {name: arrays[name] for name in (*kinds, "cache")}
         return shards.over_shards(
             lambda arrays, _: _append(**arrays),
             arrays,
-            kinds | {"cache": KINDS},
-            KINDS,
+            kinds | {"cache": kinds_of(self)},
+            kinds_of(self),
             kv_heads=self.key.shape[2],
             splits_sequence=False,
         )
@@ -158,10 +175,14 @@ class KVCache:
             self,
             key=grown(self.key, capacity, axis=1),
             value=grown(self.value, capacity, axis=1),
+            decay=None if self.decay is None else grown(self.decay, capacity, axis=1),
         )
 
 
-KINDS = KVCache(key=shards.TOKENS, value=shards.TOKENS, length=shards.ROWS)
+def kinds_of(cache: KVCache) -> KVCache:
+    """Returns the kind of each array of a cache, for `shards.over_shards`."""
+    decay = None if cache.decay is None else shards.TOKENS
+    return KVCache(key=shards.TOKENS, value=shards.TOKENS, length=shards.ROWS, decay=decay)
 
 
 def grown(x: jax.Array, capacity: int, *, axis: int) -> jax.Array:
@@ -184,19 +205,31 @@ def new_slots(length: jax.Array, mask: jax.Array | None, count: int, capacity: i
     return jnp.where(mask, slots, capacity)
 
 
-def _append(cache: KVCache, key, value, mask: jax.Array | None = None) -> KVCache:
+def _append(cache: KVCache, key, value, mask=None, log_decay=None) -> KVCache:
     count = key.shape[1]
     slots = new_slots(cache.length, mask, count, cache.capacity)
     rows = jnp.arange(key.shape[0])[:, None]
     added = count if mask is None else mask.sum(axis=1, dtype=jnp.int32)
+    decay = cache.decay
+    if decay is not None:
+        sums = total_decay(cache, cache.length[:, None] - 1)
+        sums += jnp.cumsum(masking.bound_log_decay(log_decay, mask), axis=1, dtype=jnp.float32)
+        decay = decay.at[rows, slots].set(sums, mode="drop")
     return KVCache(
         cache.key.at[rows, slots].set(key, mode="drop"),
         cache.value.at[rows, slots].set(value, mode="drop"),
         cache.length + added,
+        decay,
     )
 
 
-def check_append(cache: KVCache, key, value, mask: jax.Array | None) -> None:
+def total_decay(cache: KVCache, positions: jax.Array) -> jax.Array:
+    """Returns G ``(B, T, K)`` at positions ``(B, T)``, and 0 before the first token."""
+    held = jnp.take_along_axis(cache.decay, positions[..., None], axis=1, mode="clip")
+    return jnp.where(positions[..., None] < 0, 0.0, held)
+
+
+def check_append(cache: KVCache, key, value, mask: jax.Array | None, log_decay=None) -> None:
     """Checks the shapes and dtypes of new tokens and, if the lengths are known, the room."""
     for name, x, held in (("key", key, cache.key), ("value", value, cache.value)):
         if x.ndim != 4 or x.shape[0] != held.shape[0] or x.shape[2:] != held.shape[2:]:
@@ -210,6 +243,13 @@ def check_append(cache: KVCache, key, value, mask: jax.Array | None) -> None:
     if key.shape[1] != value.shape[1]:
         raise ValueError(f"key and value must share tokens; got {key.shape} and {value.shape}.")
     masking.check_key_value_mask(mask, key.shape[:2])
+    if (log_decay is None) != (cache.decay is None):
+        has, needs = ("no", "leave out") if cache.decay is None else ("a", "pass")
+        raise ValueError(
+            f"the cache holds {has} decay of its tokens: {needs} log_decay, or make a cache with "
+            f"has_decay={cache.decay is None}."
+        )
+    masking.check_log_decay(log_decay, key.shape[:3], mask)
     held, kept = masking.concrete(cache.length), masking.concrete(mask)
     if held is None or (mask is not None and kept is None):
         return

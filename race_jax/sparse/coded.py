@@ -105,6 +105,7 @@ class SparseCache:
 
         Raises:
           ValueError: as `init`.
+          NotImplementedError: if the tokens have a forget gate.
 
         Example:
           >>> import jax, jax.numpy as jnp, race_jax
@@ -114,6 +115,10 @@ class SparseCache:
           >>> race_jax.SparseCache.of(jax.random.key(0), kv, config).length.tolist()
           [3]
         """
+        if kv.decay is not None:
+            raise NotImplementedError(
+                "sparse scores know nothing of a forget gate; use decode_attention='dense'."
+            )
         coding = config.coding()
         size = coding.page_size
         if size is not None and kv.capacity % size:

@@ -248,7 +248,7 @@ def _generate_command(directory: Path, prompt: str) -> str:
     return shlex.join(map(str, words))
 
 
-def xz_bits_per_byte(text: bytes) -> float:
+def xz_bits_per_byte(text: bytes | memoryview) -> float:
     """Computes the bits per byte that the best preset of xz needs for `text`.
 
     Example:

@@ -1,11 +1,14 @@
 """Token files: how they are written, by the script too, and what is refused."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from race_jax.data.config import DataConfig
 from race_jax.data.rows import UnreadRows, row
+from race_jax.data.text import build_data
 from race_jax.data.token_file import open_token_file, write_token_file
 from race_jax.data.tokenizer import ByteTokenizer
 from scripts import write_tokens
@@ -80,3 +83,28 @@ def test_a_negative_id_is_refused(tmp_path):
     write_token_file(path, [np.array([1, -5, 2], np.int32)], ByteTokenizer())
     with pytest.raises(ValueError, match="its ids are not those"):
         open_token_file(path)
+
+
+def test_held_out_bytes_stay_on_the_disk(tmp_path):
+    """They are read when a batch needs them, as those to train on."""
+    held_out = np.resize(TEXT, 1 << 20)
+    for name, ids in {"train": held_out[: 1 << 13], "valid": held_out}.items():
+        write_token_file(tmp_path / f"{name}.npy", [ids], ByteTokenizer())
+    config = DataConfig(
+        source="tokens",
+        root=str(tmp_path),
+        train_files=("train.npy",),
+        valid_files=("valid.npy",),
+        tokenizer="bytes",
+        sequence_length=1 << 12,
+    )
+    build_data(config, batch_size=2, seed=0)  # modules are loaded
+    tracemalloc.start()
+    data = build_data(config, batch_size=2, seed=0)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < held_out.nbytes / 4
+    assert (data.valid.num_tokens, data.valid.num_bytes) == (held_out.size - 1, held_out.size - 1)
+    assert bytes(data.valid.text) == held_out.tobytes()
+    first = next(iter(data.valid.batches))
+    np.testing.assert_array_equal(first["inputs"][1], held_out[1 << 12 : 1 << 13])

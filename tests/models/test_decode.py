@@ -11,7 +11,7 @@ from flax import nnx
 from race_jax.models import decode
 from race_jax.models.decode import Sampling, generate, sample, stream
 from race_jax.sparse import SparseConfig
-from tests.models.small import STATEFUL, VOCAB, build, compiled
+from tests.models.small import CONFIGS, STATEFUL, VOCAB, build, compiled
 
 GREEDY = Sampling(greedy=True)
 LENGTHS = np.array([2, 4, 5])
@@ -32,7 +32,7 @@ def prompts(rng):
     [
         *("race", "race with everything", "gated linear", "gated delta"),
         *("softmax", "softmax learned", "softmax rope", "softmax alibi", "softmax with every part"),
-        *("softmax with convolutions", "softmax with a convolution"),
+        *("softmax with convolutions", "softmax with a convolution", "sigmoid", "angular"),
     ],
 )
 def test_greedy_decoding_equals_reading_everything_again(prompts, name):
@@ -52,6 +52,15 @@ def test_greedy_decoding_equals_reading_everything_again(prompts, name):
         want = choices[row, length - 1 : length + 6]
         np.testing.assert_array_equal(drawn["right"][row], want)
     assert len(np.unique(drawn["right"])) > 2
+
+
+@pytest.mark.parametrize("name", ["softmax rope", "softmax with every part"])
+def test_a_model_without_a_state_reads_everything_again(prompts, name):
+    model, (tokens, mask) = build(**CONFIGS[name]), prompts["left"]
+    options = {"key_value_mask": mask, "max_tokens": 7, "sampling": GREEDY}
+    cached = generate(model, tokens, **options)
+    model.trunk.carries_state = False
+    np.testing.assert_array_equal(generate(model, tokens, **options), cached)
 
 
 @pytest.mark.parametrize("name", [*STATEFUL, "race bfloat16"])
@@ -247,6 +256,8 @@ def test_sparse_decoding_of_all_tokens_is_dense_and_of_few_is_not(prompts):
     [
         ("race", {}, ValueError, "keeps no keys, so there is nothing to select from"),
         ("softmax alibi", {}, NotImplementedError, "sparse scores know nothing of a distance bias"),
+        ("softmax with every part", {}, NotImplementedError, "know nothing of a forget gate"),
+        ("sigmoid", {}, NotImplementedError, "know nothing of a"),
         ("softmax", {"dense_layers": 2}, ValueError, "dense_layers=2 must lie from 0 to the 1"),
         ("softmax", {"sparse": 64}, TypeError, "sparse must be a SparseConfig or None; got int"),
     ],

@@ -111,7 +111,8 @@ def test_a_sequence_may_be_split_anywhere(rng, assert_close, name):
     "name",
     [
         *("softmax", "softmax learned", "softmax rope", "softmax alibi", "softmax bfloat16"),
-        *("softmax with convolutions", "softmax with a convolution"),
+        *("softmax with convolutions", "softmax with a convolution", "softmax with every part"),
+        *("sigmoid", "angular"),
     ],
 )
 def test_a_cache_gives_what_reading_everything_again_gives(rng, assert_close, name):

@@ -10,9 +10,15 @@ def draw_tokens(rng, batch, length, heads, kv_heads, head_dim, value_dim, dtype=
     return [array.astype(dtype) for array in arrays]
 
 
-def attend_over(query, key, value, mask, slopes=None, last=None):
-    """Causal softmax attention from the last tokens over the real tokens, as a loop in float64."""
+def attend_over(query, key, value, mask, slopes=None, last=None, log_decay=None, weigh=None):
+    """Causal attention from the last tokens over the real tokens, as a loop in float64.
+
+    It is softmax attention, or has the weights that ``weigh(logits)`` returns, which are not
+    divided by their sum.
+    """
     query, key, value = (np.asarray(x).astype(np.float64) for x in (query, key, value))
+    log_decay = 0 * key[..., 0] if log_decay is None else np.asarray(log_decay, np.float64)
+    total = np.cumsum(log_decay * mask[..., None], axis=1)
     rows, length, heads, width = query.shape
     group = heads // key.shape[2]
     out = np.zeros((rows, length, heads, value.shape[-1]))
@@ -23,6 +29,11 @@ def attend_over(query, key, value, mask, slopes=None, last=None):
         logits = key[b, sees, n // group] @ query[b, t, n] / np.sqrt(width)
         if slopes is not None:
             logits -= float(slopes[n]) * np.arange(len(sees))[::-1]
-        weights = np.exp(logits - logits.max())
-        out[b, t, n] = weights @ value[b, sees, n // group] / weights.sum()
+        faded = total[b, t, n // group] - total[b, sees, n // group]
+        if weigh is None:
+            weights = np.exp(logits + faded - (logits + faded).max())
+            weights /= weights.sum()
+        else:
+            weights = np.exp(faded) * weigh(logits)
+        out[b, t, n] = weights @ value[b, sees, n // group]
     return out[:, -(last or length) :]

@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import race_jax
-from race_jax import KVCache, dense_decode_attention
+from race_jax import KVCache, SparseCache, SparseConfig, dense_decode_attention
 from race_jax.sparse import exact
 from tests.sparse.problems import attend_over, draw_tokens
 
@@ -51,6 +51,48 @@ def test_ragged_rows_with_padding_anywhere_equal_a_loop(rng, assert_close, dtype
         assert not np.asarray(got)[~mask[:, -20:]].any()
         one = jitted()(query[:, -1:], cache, **options)
         assert_close("one query", one, want[:, -1:], kind="outputs", dtype=dtype)
+
+
+def sigmoid(logits):
+    return 1 / (1 + np.exp(-logits)) / logits.size
+
+
+RULES = {
+    "softmax": (exact.SOFTMAX, None),
+    "sigmoid": (
+        exact.Rule(lambda x, n: jax.nn.log_sigmoid(x) - jnp.log(n), normalized=False),
+        sigmoid,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_forget_gate_and_other_weights_equal_a_loop(rng, assert_close, name):
+    """The prompt comes in two pieces. Each is added, cut off, and added again.
+
+    The gates sum to about -20, of which float32 has 2e-6.
+    """
+    query, key, value = tokens(rng, T)
+    mask = rng.random((B, T)) < np.array([[0.98], [0.6], [0.1]])
+    mask[:, -1] = True
+    log_decay = -rng.exponential(0.02, (B, T, K)).astype(np.float32)
+    log_decay[:, [3, T - 5]] = -4
+    cache = KVCache.init(B, C, K, H, V, dtype=jnp.float32, has_decay=True)
+    for piece in (slice(0, 7), slice(7, T)):
+        new = {"key_value_mask": mask[:, piece], "log_decay": log_decay[:, piece]}
+        junk = append(cache, -key[:, piece], value[:, piece], **new)
+        cache = append(junk.truncate(cache.length), key[:, piece], value[:, piece], **new)
+    rule, weigh = RULES[name]
+    slopes = jnp.array([0.5, 0.25, 0.0, 1.0])
+    want = attend_over(
+        query, key, value, mask, slopes=slopes, last=20, log_decay=log_decay, weigh=weigh
+    )
+    options = {"query_mask": mask[:, -20:], "slopes": slopes}
+    got = jitted(rule=rule)(query[:, -20:], cache, **options)
+    assert_close("out", got, want, kind="outputs")
+    grown = cache.grow(C + 5)
+    again = jitted(rule=rule)(query[:, -20:], grown, **options)
+    assert_close("grown", again, got, kind="resumed")
 
 
 def test_long_prompts_are_read_in_groups(rng, assert_close, monkeypatch):
@@ -169,6 +211,7 @@ def cases():
     x, v = jnp.ones((B, 3, K, H)), jnp.ones((B, 3, K, V))
     q = jnp.ones((B, 1, N, H))
     held = append(cache, x, v)
+    gated = KVCache.init(B, 8, K, H, V, dtype=jnp.float32, has_decay=True)
     mask = jnp.ones((B, 3), bool).at[1:].set(False)
     dense = dense_decode_attention
     return {
@@ -184,6 +227,15 @@ def cases():
         "lengths": (lambda: cache.append(x, v[:, :2]), ValueError, "must share tokens"),
         "mask": (lambda: cache.append(x, v, key_value_mask=mask[:2]), ValueError,
                  "key_value_mask must be (B, S) = (3, 3)"),
+        "no gate": (lambda: gated.append(x, v), ValueError,
+                    "the cache holds a decay of its tokens: pass log_decay, or make"),
+        "a gate": (lambda: cache.append(x, v, log_decay=-x[..., 0]), ValueError,
+                   "holds no decay of its tokens: leave out log_decay, or make a cache with "
+                   "has_decay=True"),
+        "gate of a head": (lambda: gated.append(x, v, log_decay=-x[..., 0, 0]), ValueError,
+                           "log_decay must be (B, S, K) = (3, 3, 2)"),
+        "sparse gate": (lambda: SparseCache.of(jax.random.key(0), gated, SparseConfig()),
+                        NotImplementedError, "sparse scores know nothing of a forget gate"),
         "query heads": (lambda: dense(q[:, :, :3], held), ValueError,
                         "does not meet a cache of 3 rows and 2 key/value heads of 8; N must be"),
         "query rank": (lambda: dense(q[0], held), ValueError, "query (B, T, N, H) = (1, 4, 8)"),
@@ -198,6 +250,9 @@ def cases():
         "slopes": (lambda: dense(q, held, slopes=jnp.ones(2)), ValueError, "must be (N,) = (4,)"),
         "implementation": (lambda: dense(q, held, implementation="cudnn"), ValueError,
                            "implementation must be one of"),
+        "gate and kernels": (
+            lambda: dense(q, append(gated, x, v, log_decay=-x[..., 0]), implementation="pallas"),
+            NotImplementedError, "have the weights of softmax without a forget gate only"),
         "kernels": (lambda: dense(q, held, implementation="pallas"), NotImplementedError,
                     "the sparse kernels run on CUDA devices, and this host has none; pass"),
     }  # fmt: skip

@@ -188,6 +188,45 @@ def test_rows_do_not_depend_on_each_other(assert_close):
         np.testing.assert_array_equal(got[1].indices, want[1].indices[row : row + 1])
 
 
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize("scorer", ["sign_linear", "socket", "quest"])
+def test_grouped_heads_read_what_heads_of_their_own_would(assert_close, scorer, group):
+    """Repeated keys have equal codes. In a group of one, the group selects what the head does."""
+    config, rng = config_of(scorer), np.random.default_rng(group)
+    query, *tokens = draw_tokens(rng, B, 50, K * group, K, H, V)
+    query, mask = query[:, -T:], np.arange(50) < LENGTHS[:, None]
+
+    def cache_of(key, value):
+        sizes = B, C, key.shape[2], H, V, jnp.float32
+        cache = SparseCache.init(jax.random.key(3), *sizes, config=config)
+        return append(cache, key, value, key_value_mask=mask)
+
+    grouped, repeated = cache_of(*tokens), cache_of(*(x.repeat(group, axis=2) for x in tokens))
+    if config.scorer != "quest":
+        np.testing.assert_array_equal(repeated.codes, np.repeat(grouped.codes, group, axis=1))
+    (got, report), (want, own) = attend(query, grouped, config), attend(query, repeated, config)
+    assert_close("out", got, want, kind="resumed")
+    np.testing.assert_array_equal(report.indices, own.indices)
+    if group == 1:
+        together = attend(query, grouped, dataclasses.replace(config, selection="group"))
+        assert_close("group of one", together, (got, report), kind="rerun")
+
+
+@pytest.mark.parametrize("scorer", ["sign_linear", "quantized", "socket", "socket_unit", "oracle"])
+def test_the_order_of_the_candidates_does_not_matter(assert_close, scorer):
+    """Only forced tokens have a place. The others are drawn by their scores, wherever they are."""
+    config, rng = config_of(scorer), np.random.default_rng(4)
+    query, key, value = draw_tokens(rng, B, 50, N, K, H, V)
+    first, last = config.sink, 50 - config.window
+    order = np.r_[:first, first + rng.permutation(last - first), last:50]
+    want, report = attend(query[:, -1:], append(empty(config), key, value), config)
+    moved = append(empty(config), key[:, order], value[:, order])
+    got, other = attend(query[:, -1:], moved, config)
+    assert_close("out", got, want, kind="outputs")
+    np.testing.assert_array_equal(np.sort(order[other.indices], axis=-1), report.indices)
+    assert (np.asarray(other.indices) != np.asarray(report.indices)).any()
+
+
 def test_scale_of_a_key_counts_only_in_linear_scores(assert_close):
     for scorer, factor in (("socket", 1.0), ("sign_linear", 2.0), ("oracle", 2.0)):
         config, _, query, key, value = problem(scorer)
