@@ -189,3 +189,34 @@ def test_a_batch_of_no_sequences_gives_none(is_causal):
     assert module(empty).shape == (0, LENGTH, WIDTH)
     twin = linen.RACEAttention(HEADS, is_causal=is_causal)
     assert twin.apply(twin.init(jax.random.key(0), X), empty).shape == (0, LENGTH, WIDTH)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"forget_gate": "data"},
+        {"forget_gate": "learned", "num_planes": 3},  # with columns of zeros for the kernels
+        {"forget_gate": "data", "num_kv_heads": 1},
+    ],
+    ids=str,
+)
+def test_hash_and_gate_of_self_attention_come_from_one_product(assert_close, options):
+    """With keys from another array, even of the same numbers, each has a product of its own."""
+    module = layer(is_causal=True, fold_planes=True, **options)
+
+    def loss(module, x, other):
+        return jnp.sum(module(x, other) ** 2)
+
+    gradient = nnx.jit(nnx.value_and_grad(loss, argnums=(0, 1)))
+    same = nnx.jit(nnx.value_and_grad(lambda module, x: loss(module, x, None), argnums=(0, 1)))
+    got, (d_got, d_x) = same(module, X)
+    want, (d_want, d_query) = gradient(module, X, jnp.copy(X))
+    assert_close("loss", got, want, kind="outputs")
+    assert_close("gradients", nnx.to_pure_dict(d_got), nnx.to_pure_dict(d_want), kind="gradients")
+    assert not np.allclose(d_x, d_query, rtol=1e-2)  # the gradient of the keys is a part of d_x
+
+    graph, state = nnx.split(module)
+    traced = jax.make_jaxpr(lambda x: nnx.merge(graph, state)(x))(X)
+    apart = jax.make_jaxpr(lambda x, other: nnx.merge(graph, state)(x, other))(X, X)
+    count = lambda jaxpr: str(jaxpr).count("dot_general")  # noqa: E731
+    assert count(traced) < count(apart)

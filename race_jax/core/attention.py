@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from race_jax.core import checks, dispatch, hashing, implementations, masking, sequence, shards
+from race_jax.core import checks, hashing, implementations, masking, sequence, shards
 from race_jax.core.shapes import Axis
 from race_jax.core.state import RACEState, check_normalization
 from race_jax.core.xla import bidirectional, causal, rescan
@@ -261,15 +261,7 @@ def attend(
     """
     checks.check_projections(*shapes, value)
     _check_options(shapes[0], value, options)
-    choice = dispatch.choose(
-        *shapes,
-        value,
-        is_causal=options.is_causal,
-        packed=options.segment_ids is not None,
-        normalization=options.normalization,
-        implementation=options.implementation,
-    )
-    plan = implementations.Plan(choice, shapes[0].shape[3:], options.use_tanh)
+    plan = implementations.choose_plan(shapes, value, options)
     z_q, z_k = project(plan.columns)
     kv_heads = value.shape[2]
     arrays = _Arrays(

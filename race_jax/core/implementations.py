@@ -89,6 +89,19 @@ class Plan:
         return jnp.pad(d_z, [(0, 0)] * 4 + [(0, like.shape[4] - d_z.shape[4])])
 
 
+def choose_plan(shapes: tuple, value: jax.Array, options: Any) -> Plan:
+    """Returns the plan of a call, from the arguments of ``attention.attend``."""
+    choice = dispatch.choose(
+        *shapes,
+        value,
+        is_causal=options.is_causal,
+        packed=options.segment_ids is not None,
+        normalization=options.normalization,
+        implementation=options.implementation,
+    )
+    return Plan(choice, shapes[0].shape[3:], options.use_tanh)
+
+
 def _by_platform(plan: Plan, cpu: Callable, wide: Callable, pallas: Callable) -> Callable:
     """Returns f(*arrays) for a plan, dispatched by platform at lowering."""
     if plan.choice is PALLAS_ASKED:

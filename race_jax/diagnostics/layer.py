@@ -16,7 +16,7 @@ import numpy as np
 from race_jax.core.state import EMPTY
 from race_jax.diagnostics import kernels
 from race_jax.diagnostics.buckets import Buckets, buckets, effective_context
-from race_jax.layers import functional, gates, parts
+from race_jax.layers import gates, parts, projections
 
 
 class Heads(NamedTuple):
@@ -117,7 +117,7 @@ def heads_of(layer: Any, x: jax.Array) -> Heads:
     span = parts.Span(jnp.full(len(x), EMPTY, jnp.int32), None, None)
     taps = parts.init_taps(settings, len(x))
     x, taps = parts.convolve_inputs(x, params, settings, taps, span)
-    heads = tuple(functional.projected(x, name, params, settings) for name in parts.HEADS)
+    heads = tuple(projections.projected(x, name, params, settings) for name in parts.HEADS)
     (query, key, value), _ = parts.convolve_heads(heads, params, settings, taps, span)
     if settings.normalize_qk:
         query, key = params["query_ln"](query), params["key_ln"](key)

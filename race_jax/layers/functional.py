@@ -7,8 +7,7 @@ Parameters have Flax's names. For every head, with x after a convolution before 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +15,13 @@ import jax.numpy as jnp
 
 from race_jax.core import hashing, masking
 from race_jax.core.attention import Options, attend
+from race_jax.core.implementations import choose_plan
 from race_jax.core.shapes import Axis
 from race_jax.core.state import EMPTY, RACEState
-from race_jax.layers import gates, parts
+from race_jax.layers import parts
 from race_jax.layers.attention_fn import key_padding
+from race_jax.layers.projections import hash_and_gate, projected
 from race_jax.layers.race_config import RACEConfig
-
-Projection = Mapping[str, Any] | Callable[[jax.Array], jax.Array]
 
 
 class LayerState(NamedTuple):
@@ -97,6 +96,7 @@ def race_layer(
       TypeError: if the state is of another type.
     """
     check_static(is_causal=is_causal)
+    is_self = inputs_k is None or inputs_k is inputs_q
     inputs = _complete_inputs(inputs_q, inputs_k, inputs_v)
     _check_call(inputs, settings, is_causal=is_causal, has_state=state is not None)
     batch, length = inputs[1].shape[:2]
@@ -114,7 +114,7 @@ def race_layer(
         x_q, x_k, x_v = (x.astype(dtype) for x in inputs)
         x_k, x_v = masking.select_tokens(x_k, mask), masking.select_tokens(x_v, mask)
         if is_causal:
-            x_q = masking.select_tokens(x_q, mask)
+            x_q = x_k if is_self else masking.select_tokens(x_q, mask)
         segment = jnp.full(batch, EMPTY, jnp.int32) if state is None else state.race.segment
         span = parts.Span(segment, mask, segment_ids, axis_name)
         taps = parts.init_taps(settings, batch) if state is None else state.taps
@@ -128,15 +128,10 @@ def race_layer(
             heads = *(projected(x, name, params, settings) for x, name in named(sources)), value
             (*sources, value), taps = parts.convolve_heads(heads, params, settings, taps, span)
 
-    def project(columns):
-        wide = hashing.flat_planes(planes, columns)
-        return tuple(_hash(x, name, params, wide, settings) for x, name in named(sources))
-
     options = Options(
         sharpness=_sharpness(params, settings),
         use_tanh=settings.use_tanh,
         is_causal=is_causal,
-        log_decay=_log_decay(x_k, params, settings),
         key_value_mask=mask,
         segment_ids=segment_ids,
         normalization=settings.normalization,
@@ -145,7 +140,11 @@ def race_layer(
         axis_name=axis_name,
         implementation=settings.implementation,
     )
-    heads = attend(project, _shapes(x_q, x_k, settings), value, options)
+    shapes = _shapes(x_q, x_k, settings)
+    columns = choose_plan(shapes, value, options).columns
+    planes, together = hashing.flat_planes(planes, columns), is_self and (is_causal or mask is None)
+    *z, gate = hash_and_gate(x_k, sources, params, planes, settings, together=together)
+    heads = attend(lambda columns: tuple(z), shapes, value, options._replace(log_decay=gate))
     if state is not None:
         heads, race = heads
     with jax.named_scope("race_layer/output"):
@@ -249,90 +248,8 @@ def _shapes(x_q: jax.Array, x_k: jax.Array, settings: RACEConfig) -> tuple:
     )
 
 
-def _hash(
-    x: jax.Array,
-    name: str,
-    params: Mapping[str, Any],
-    planes: jax.Array,
-    settings: RACEConfig,
-) -> jax.Array:
-    """Returns hash projections ``(B, T, heads, L, P)`` of the queries or the keys.
-
-    x are hidden states, or the queries or keys themselves if those have been convolved.
-    """
-    weights = params[name]
-    if settings.folds and isinstance(weights, Mapping):
-        # This product of weights is small and made once per call, so it is made exactly. TF32,
-        # the default on a GPU, would keep only ten bits of each weight.
-        with jax.default_matmul_precision("highest"):
-            folded = {part: hashing.fold_planes(array, planes) for part, array in weights.items()}
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
-        return _linear(x, folded, settings.precision, out_dtype=dtype)
-    heads = x if settings.changes_heads else projected(x, name, params, settings)
-    if settings.normalize_qk:
-        heads = params[f"{name}_ln"](heads).astype(heads.dtype)
-    return hashing.hash_projections(heads, planes)
-
-
-def projected(
-    x: jax.Array, name: str, params: Mapping[str, Any], settings: RACEConfig
-) -> jax.Array:
-    """Applies the projection `name` to x, and returns heads or the layer's output in x's dtype."""
-    projection: Projection = params[name]
-    shape = {
-        "query": (settings.num_heads, settings.head_dim),
-        "key": (settings.num_kv_heads, settings.head_dim),
-        "value": (settings.num_kv_heads, settings.value_dim),
-        "out": (settings.out_features,),
-    }[name]
-    if isinstance(projection, Mapping):
-        return _linear(x, projection, settings.precision, axes=2 if name == "out" else 1)
-    out = projection(x)
-    wanted = *x.shape[:2], *shape
-    if out.shape == (*x.shape[:2], math.prod(shape)):  # nnx.Linear returns heads side by side
-        out = out.reshape(wanted)
-    if out.shape != wanted:
-        raise ValueError(
-            f"the projection {name!r} gave shape {out.shape} for an input of shape {x.shape}; the "
-            f"layer needs {wanted}"
-        )
-    return out.astype(x.dtype)
-
-
-def _linear(
-    x: jax.Array,
-    weights: Mapping[str, jax.Array],
-    precision: jax.lax.PrecisionLike,
-    *,
-    axes: int = 1,
-    out_dtype: jax.typing.DTypeLike | None = None,
-) -> jax.Array:
-    """Contracts the last `axes` axes of x with the first ones of the kernel, and adds the bias."""
-    out = jnp.tensordot(
-        x,
-        weights["kernel"].astype(x.dtype),
-        axes=axes,
-        precision=precision,
-        preferred_element_type=out_dtype,
-    )
-    if "bias" not in weights:
-        return out
-    return out + jnp.expand_dims(weights["bias"].astype(out.dtype), (0, 1))
-
-
 def _sharpness(params: Mapping[str, Any], settings: RACEConfig) -> jax.Array | float:
     return jnp.exp(params["log_sharpness"]) if settings.learn_sharpness else settings.sharpness
-
-
-def _log_decay(x: jax.Array, params: Mapping[str, Any], settings: RACEConfig) -> jax.Array | None:
-    return gates.log_decay(
-        x,
-        params,
-        forget_gate=settings.forget_gate,
-        half_life=settings.half_life,
-        num_kv_heads=settings.num_kv_heads,
-        precision=settings.precision,
-    )
 
 
 def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from race_jax.layers import products
+
 FORGET_GATES = (None, "fixed", "learned", "data")
 SHORTEST_HALF_LIFE = 2.0  # tokens
 BIAS_RANGE = (1.0, 6.0)  # half-lives of 2 to 280 tokens
@@ -106,14 +108,17 @@ def log_decay(
     if forget_gate == "fixed":
         rates = jnp.asarray(-math.log(2.0) / half_lives(num_kv_heads, half_life), dtype)
     else:
-        logits = params["gate_bias"].astype(dtype)[None, None]
         if forget_gate == "data":
-            kernel = params["gate_kernel"].astype(x.dtype)
-            logits = logits + jnp.tensordot(
-                x, kernel, axes=1, precision=precision, preferred_element_type=dtype
-            )
+            logits = products.side_by_side(x, [data_gate(params)], precision)[0]
+        else:
+            logits = params["gate_bias"].astype(dtype)[None, None]
         rates = jax.nn.log_sigmoid(logits)
     return jnp.broadcast_to(rates, (*x.shape[:2], num_kv_heads))
+
+
+def data_gate(params: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Returns kernel ``(D, K)`` and bias ``(K,)`` of the logits of a data gate."""
+    return {"kernel": params["gate_kernel"], "bias": params["gate_bias"]}
 
 
 def rms_norm(heads: jax.Array, scale: jax.Array) -> jax.Array:

@@ -410,7 +410,10 @@ class RACEAttention(nnx.Module):
             parameters[name] = module
             if self.config.normalize_qk:
                 parameters[f"{name}_ln"] = getattr(self, f"{name}_ln")
-        return parameters | {"value": self.value, "out": _of_heads(self.out)}
+        value, heads = _plain_weights(self.value), (self.num_kv_heads, self.value_dim)
+        if value is None or value["kernel"].shape[1:] != heads:
+            value = self.value
+        return parameters | {"value": value, "out": _of_heads(self.out)}
 
     def _dropout_key(
         self, deterministic: bool | None, rngs: nnx.Rngs | nnx.RngStream | None
@@ -456,6 +459,15 @@ def _planes_stream(rngs: nnx.Rngs) -> nnx.RngStream:
 
 def _foldable(name: str, module: Callable) -> Mapping[str, jax.Array] | Callable:
     """Returns the weights of a plain projection, to fold planes into, or else the module."""
+    weights = _plain_weights(module)
+    if weights is None:
+        _say_unfolded(name, type(module).__name__)
+        return module
+    return weights
+
+
+def _plain_weights(module: Callable) -> dict[str, jax.Array] | None:
+    """Returns the weights of a projection as the layer makes it, or None for any other."""
     plain = (
         type(module) is nnx.LinearGeneral
         and (module.axis, dict(module.batch_axis)) == ((-1,), {})
@@ -464,8 +476,7 @@ def _foldable(name: str, module: Callable) -> Mapping[str, jax.Array] | Callable
         and module.preferred_element_type is None
     )
     if not plain:
-        _say_unfolded(name, type(module).__name__)
-        return module
+        return None
     weights = {"kernel": module.kernel, "bias": module.bias}
     return {part: array[...] for part, array in weights.items() if array is not None}
 

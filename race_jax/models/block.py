@@ -16,6 +16,7 @@ from flax import nnx
 from race_jax.layers import registry
 from race_jax.models.config import ModelConfig
 from race_jax.models.layers import INIT_STD, MLP, kernel_init
+from race_jax.models.norm import LayerNorm
 
 ATTENTION = 2  # folded into a block's key for its attention, beside the two of dropout
 
@@ -39,7 +40,7 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, attention: str, *, is_causal: bool, rngs: nnx.Rngs):
         width, dtype = config.width, jnp.dtype(config.dtype)
         branch_init = nnx.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
-        self.attention_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.attention_norm = LayerNorm(width, dtype=dtype, rngs=rngs)
         self.attention = registry.find(attention).from_config(
             config.attention_config(attention),
             is_causal=is_causal,
@@ -47,7 +48,7 @@ class Block(nnx.Module):
             out_kernel_init=branch_init,
             rngs=rngs,
         )
-        self.mlp_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.mlp_norm = LayerNorm(width, dtype=dtype, rngs=rngs)
         self.mlp = MLP(
             width, config.mlp_ratio * width, dtype=dtype, out_kernel_init=branch_init, rngs=rngs
         )

@@ -18,6 +18,7 @@ from race_jax.models import block as block_module
 from race_jax.models.block import Block
 from race_jax.models.config import ModelConfig
 from race_jax.models.layers import TokenEmbedding, per_row, token_positions
+from race_jax.models.norm import LayerNorm
 
 _NO_STATE = (
     "this model carries no state, because it is not causal or its attention keeps none; pass the "
@@ -94,7 +95,7 @@ class Transformer(nnx.Module):
                 for block in range(config.num_layers)
             ]
         )
-        self.norm = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(config.width, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(config.dropout_rate)
         self.deterministic = True
         attentions = [block.attention for block in self.blocks]

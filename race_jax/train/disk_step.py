@@ -35,6 +35,7 @@ from race_jax.train.mesh import (
     put_batch,
     put_blocks,
 )
+from race_jax.train.programs import PerLength, compile_together, compiler_options
 from race_jax.train.state import TrainState
 from race_jax.train.step import (
     Segments,
@@ -83,8 +84,8 @@ class DiskStep:
         self._shapes = shapes
         programs = _Programs(task, graph, mesh, params, shapes, accumulation_steps)
         self._begin = jax.jit(programs.begin)
-        self._forward = _PerLength(programs.forward)
-        self._backward = _PerLength(programs.backward, donated=(5, 6))
+        self._forward = PerLength(mesh, programs.forward)
+        self._backward = PerLength(mesh, programs.backward, donated=(5, 6))
 
         def finish(state, grads, total, weight):
             grads = programs.total_gradient(state.params, grads)
@@ -101,10 +102,13 @@ class DiskStep:
         segment = put_batch(self._mesh, zeros)
         carry, d_floats, grads = self._begin(state.params, state.fixed)
         keys = key, state.step, np.int32(0)
-        self._forward.compile(state.params, state.fixed, keys, carry, segment)
         d_floats = None if self._segments.truncated else d_floats
-        arguments = state.params, state.fixed, keys, carry, segment, d_floats, grads
-        return self._backward.compile(*arguments)
+        arguments = state.params, state.fixed, keys, carry, segment
+        lowered = self._forward.lower(*arguments), self._backward.lower(*arguments, d_floats, grads)
+        forward, backward = compile_together(lowered, self._mesh)
+        self._forward.keep(length, forward)
+        self._backward.keep(length, backward)
+        return backward
 
     def __call__(
         self, state: TrainState, batch: UnreadRows, key: jax.Array
@@ -171,7 +175,8 @@ def make_disk_eval_step(
     Source: beyond the paper.
     """
     programs = _Programs(task, graph, mesh, params, shapes, 1)
-    begin, score = jax.jit(programs.begin), jax.jit(programs.score)
+    begin = jax.jit(programs.begin)
+    score = jax.jit(programs.score, compiler_options=compiler_options(mesh))
 
     def evaluate(params: nnx.State, fixed: nnx.State, batch: UnreadRows) -> dict[str, Any]:
         carry, _, _ = begin(params, fixed)
@@ -320,29 +325,6 @@ class _Programs:
             out_specs=out_specs,
             check_vma=checks_devices(self._mesh),
         )
-
-
-class _PerLength:
-    """A program that is compiled once for each length of a segment, which is its fifth argument.
-
-    Args:
-        function: the function.
-        donated: which arguments give their memory away.
-    """
-
-    def __init__(self, function: Callable, donated: tuple[int, ...] = ()):
-        self._function = jax.jit(function, donate_argnums=donated)
-        self._compiled: dict[int, jax.stages.Compiled] = {}
-
-    def compile(self, *arguments: Any) -> jax.stages.Compiled:
-        """Returns the program for arguments of these shapes."""
-        length = jax.tree.leaves(arguments[4])[0].shape[1]
-        if length not in self._compiled:
-            self._compiled[length] = self._function.lower(*arguments).compile()
-        return self._compiled[length]
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.compile(*arguments)(*arguments)
 
 
 def _device_key(keys: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:

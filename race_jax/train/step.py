@@ -28,6 +28,7 @@ from race_jax.train.mesh import (
     split_sequences,
     sum_over_devices,
 )
+from race_jax.train.programs import compiler_options
 from race_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -180,7 +181,7 @@ def make_eval_step(
         batch_sums = sum_over_devices(device_sums, mesh, specs=(specs, WHOLE), out_specs=WHOLE)
         return batch_sums(batch, params, fixed)
 
-    return jax.jit(score)
+    return jax.jit(score, compiler_options=compiler_options(mesh))
 
 
 def whole_model(

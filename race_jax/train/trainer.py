@@ -35,6 +35,7 @@ from race_jax.train.mesh import (
 from race_jax.train.metrics import MetricsLog, Record
 from race_jax.train.optimizer import make_optimizer, make_schedule
 from race_jax.train.plot import plot_losses
+from race_jax.train.programs import compile_together
 from race_jax.train.progress import Progress
 from race_jax.train.state import init_state
 from race_jax.train.step import (
@@ -292,7 +293,7 @@ class Trainer:
         if shapes not in self._programs:
             arrays = batch_shapes(self._mesh, batch)
             lowered = self._train_step.lower(self._state, arrays, self._key)
-            self._programs[shapes] = lowered.compile()
+            self._programs[shapes] = compile_together([lowered], self._mesh)[0]
         return self._programs[shapes]
 
     def _compile(self) -> None:

@@ -1,11 +1,14 @@
-"""Positions are counted per segment, and the parts of a block use them as published."""
+"""Positions are counted per segment, and the parts of a block are those that were published."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from race_jax.layers.positions import alibi_bias, rotate
-from race_jax.models.layers import token_positions
+from race_jax.models.layers import gelu, token_positions
+from race_jax.models.norm import LayerNorm
 
 
 def places(mask, segments, start, start_segment):
@@ -64,3 +67,42 @@ def test_linear_biases_have_the_published_slopes():
     bias = alibi_bias(8, jnp.array([[4, 5, 7]]))
     np.testing.assert_array_equal(bias[0, :, 2, 0], -3.0 * 0.5 ** np.arange(1, 9))
     np.testing.assert_array_equal(bias[0, 0], bias[0, 0].T)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gelu_is_that_of_flax_and_keeps_one_array(rng, dtype, assert_close):
+    x = jnp.asarray(3 * rng.normal(size=(100,)), dtype)
+    np.testing.assert_array_equal(gelu(x), nnx.gelu(x))
+    slope = lambda f, x: jax.grad(lambda x: f(x).sum())(x)  # noqa: E731
+    want = slope(nnx.gelu, x.astype("float32"))
+    assert_close("slope", slope(gelu, x), want, kind="gradients", dtype=dtype)
+    tangent = jax.jvp(gelu, (x,), (jnp.ones_like(x),))[1]
+    assert_close("forward mode", tangent, want, kind="gradients", dtype=dtype)
+    kept = jax.tree.leaves(jax.vjp(gelu, x)[1])
+    assert sum(array.size for array in kept) == x.size
+    assert sum(array.size for array in jax.tree.leaves(jax.vjp(nnx.gelu, x)[1])) > x.size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+def test_the_norm_is_that_of_flax(rng, dtype, mean, assert_close):
+    ours, flax_s = (
+        norm(32, dtype=kind, use_fast_variance=False, rngs=nnx.Rngs(0))
+        for norm, kind in ((LayerNorm, dtype), (nnx.LayerNorm, "float32"))
+    )
+    for name in ("scale", "bias"):
+        drawn = jnp.asarray(rng.normal(size=32), jnp.float32)
+        for norm in (ours, flax_s):
+            getattr(norm, name)[...] = drawn
+    x = jnp.asarray(rng.normal(size=(2, 7, 32)) + mean, dtype)
+    weights = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+
+    def run(norm, x):
+        loss = lambda norm, x: (weights * norm(x)).sum()  # noqa: E731
+        return norm(x), nnx.grad(loss, argnums=(0, 1))(norm, x)
+
+    (got, d_got), (want, d_want) = run(ours, x), run(flax_s, x.astype("float32"))
+    assert got.dtype == dtype
+    assert_close("outputs", got, want, kind="outputs", dtype=dtype)
+    got, want = jax.tree.leaves(d_got), jax.tree.leaves(d_want)
+    assert_close("gradients", got, want, kind="gradients", dtype=dtype)
