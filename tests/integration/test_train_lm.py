@@ -23,7 +23,7 @@ from race_jax.train.metrics import read_records
 pytestmark = pytest.mark.once
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-STEPS, EVERY = 240, 40
+STEPS, EVERY = 480, 60
 CONFIG = f"""
 from race_jax.train.config import Config
 
@@ -65,13 +65,13 @@ def command(folder: pathlib.Path, run: str) -> list[str]:
     ]
 
 
-def start(folder: pathlib.Path, run: str) -> subprocess.Popen:
+def start(folder: pathlib.Path, run: str, *words: str) -> subprocess.Popen:
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.Popen(
-        command(folder, run),
+        [*command(folder, run), *words],
         cwd=folder,
         env=os.environ | cache | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
@@ -169,7 +169,7 @@ def test_a_checkpoint_of_two_devices_goes_on_on_one(
 
 def test_the_reader_leaves_and_the_terminal_closes(folder):
     """No line can be printed, from the first one on. SIGHUP still saves a checkpoint."""
-    process = start(folder, "unread")
+    process = start(folder, "unread", "--config.run.steps=1000000")
     process.stdout.close()
     wait_for_step(process, folder / "unread", EVERY // 2)
     process.send_signal(signal.SIGHUP)

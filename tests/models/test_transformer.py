@@ -211,6 +211,8 @@ def test_parameters_are_counted_and_fixed_planes_are_not():
     width, heads, hidden = 16, 4, 64
     attention = 4 * (width * width + width)  # query, key, value, out
     gate = width * heads + heads
+    convolutions, out_norm, out_gate = 3 * 4 * width, width // heads, width * width
+    attention += convolutions + out_norm + out_gate
     block = attention + gate + heads + (width * hidden + hidden) + (hidden * width + width)
     norms = (2 * 2 + 1) * 2 * width
     want = VOCAB * width + 2 * block + norms
@@ -224,7 +226,7 @@ def test_branches_start_smaller_than_what_they_read():
     @jax.jit
     def kernels():
         config = describe(width=64, num_layers=8)
-        block = Block(config, is_causal=True, rngs=nnx.Rngs(0))
+        block = Block(config, "race", is_causal=True, rngs=nnx.Rngs(0))
         layers = block.attention.value, block.mlp.up, block.attention.out, block.mlp.down
         return [layer.kernel[...] for layer in layers]
 
