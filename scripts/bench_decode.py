@@ -52,6 +52,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     seconds = positive(float)
     add("--seconds", type=seconds, default=Limits.seconds, help="no cell is begun after these")
     add("--out", type=output(".json"), default="decode.json", help="the rows; .md, .svg beside it")
+    add("--draw", type=pathlib.Path, metavar="FILE", help="draw rows of a file, measure nothing")
     add("--dry", action="store_true", help="print sizes and memory, and measure nothing")
     add("--tiny", action="store_true", help="a trial of seconds, with sizes of its own")
     options = parser.parse_args(words)
@@ -120,9 +121,19 @@ def notes(bench: Bench) -> list[str]:
     return lines
 
 
+def draw(content: dict, out: pathlib.Path) -> None:
+    """Draws the figure of a file of rows, beside `out`."""
+    figure = out.with_suffix(".svg")
+    decode_report.draw(content["rows"], figure, content["machine"]["device"])
+    print(f"{figure} has the figure")
+
+
 def main(words: Sequence[str]) -> None:
     """Measures, prints every line when it is known, and writes the files."""
     options = parse(words)
+    if options.draw:
+        draw(json.loads(options.draw.read_text()), options.out)
+        return
     setting, sizes = in_small() if options.tiny else (Setting(), options.lengths)
     parts = (every if options.full else main_part)(setting, sizes, options.methods)
     print("\n".join(estimate(parts, setting, memory_limit())), flush=True)
@@ -146,9 +157,8 @@ def main(words: Sequence[str]) -> None:
     print("\n" + page)
     table: pathlib.Path = options.out.with_suffix(".md")
     table.write_text(page)
-    figure = options.out.with_suffix(".svg")
-    decode_report.draw(bench.rows, figure, "; ".join(head(content)[:1]))
-    print(f"{options.out} has the rows, {table} the tables, {figure} the figure")
+    draw(content, options.out)
+    print(f"{options.out} has the rows, {table} the tables")
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def draw(rows: Sequence[dict], path: pathlib.Path, title: str) -> None:
     Args:
       rows: the rows of the benchmark.
       path: the SVG file.
-      title: what was measured where.
+      title: where it was measured. The sizes are added.
     """
     import matplotlib
     import matplotlib.figure
@@ -157,13 +157,15 @@ def draw(rows: Sequence[dict], path: pathlib.Path, title: str) -> None:
         figure = matplotlib.figure.Figure(figsize=(11, 7), layout="constrained")
         for row_axes, value in zip(figure.subplots(2, 2), ("recall", "mass"), strict=True):
             for axes, (field, scale, label) in zip(row_axes, panels, strict=True):
+                axes.set_xscale("log")
                 panel(axes, own, field, scale, value)
-                axes.set(xscale="log", xlabel=label, ylabel=value)
+                axes.set(xlabel=label, ylabel=value)
                 if field == "us" and rival:
                     axes.axvline(rival, color="0.4", linestyle=":", label="dense")
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right", frameon=False)
-        figure.suptitle(title)
+        sizes_of = "B = {}, {} key/value heads, {:,} tokens".format(*most)
+        figure.suptitle(f"{title}: {sizes_of}\nFull points: lists per head. Hollow: per group.")
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
@@ -184,5 +186,7 @@ def panel(axes: Any, rows: Sequence[dict], field: str, scale: float, value: str)
             label = method if selection == "head" else None
             style = {"color": color, "markerfacecolor": face, "markersize": 4, "linewidth": 1}
             axes.plot(x, y, "o-", label=label, **style)
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.xaxis.set_minor_formatter("")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
