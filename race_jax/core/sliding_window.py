@@ -11,6 +11,7 @@ state is the last w tokens.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ class WindowState:
     Attributes:
       key: ``(B, w, K, H)``.
       value: ``(B, w, K, V)``.
-      segments: ``(B, w)`` int32, the segment of each token, or -1 where there is none yet.
+      segments: ``(B, w)`` int32, the segment of each token, or -1 where there is none. Tokens of
+        segments that have ended count as none.
       segment: ``(B,)`` int32, the segment of the last token, or -1 before the first token.
 
     Example:
@@ -96,14 +98,16 @@ def sliding_window_attention(
         or None.
       key_value_mask: ``(B, T)`` bool, True where there is a token.
       segment_ids: ``(B, T)`` int >= 0, in contiguous runs. A token sees only its own segment.
-      initial_state: the state of earlier tokens, which this call continues.
+      initial_state: the state of earlier tokens, which this call continues. The keys and values of
+        new tokens are rounded to its dtype.
       return_state: whether to return the state after the last token as well.
 
     Returns:
       The output ``(B, T, N, V)``, or the output and a `WindowState`. Padded slots give zeros.
 
     Raises:
-      ValueError: if shapes do not fit, or the window is not that of the state.
+      ValueError: if shapes do not fit, or the state has another window, batch or heads.
+      TypeError: if query, key or value are not floating, or the window is not an integer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -120,7 +124,8 @@ def sliding_window_attention(
     masking.check_segment_ids(segment_ids, (batch, length), key_value_mask)
     state = initial_state
     if state is None:
-        state = WindowState.init(batch, window, kv_heads, key.shape[3], value_dim, key.dtype)
+        dtype = jnp.promote_types(key.dtype, value.dtype)
+        state = WindowState.init(batch, window, kv_heads, key.shape[3], value_dim, dtype)
     tokens = {"query": query, "key": key, "value": value}
     masks = {"mask": key_value_mask, "segment_ids": segment_ids}
     masks = {name: x for name, x in masks.items() if x is not None}
@@ -155,6 +160,16 @@ def _attend(
         ids = jnp.broadcast_to(jnp.maximum(last, 0)[:, None], (batch, length))
     if not length:
         return jnp.zeros((*query.shape[:3], value.shape[3]), value.dtype), state
+    # Runs of one segment are numbered from that of the state, which is run 0. The id of a segment
+    # that has ended may come again in a later call, for another document.
+    runs = jnp.cumsum(
+        ids != jnp.concatenate([state.segment[:, None], ids[:, :-1]], axis=1),
+        axis=1,
+        dtype=jnp.int32,
+    )
+    last_run = runs[:, -1:]
+    held = (state.segments >= 0) & (state.segments == state.segment[:, None])
+    held = jnp.where(held, 0, EMPTY)
     count = jnp.full_like(last, length)
     if mask is not None:  # the tokens move to the front, and padding behind them
         order = jnp.argsort(~mask, axis=1, stable=True)
@@ -163,23 +178,24 @@ def _attend(
             for x in (query, key, value)
         )
         count = mask.sum(axis=1, dtype=jnp.int32)
-        ids = jnp.take_along_axis(ids, order, axis=1)
-        ids = jnp.where(jnp.arange(length) < count[:, None], ids, EMPTY)
+        runs = jnp.take_along_axis(runs, order, axis=1)
+        runs = jnp.where(jnp.arange(length) < count[:, None], runs, EMPTY)
     keys = jnp.concatenate([state.key, key.astype(state.key.dtype)], axis=1)
     values = jnp.concatenate([state.value, value.astype(state.value.dtype)], axis=1)
-    all_ids = jnp.concatenate([state.segments, ids], axis=1)
+    all_runs = jnp.concatenate([held, runs], axis=1)
     newest = lambda x: jax.vmap(  # noqa: E731
         lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, window)
     )(x, count)
-    after = WindowState(newest(keys), newest(values), newest(all_ids), last)
-    out = _over_blocks(query, keys, values, ids, all_ids, rope_base, slopes).astype(value.dtype)
+    segments = jnp.where(newest(all_runs) == last_run, last[:, None], EMPTY)
+    after = WindowState(newest(keys), newest(values), segments, last)
+    out = _over_blocks(query, keys, values, runs, all_runs, rope_base, slopes).astype(value.dtype)
     if mask is not None:
         back = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         out = masking.select_tokens(jnp.take_along_axis(out, back[..., None, None], axis=1), mask)
     return out, after
 
 
-def _over_blocks(query, keys, values, ids, all_ids, rope_base, slopes) -> jax.Array:
+def _over_blocks(query, keys, values, runs, all_runs, rope_base, slopes) -> jax.Array:
     """Returns the outputs ``(B, T, N, V)``. Token t stands at slot w + t of the keys."""
     batch, length, heads, width = query.shape
     kv_heads, window = keys.shape[2], keys.shape[1] - length
@@ -211,8 +227,8 @@ def _over_blocks(query, keys, values, ids, all_ids, rope_base, slopes) -> jax.Ar
     distance = place[:, None] - slot
     if slopes is not None:
         logits -= slopes.astype(dtype)[..., None, None] * distance
-    own = pad(ids, EMPTY).reshape(batch, number, block)
-    other = seen(all_ids, EMPTY)
+    own = pad(runs, EMPTY).reshape(batch, number, block)
+    other = seen(all_runs, EMPTY)
     visible = (own[..., None] == other[:, :, None]) & (other >= 0)[:, :, None]
     visible &= (distance >= 0) & (distance < window)
     visible = visible[:, :, None, None]
@@ -243,10 +259,24 @@ def _check(query, key, value, window: int, state: WindowState | None) -> None:
         raise ValueError(
             f"query and key must have one width, and N must be a multiple of K; {shapes}"
         )
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating, got {array.dtype}")
+    if isinstance(window, bool) or not isinstance(window, numbers.Integral):
+        raise TypeError(f"window must be an integer, got {window!r}")
     if window < 1:
         raise ValueError(f"window must be at least 1 token, got {window}")
-    if state is not None and state.key.shape[1] != window:
+    if state is None:
+        return
+    if state.key.shape[1] != window:
         raise ValueError(
             f"the state holds the last {state.key.shape[1]} tokens, and window={window}; continue "
             "with the window that the state was made with"
         )
+    for name, held, new in (("key", state.key, key), ("value", state.value, value)):
+        wanted = (new.shape[0], window, *new.shape[2:])
+        if held.shape != wanted:
+            raise ValueError(
+                f"initial_state.{name} has shape {held.shape}, and these tokens need {wanted}; "
+                "pass the state of an earlier call with them, or WindowState.init"
+            )

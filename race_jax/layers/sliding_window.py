@@ -8,6 +8,7 @@ It remembers nothing older than its window. In a hybrid model it stands between 
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import ClassVar
 
 import jax
@@ -37,6 +38,8 @@ class SlidingWindowConfig(PairsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.window, bool) or not isinstance(self.window, numbers.Integral):
+            raise ValueError(f"window must be an integer, got {self.window!r}.")
         if self.window < 1:
             raise ValueError(f"window must be at least 1 token, got {self.window}.")
 
