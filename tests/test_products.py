@@ -53,3 +53,12 @@ def test_the_backward_pass_has_operands_of_one_dtype():
     ]
     assert len(found) >= 2
     assert np.all(np.array(found) == "bfloat16")
+
+
+def test_wide_products_have_a_hessian(rng, assert_close):
+    x, kernel = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((1, 2, 3), (3, 4)))
+    got, want = (
+        jax.hessian(lambda x, product=product: (product(x, kernel) ** 3).sum())(x)
+        for product in (products.wide, lambda x, kernel: jnp.tensordot(x, kernel, axes=1))
+    )
+    assert_close("hessian", got, want, kind="gradients")

@@ -87,8 +87,7 @@ def wide(x: jax.Array, kernel: jax.Array, precision: jax.lax.PrecisionLike = Non
     return _wide(*vary_alike((x, kernel), (TOKENS, TOKENS)), precision)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _wide(x, kernel, precision) -> jax.Array:
+def _plain(x, kernel, precision) -> jax.Array:
     return _product(x, kernel, precision, jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -98,8 +97,11 @@ def _product(x, kernel, precision, dtype) -> jax.Array:
     )
 
 
+_wide = jax.custom_vjp(_plain, nondiff_argnums=(2,))
+
+
 def _wide_forward(x, kernel, precision) -> tuple[jax.Array, tuple]:
-    return _wide(x, kernel, precision), (x, kernel)
+    return _plain(x, kernel, precision), (x, kernel)
 
 
 def _wide_backward(precision, residuals, d_y) -> tuple[jax.Array, jax.Array]:

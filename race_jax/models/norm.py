@@ -19,7 +19,8 @@ class LayerNorm(nnx.LayerNorm):
 
     The variance is the mean of squared differences from the mean, which XLA computes on a GPU with
     the values of a token in registers. The backward pass keeps x and computes mean and variance
-    again, in the same pass over x as its own sums. So it supports reverse mode only.
+    again, in the same pass over x as its own sums. It supports reverse mode, and forward mode over
+    it, which ``jax.hessian`` takes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -38,8 +39,7 @@ class LayerNorm(nnx.LayerNorm):
         return y.astype(self.dtype or y.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+def _plain(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
     """Returns y in float32 or wider."""
     wide = x.astype(jnp.result_type(x, scale, jnp.float32))
     centered = wide - wide.mean(axis=-1, keepdims=True)
@@ -48,8 +48,11 @@ def _normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
     return normal * _beside(x, scale) + _beside(x, bias)
 
 
+_normalize = jax.custom_vjp(_plain, nondiff_argnums=(3,))
+
+
 def _forward(x, scale, bias, epsilon) -> tuple[jax.Array, tuple]:
-    return _normalize(x, scale, bias, epsilon), (x, scale, bias)
+    return _plain(x, scale, bias, epsilon), (x, scale, bias)
 
 
 def _backward(epsilon, residuals, d_y) -> tuple[jax.Array, jax.Array, jax.Array]:

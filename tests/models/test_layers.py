@@ -106,3 +106,10 @@ def test_the_norm_is_that_of_flax(rng, dtype, mean, assert_close):
     assert_close("outputs", got, want, kind="outputs", dtype=dtype)
     got, want = jax.tree.leaves(d_got), jax.tree.leaves(d_want)
     assert_close("gradients", got, want, kind="gradients", dtype=dtype)
+
+
+def test_the_norm_has_a_hessian(rng, assert_close):
+    x = jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
+    ours, flax_s = (norm(5, rngs=nnx.Rngs(0)) for norm in (LayerNorm, nnx.LayerNorm))
+    got, want = (jax.hessian(lambda x, f=f: (f(x) ** 3).sum())(x) for f in (ours, flax_s))
+    assert_close("hessian", got, want, kind="gradients")
