@@ -96,7 +96,8 @@ def _attention(config: Config, mesh: Mesh, is_causal: bool) -> tuple[str, str]:
         for name in config.model.attentions
     ]
     names, reasons = (list(dict.fromkeys(texts)) for texts in zip(*described, strict=True))
-    name = f"; in one block of {config.model.hybrid_every}, ".join(names)
+    every = min(config.model.hybrid_every, config.model.num_layers)
+    name = f"; in one block of {every}, ".join(names)
     return name, "; ".join(reasons)
 
 
