@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from race_jax.layers.positions import alibi_bias, alibi_slopes, rotate
+from race_jax.core.rotary import rotate
+from race_jax.layers.positions import alibi_bias, alibi_slopes
 
 
 class Pairs(NamedTuple):

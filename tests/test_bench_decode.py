@@ -1,6 +1,7 @@
 """The benchmark of decoding: what it counts, how good selections are, and its tables."""
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from benchmarks.decode_quality import draw_runs, kept_mask, recall_and_mass
 from benchmarks.decode_runs import Bench, Limits, Pool, runs_quality
 from benchmarks.timing import Clock
 from race_jax.sparse import Report, SparseCache, SparseConfig
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.once
 
@@ -189,3 +192,14 @@ def test_a_dry_run_measures_nothing(capsys, tmp_path):
     assert "B = 1, K = 8, S = 1,024" in out
     assert out.rstrip().endswith("cells")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_figure_of_the_pages_is_drawn_again(tmp_path, capsys):
+    """The figure in docs/ is what `--draw` makes of the rows beside it."""
+    rows = ROOT / "docs" / "figures" / "decode_h100.json"
+    bench_decode.main(["--draw", str(rows), "--out", str(tmp_path / "drawn.json")])
+    drawn = (tmp_path / "drawn.svg").read_text()
+    assert "131,072 tokens" in drawn
+    assert "quantized, 4 bits" in drawn
+    assert "131,072 tokens" in rows.with_suffix(".svg").read_text()
+    assert "drawn.svg has the figure" in capsys.readouterr().out

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from race_jax.core import chunks, masking, shards
 from race_jax.core.chunks import CHUNK
+from race_jax.core.shapes import check_heads
 from race_jax.core.state import EMPTY
 
 
@@ -93,7 +94,10 @@ def run_chunks(
     Raises:
       ValueError: if shapes do not fit.
     """
-    _check(query, key, value, others)
+    check_heads(query, key, value)
+    for name, x in others.items():
+        if x.shape[:3] != key.shape[:3]:
+            raise ValueError(f"{name} must start with (B, T, K) = {key.shape[:3]}, got {x.shape}")
     batch, length, kv_heads, value_dim = value.shape
     masking.check_key_value_mask(key_value_mask, (batch, length))
     masking.check_segment_ids(segment_ids, (batch, length), key_value_mask)
@@ -150,20 +154,3 @@ def _scan(
     state, rows = jax.lax.scan(one, state, chunks.cut(arrays))
     rows = chunks.join(rows, length).reshape(batch, length, heads, value_dim)
     return masking.select_tokens(rows, mask), dataclasses.replace(state, segment=last)
-
-
-def _check(
-    query: jax.Array, key: jax.Array, value: jax.Array, others: dict[str, jax.Array]
-) -> None:
-    shapes = f"got query {query.shape}, key {key.shape}, value {value.shape}"
-    if not query.ndim == key.ndim == value.ndim == 4:
-        raise ValueError(f"query, key and value must have 4 axes (B, T, heads, size); {shapes}")
-    if key.shape[:3] != value.shape[:3] or query.shape[:2] != key.shape[:2]:
-        raise ValueError(f"query, key and value must agree in (B, T), key and value in K; {shapes}")
-    if query.shape[3] != key.shape[3] or query.shape[2] % max(key.shape[2], 1):
-        raise ValueError(
-            f"query and key must have one width, and N must be a multiple of K; {shapes}"
-        )
-    for name, x in others.items():
-        if x.shape[:3] != key.shape[:3]:
-            raise ValueError(f"{name} must start with (B, T, K) = {key.shape[:3]}, got {x.shape}")

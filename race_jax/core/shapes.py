@@ -35,3 +35,16 @@ Sharpness = Float[jax.Array, "K"]
 
 Axis = str | tuple[str, ...]  # the mesh axis, or axes, that split a sequence
 Size = Any  # the size of an axis: an int, or a symbolic size of jax.export
+
+
+def check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+    """Raises ValueError unless these are (B, T, N, H), (B, T, K, H) and (B, T, K, V)."""
+    shapes = f"got query {query.shape}, key {key.shape}, value {value.shape}"
+    if not query.ndim == key.ndim == value.ndim == 4:
+        raise ValueError(f"query, key and value must have 4 axes (B, T, heads, size); {shapes}")
+    if key.shape[:3] != value.shape[:3] or query.shape[:2] != key.shape[:2]:
+        raise ValueError(f"query, key and value must agree in (B, T), key and value in K; {shapes}")
+    if query.shape[3] != key.shape[3] or query.shape[2] % max(key.shape[2], 1):
+        raise ValueError(
+            f"query and key must have one width, and N must be a multiple of K; {shapes}"
+        )

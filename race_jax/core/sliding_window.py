@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from race_jax.core import masking, shards
+from race_jax.core.rotary import rotate
+from race_jax.core.shapes import check_heads
 from race_jax.core.state import EMPTY
 
 
@@ -220,7 +222,7 @@ def _over_blocks(query, keys, values, runs, all_runs, rope_base, slopes) -> jax.
     key, value = seen(keys), seen(values)
     slot, place = jnp.arange(window + block), window + jnp.arange(block)
     if rope_base is not None:
-        query, key = rotated(query, place, rope_base), rotated(key, slot, rope_base)
+        query, key = rotate(query, place, rope_base), rotate(key, slot, rope_base)
     query = query.reshape(batch, number, block, kv_heads, heads // kv_heads, width)
     logits = jnp.einsum("bctkgh,bcskh->bckgts", query, key, preferred_element_type=dtype)
     logits *= width**-0.5
@@ -238,27 +240,8 @@ def _over_blocks(query, keys, values, runs, all_runs, rope_base, slopes) -> jax.
     return out.reshape(batch, number * block, heads, -1)[:, :length]
 
 
-def rotated(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Turns pair i of the vectors ``(..., P, heads, H)`` by ``p base**(-2 i / H)``."""
-    half = x.shape[-1] // 2
-    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, None, None].astype(jnp.float32) * frequencies
-    cosine, sine = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
 def _check(query, key, value, window: int, state: WindowState | None) -> None:
-    shapes = f"got query {query.shape}, key {key.shape}, value {value.shape}"
-    if not query.ndim == key.ndim == value.ndim == 4:
-        raise ValueError(f"query, key and value must have 4 axes (B, T, heads, size); {shapes}")
-    if key.shape[:3] != value.shape[:3] or query.shape[:2] != key.shape[:2]:
-        raise ValueError(f"query, key and value must agree in (B, T), key and value in K; {shapes}")
-    if query.shape[3] != key.shape[3] or query.shape[2] % max(key.shape[2], 1):
-        raise ValueError(
-            f"query and key must have one width, and N must be a multiple of K; {shapes}"
-        )
+    check_heads(query, key, value)
     for name, array in (("query", query), ("key", key), ("value", value)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} must be floating, got {array.dtype}")

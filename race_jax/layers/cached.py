@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from race_jax.layers.positions import alibi_slopes, rotate
+from race_jax.core.rotary import rotate
+from race_jax.layers.positions import alibi_slopes
 from race_jax.layers.self_attention import AttentionState, Call, SelfAttention, check_fits
 from race_jax.sparse.attention import dense_decode_attention, query_positions
 from race_jax.sparse.cache import KVCache

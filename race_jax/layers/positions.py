@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from race_jax.core import masking
+from race_jax.core.rotary import rotate
 from race_jax.layers.self_attention import AttentionConfig
-
-ROPE_BASE = 10_000.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,33 +64,6 @@ def place(
     if scheme == "rope":
         return rotate(query, positions), rotate(key, positions), None
     return query, key, alibi_bias(query.shape[2], positions) if scheme == "alibi" else None
-
-
-def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
-    r"""Applies rotary positions, which turn pair i of a head by :math:`p \cdot 10000^{-2i/H}`.
-
-    Args:
-        x: shape (B, T, N, H), with H even. Pair i is (x[i], x[i + H/2]).
-        positions: shape (B, T) int32, the position p of each token.
-
-    Returns:
-        Shape (B, T, N, H), with the dtype of x. Angles and products are float32.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from race_jax.layers.positions import rotate
-        >>> rotate(jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1), jnp.int32)).tolist()
-        [[[[1.0, 1.0]]]]
-
-    Source: Su et al. 2021 (RoFormer), section 3.2.2.
-    """
-    half = x.shape[-1] // 2
-    frequencies = ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
-    cosine, sine = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def alibi_bias(num_heads: int, positions: jax.Array) -> jax.Array:

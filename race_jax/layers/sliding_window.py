@@ -14,8 +14,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from race_jax.core.rotary import ROPE_BASE
 from race_jax.core.sliding_window import WindowState, sliding_window_attention
-from race_jax.layers.positions import ROPE_BASE, PairsConfig, alibi_slopes
+from race_jax.layers.positions import PairsConfig, alibi_slopes
 from race_jax.layers.self_attention import Call, SelfAttention
 
 

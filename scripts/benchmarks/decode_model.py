@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.decode_quality import exact_logits, kept_mask, recall_and_mass
-from race_jax.layers.positions import rotate
+from race_jax.core.rotary import rotate
 from race_jax.layers.softmax import SoftmaxAttention
 from race_jax.models import TransformerLM
 from race_jax.models.decode import room_for

@@ -77,7 +77,14 @@ def start(folder: pathlib.Path, run: str, *words: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=hear_signals,
     )
+
+
+def hear_signals() -> None:
+    """Undoes what `nohup`, or a shell for a job in the background, has set to be ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
@@ -171,9 +178,12 @@ def test_the_reader_leaves_and_the_terminal_closes(folder):
     """No line can be printed, from the first one on. SIGHUP still saves a checkpoint."""
     process = start(folder, "unread", "--config.run.steps=1000000")
     process.stdout.close()
-    wait_for_step(process, folder / "unread", EVERY // 2)
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=240) == 75
+    try:
+        wait_for_step(process, folder / "unread", EVERY // 2)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(timeout=240) == 75
+    finally:
+        process.kill()
     assert list(checkpoint_folder(folder / "unread").glob("[0-9]*/digests.json"))
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from race_jax.layers.positions import alibi_bias, rotate
+from race_jax.core.rotary import rotate
+from race_jax.layers.positions import alibi_bias
 from race_jax.models.layers import gelu, token_positions
 from race_jax.models.norm import LayerNorm
 
