@@ -167,6 +167,11 @@ class ModelConfig:
         if self.hybrid is not None:
             _require_choice("hybrid", self.hybrid, tuple(registry.ATTENTIONS))
             _require_positive_integer("hybrid_every", self.hybrid_every)
+            if self.hybrid == self.attention:
+                raise ValueError(
+                    f"hybrid={self.hybrid!r} is the attention of all other blocks as well; leave "
+                    "it out, or choose another one."
+                )
             if min(self.hybrid_every, self.num_layers) < 2:
                 raise ValueError(
                     f"hybrid={self.hybrid!r} needs hybrid_every and num_layers of at least 2, so "

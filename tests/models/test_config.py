@@ -77,6 +77,7 @@ def test_a_bad_field_is_named_with_its_value(changes):
         ({"implementation": "cudnn"}, "implementation must be one of None, 'xla', 'pallas'"),
         ({"positions": "rope"}, "positions='rope' does not go with attention='race', which takes"),
         ({"hybrid": "window"}, "hybrid='window' is unknown; choose one of"),
+        ({"hybrid": "race"}, "hybrid='race' is the attention of all other blocks as well"),
         ({"hybrid": "softmax", "hybrid_every": 1}, "at least 2, so .* got hybrid_every=1"),
         ({"hybrid": "softmax", "num_layers": 1}, "at least 2, so .* num_layers=1"),
         ({"hybrid": "linear", "positions": "rope"}, "with attention='race' and 'linear', which"),
