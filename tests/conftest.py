@@ -272,10 +272,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the examples of docstrings `once`, like those of README and docs."""
+    """Marks the examples of docstrings `once`, like those of README and docs, and orders tests."""
     for item in items:
         if isinstance(item, pytest.DoctestItem):
             item.add_marker(pytest.mark.once)
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)  # others keep their order
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

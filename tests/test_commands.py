@@ -144,6 +144,7 @@ def test_shell_commands_are_found():
     ]
 
 
+@pytest.mark.first
 def test_every_command_of_the_pages_runs_in_order(copy):
     # The variables that `make test ARGS=...` was given must not reach the commands of the pages.
     make = ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL")

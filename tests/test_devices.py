@@ -11,9 +11,12 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 FOLDER = pathlib.Path(__file__).parent / "devices"
 
 
+@pytest.mark.first
 def test_everything_on_eight_devices(request):
     command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-p", "no:cacheprovider"]
     command += ["-m", request.config.getoption("markexpr")]

@@ -400,6 +400,7 @@ def test_a_table_of_runs_that_were_never_started_is_shown_as_unfinished(tmp_path
 
 
 @pytest.mark.once
+@pytest.mark.first
 def test_a_tiny_table_is_trained_stopped_continued_and_kept(tmp_path):
     out = tmp_path / "out"
     command = [
