@@ -8,8 +8,8 @@ differs between Python versions, so losses can only be compared if the digests t
 the start are the same.
 
 Command:  .venv/bin/python scripts/train_lm.py --config configs/lm_default.py
-Hardware: 2 CPU cores, 195 s
-Result:   2.04 bits per byte on held-out files (library of CPython 3.11.7; xz -9e needs 1.86)
+Hardware: 2 CPU cores, about 195 s
+Result:   2.02 bits per byte on held-out files (library of CPython 3.11.7; xz -9e needs 1.86)
 """
 
 from race_jax.train.config import Config
