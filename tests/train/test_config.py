@@ -169,7 +169,7 @@ def test_help_lists_every_field_with_its_meaning():
             ), field.name
     assert "  --config.run.steps=500 (int)\n      number of optimizer steps." in text
     assert "  --config.run.max_seconds=none (float or none)\n      seconds after" in text
-    assert "  --config.model.race.num_tables=16 (int)\n      the number of hash tables L." in text
+    assert "  --config.model.race.num_tables=8 (int)\n      the number of hash tables L." in text
     assert "  --config.model.linear.half_life=none (float or none)\n      the longest" in text
     assert "epsilon" not in help_lines(["--config=nowhere.py"])
 
