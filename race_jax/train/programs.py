@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 # Products of matrices by cuBLASLt take biases, GELUs and sums with them. XLA's own products leave
 # each of these to a pass over memory, and are compiled in dozens of forms to find the fastest.
-# The parts of a program are compiled by 16 threads. More threads than cores do no harm.
+# The parts of a program are compiled by 16 threads.
 GPU_OPTIONS = {
     "xla_gpu_enable_cublaslt": True,
     "xla_gpu_enable_triton_gemm": False,

@@ -40,12 +40,14 @@ def with_parts(method: Method, label: str) -> Method:
     return method.but(f"{method.name}_full", label, change)
 
 
-def hybrid(method: Method, name: str, label: str, second: str, every: int, **values: Any) -> Method:
-    """Returns a method whose every so-many-th block has a second attention, with all parts."""
-    change = {"model.hybrid": second, "model.hybrid_every": every}
-    return method.but(
-        name, label, change | values.pop("model", {}) | options(second, **PARTS, **values)
-    )
+def hybrid(method: Method, name: str, label: str, second: str, **values: Any) -> Method:
+    """Returns a method whose every 4th block has a second attention, with ALiBi and all parts."""
+    change = {
+        "model.hybrid": second,
+        "model.hybrid_every": 4,
+        "model.positions": "alibi",
+    }
+    return method.but(name, label, change | options(second, **PARTS, **values))
 
 
 def race(name: str, label: str, **values: Any) -> Method:
@@ -116,19 +118,14 @@ RACE_WIDE = RACE_SMOOTH.but(
 RACE_BEST = RACE_WIDE.but(
     "race_best", "RACE, all parts, without tanh, P = 2, L = 16, no positions", NO_POSITIONS
 )
-ALIBI = {"model.positions": "alibi"}
 RACE_WINDOW = hybrid(
     RACE_BEST,
     "race_window",
     "RACE, every 4th block a window of 256 tokens, ALiBi",
     "sliding_window",
-    4,
-    model=ALIBI,
     window=256,
 )
-RACE_HYBRID = hybrid(
-    RACE_BEST, "race_hybrid", "RACE, every 4th block softmax, ALiBi", "softmax", 4, model=ALIBI
-)
+RACE_HYBRID = hybrid(RACE_BEST, "race_hybrid", "RACE, every 4th block softmax, ALiBi", "softmax")
 
 # What the parts of RACE are worth: each differs from RACE_FULL or RACE_BEST by one change.
 RACE_FORMS = (
