@@ -41,6 +41,15 @@ def get_config():
     return config
 """
 
+# Undoes what `nohup`, or a shell for a job in the background, has set to be ignored, and becomes
+# the command. A function for Popen's preexec_fn would fork, which JAX warns about.
+HEAR_SIGNALS = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -71,20 +80,13 @@ def start(folder: pathlib.Path, run: str, *words: str) -> subprocess.Popen:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.Popen(
-        [*command(folder, run), *words],
+        [sys.executable, "-c", HEAR_SIGNALS, *command(folder, run), *words],
         cwd=folder,
         env=os.environ | cache | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=hear_signals,
     )
-
-
-def hear_signals() -> None:
-    """Undoes what `nohup`, or a shell for a job in the background, has set to be ignored."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
