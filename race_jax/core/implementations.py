@@ -85,7 +85,7 @@ class Plan:
     def _flat(self, d_z: jax.Array, like: jax.Array) -> jax.Array:
         if d_z.shape == like.shape:
             return d_z
-        d_z = d_z.reshape(*like.shape[:3], 1, -1)
+        d_z = d_z.reshape(*like.shape[:3], 1, math.prod(d_z.shape[3:]))
         return jnp.pad(d_z, [(0, 0)] * 4 + [(0, like.shape[4] - d_z.shape[4])])
 
 

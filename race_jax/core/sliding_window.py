@@ -237,7 +237,7 @@ def _over_blocks(query, keys, values, runs, all_runs, rope_base, slopes) -> jax.
     weights = jax.nn.softmax(logits, axis=-1, where=visible)
     weights = jnp.where(visible, weights, 0.0).astype(value.dtype)
     out = jnp.einsum("bckgts,bcskv->bctkgv", weights, value, preferred_element_type=dtype)
-    return out.reshape(batch, number * block, heads, -1)[:, :length]
+    return out.reshape(batch, number * block, heads, out.shape[-1])[:, :length]
 
 
 def _check(query, key, value, window: int, state: WindowState | None) -> None:

@@ -87,6 +87,8 @@ def attend_and_keep(
         NotImplementedError: if there are segments, or a sparse cache does not go with the method.
     """
     _check(call, scheme, rule)
+    if not query.shape[1]:
+        return jnp.zeros((*query.shape[:3], value.shape[3]), value.dtype), call.memory
     if scheme == "rope":
         query, key = rotate(query, call.positions), rotate(key, call.positions)
     tokens = {"key": key, "value": value, "key_value_mask": call.mask}

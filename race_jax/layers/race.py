@@ -495,4 +495,4 @@ def _of_heads(out: Callable) -> Callable:
     """Returns `out` as a function of heads (B, T, N, V), which an nnx.Linear takes concatenated."""
     if not isinstance(out, nnx.Linear):
         return out
-    return lambda heads: out(heads.reshape(*heads.shape[:2], -1))
+    return lambda heads: out(heads.reshape(*heads.shape[:2], heads.shape[2] * heads.shape[3]))

@@ -130,7 +130,7 @@ class SparseCache:
         parts = _tiled(kv, planes, coding)
         pages = None
         if size is not None:
-            pages = _bounds(kv.key.reshape(len(kv.length), -1, size, *kv.key.shape[2:]))
+            pages = _bounds(kv.key.reshape(len(kv.length), kv.capacity // size, size, *kv.key.shape[2:]))
         return cls(kv, **parts, pages=pages, planes=planes, config=config)
 
     @property
@@ -167,7 +167,8 @@ class SparseCache:
         if pages is not None:
             size = self.config.coding().page_size
             touched = old[:, None] // size + jnp.arange(-(-count // size) + 1)
-            at = (touched[..., None] * size + jnp.arange(size)).reshape(len(old), -1)
+            at = touched[..., None] * size + jnp.arange(size)
+            at = at.reshape(len(old), touched.shape[1] * size)
             keys = kv.key.at[rows, at].get(mode="clip")
             found = _bounds(keys.reshape(*touched.shape, size, *keys.shape[2:]))
             pages = _written(pages, found, rows, touched)
@@ -242,7 +243,8 @@ def _tiled(kv: KVCache, planes: jax.Array, coding: Any) -> dict[str, Any]:
     whole = kv.capacity // codes.TILE * codes.TILE
 
     def tiles(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x[:, :whole].reshape(len(x), -1, codes.TILE, *x.shape[2:]), 1, 0)
+        x = x[:, :whole].reshape(len(x), whole // codes.TILE, codes.TILE, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
 
     parts = jax.lax.map(lambda pair: _code(*pair, planes, coding), (tiles(kv.key), tiles(kv.value)))
     rest = _code(kv.key[:, whole:], kv.value[:, whole:], planes, coding)

@@ -99,7 +99,7 @@ def dense(
         cpu=functools.partial(_grouped, rule, min(CPU_BLOCK, cache.capacity)),
         default=functools.partial(_grouped, rule, min(OTHER_BLOCK, cache.capacity)),
     )
-    return out.reshape(batch, length, heads, -1).astype(cache.value.dtype)
+    return out.reshape(batch, length, heads, out.shape[-1]).astype(cache.value.dtype)
 
 
 def _grouped(rule: Rule, block: int, queries: _Query, cache: KVCache) -> jax.Array:
@@ -207,4 +207,4 @@ def listed(query: jax.Array, cache: KVCache, selection: Selection) -> jax.Array:
     mass = jnp.maximum(weights.sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     value = jnp.where(real[..., None], value, 0)  # slot 0 of an empty row may hold NaN
     out = jnp.einsum("btmgs,btmsv->btmgv", weights, value) / mass
-    return out.reshape(batch, length, heads, -1).astype(cache.value.dtype)
+    return out.reshape(batch, length, heads, out.shape[-1]).astype(cache.value.dtype)

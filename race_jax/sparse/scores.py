@@ -162,12 +162,12 @@ def unit(query: jax.Array, cache: SparseCache, config: SparseConfig) -> jax.Arra
 
 def _grouped(x: jax.Array, kv_heads: int) -> jax.Array:
     """``(B, T, N, X)`` as ``(B, T, K, G, X)``."""
-    return x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1])
+    return x.reshape(*x.shape[:2], kv_heads, x.shape[2] // kv_heads, x.shape[-1])
 
 
 def _joined(x: jax.Array) -> jax.Array:
     """``(B, T, K, G, C)`` as ``(B, T, N, C)``."""
-    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], x.shape[-1])
 
 
 def _per_query_head(x: jax.Array, query: jax.Array) -> jax.Array:

@@ -91,7 +91,8 @@ def xla_scores(query, cache: SparseCache, config: SparseConfig, positions) -> ja
     if config.selection == "head":
         return found
     found = found * scorers.unit(query, cache, config)
-    return found.reshape(*found.shape[:2], cache.kv.key.shape[2], -1, found.shape[-1]).max(3)
+    kv_heads = cache.kv.key.shape[2]
+    return found.reshape(*found.shape[:2], kv_heads, found.shape[2] // kv_heads, found.shape[-1]).max(3)
 
 
 def kernel_scores(query, cache: SparseCache, config: SparseConfig, positions) -> jax.Array:

@@ -1,5 +1,6 @@
 """Tests of the language model as a whole: causality, packing, padding, positions and gradients."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -308,10 +309,22 @@ def test_train_and_eval_switch_dropout():
         bare(tokens)
 
 
-@pytest.mark.parametrize("name", ["race with everything", "softmax rope"])
-def test_a_batch_of_no_sequences_gives_none(name):
-    tokens = jnp.zeros((0, 5), jnp.int32)
-    assert jax.eval_shape(compiled(name).model, tokens).shape == (0, 5, VOCAB)
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)], ids=["no sequence", "no token"])
+@pytest.mark.parametrize("name", ["race with everything", "softmax rope", "sliding window"])
+def test_empty_tokens_give_empty_logits(name, shape):
+    """Also with a state, which is then what it was."""
+    model, tokens = compiled(name).model, jnp.zeros(shape, jnp.int32)
+    room = (8,) if "softmax" in name else ()
+    state = model.init_state(shape[0], *room)
+
+    def call(state):
+        return model(tokens), model(tokens, state=state)
+
+    logits, (again, after) = jax.eval_shape(call, state)
+    assert logits.shape == again.shape == (*shape, VOCAB)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    if not shape[1]:
+        chex.assert_trees_all_equal(model(tokens, state=state)[1], state)
 
 
 def test_a_token_outside_the_vocabulary_is_not_a_number():

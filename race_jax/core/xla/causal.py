@@ -290,7 +290,7 @@ def _join_outputs(out: jax.Array, operands: Operands) -> jax.Array:
 
 def _pad_d_out(operands: Operands, d_out: jax.Array, plan: Layout) -> jax.Array:
     kv_heads = operands.value.shape[2]
-    grouped = d_out.reshape(*d_out.shape[:2], kv_heads, -1, d_out.shape[-1])
+    grouped = d_out.reshape(*d_out.shape[:2], kv_heads, d_out.shape[2] // kv_heads, d_out.shape[-1])
     return pad_time(grouped, plan.length)
 
 
