@@ -22,6 +22,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests import quick
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Names the file of `--margins`, also for the Pythons that tests start.
 MARGINS = "RACE_JAX_TEST_MARGINS"
@@ -190,6 +192,8 @@ def _record(comparison: dict[str, Any]) -> None:
 def run_fresh_python(script: str, *, devices: int = 1, timeout: float = 900) -> str:
     """Runs a script in a new Python with that number of CPU devices, and returns its output."""
     settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    if devices > 1:
+        settings |= quick.environment()
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         env=os.environ | settings | {"PYTHONPATH": str(ROOT)},
@@ -201,6 +205,15 @@ def run_fresh_python(script: str, *, devices: int = 1, timeout: float = 900) -> 
     )
     assert done.returncode == 0, f"the script failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation(request):
+    """XLA without its expensive passes in the places that tests/quick.py names."""
+    is_quick = quick.is_for(request.path)
+    jax.config.update("jax_disable_most_optimizations", is_quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ import numpy as np
 
 import race_jax
 from race_jax.core import reference
+from tests import quick
 
 Arrays = dict[str, Any]
 STATE_FIELDS = ("numerator", "mass", "log_decay")
@@ -192,11 +193,7 @@ def call_and_differentiate(op: Callable[..., Any], problem: Problem) -> tuple[Ar
 # sizes, where the compiler takes nearly all of the time: its optimiser has nothing to add there.
 compiled_call = jax.jit(call, static_argnums=0)
 compiled_call_and_differentiate = jax.jit(call_and_differentiate, static_argnums=0)
-compiled_oracle = jax.jit(
-    call_and_differentiate,
-    static_argnums=0,
-    compiler_options={"xla_backend_optimization_level": 0},
-)
+compiled_oracle = quick.jit(call_and_differentiate, static_argnums=0)
 ORACLES = (reference.all_pairs, reference.token_by_token)
 
 

@@ -22,6 +22,7 @@ import race_jax
 from race_jax.core.linear import linear_attention
 from race_jax.models import ModelConfig, TransformerLM
 from race_jax.models.decode import Sampling, generate
+from tests import quick
 from tests.conftest import compare
 from tests.models.small import draw
 
@@ -186,13 +187,12 @@ def outputs_and_gradients(case: Case, shared: Any, split: dict) -> tuple:
 def compare_case(name: str, case: Case) -> None:
     """Runs a case in all three ways and compares."""
     run = functools.partial(outputs_and_gradients, case)
-    jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-    want, want_gradients = jax.device_get(jit(run)(case.shared, case.split))
+    want, want_gradients = jax.device_get(quick.jit(run)(case.shared, case.split))
     with jax.set_mesh(jax.make_mesh((2,), ("shards",))):
         given = jax.device_put(case.shared, WHOLE), jax.device_put(case.split, ROWS)
         inside = jax.shard_map(run, in_specs=(WHOLE, ROWS), out_specs=(ROWS, (WHOLE, ROWS)))
         for how, function in (("Explicit mesh", run), ("shard_map", inside)):
-            got, gradients = jit(function)(*given)
+            got, gradients = quick.jit(function)(*given)
             for x in jax.tree.leaves(got):
                 assert jax.typeof(x).sharding.spec[0] == "shards", jax.typeof(x)
             compare(f"{name}, {how}: ", got, want, kind="resumed")

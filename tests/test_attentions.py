@@ -3,8 +3,6 @@
 Outputs and the gradients of all parameters and of the input are compared by name.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +12,7 @@ from flax import nnx
 from race_jax.core import favor
 from race_jax.layers import registry
 from race_jax.models import ModelConfig, Transformer, TransformerLM
+from tests import quick
 from tests.attentions import DEFINITIONS, layer_by_definition
 from tests.models.small import draw
 
@@ -71,7 +70,7 @@ def test_a_layer_is_its_definition(rng, assert_close, case):
     packed = call if name == "linformer" else call | {"segment_ids": segments}
 
     # The optimizer of XLA would take most of the time here.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @quick.jit
     def both(variables, x):
         def run(function):
             # Queries in padded slots are not compared.

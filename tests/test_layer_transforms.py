@@ -1,6 +1,5 @@
 """The layers of both Flax flavours under vmap, scan with remat, and export with symbolic sizes."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from jax import export
 
 from race_jax import linen
 from race_jax.layers.race import RACEAttention
+from tests import quick
 
 BATCH, LENGTH, WIDTH, HEADS, LAYERS = 2, 6, 8, 2, 2
 OPTIONS = {"num_tables": 2, "num_planes": 2, "is_causal": True, "forget_gate": "data"}
@@ -93,7 +93,7 @@ def stack(request) -> Stack:
 
 
 # What is under test is the tracing; the optimiser of XLA would take most of the time.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+jit = quick.jit
 
 
 def at(tree, index):

@@ -1,17 +1,14 @@
 """Linear attention over given features equals its weights, written out for all pairs of tokens."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from race_jax.core.linear import linear_attention
+from tests import quick
 
 B, T, N, K, F, V = 2, 150, 4, 2, 5, 3
-# Both sides are compiled together, where the optimizer of XLA would take most of the time.
-unoptimized = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 OPTIONS = {
     "bidirectional": (),
     "bidirectional, masked": ("mask",),
@@ -67,7 +64,7 @@ def test_linear_attention_is_its_definition(name, rng, assert_close):
     cotangent = jnp.asarray(rng.normal(size=(B, T, N, V)), jnp.float32)
     kept = options.get("key_value_mask", jnp.ones((B, T), bool))[..., None, None]
 
-    @unoptimized
+    @quick.jit
     def both(arrays):
         def run(function):
             # A padded slot belongs to the segment before it. Its output is not compared.
@@ -89,7 +86,7 @@ def test_a_sequence_in_two_parts_is_the_whole(rng, assert_close):
         cut = {name: x[:, span] for name, x in arrays.items()}
         return linear_attention(**cut, is_causal=True, initial_state=state, return_state=True)
 
-    @unoptimized
+    @quick.jit
     def both(arrays):
         first, state = part(arrays, slice(0, 47), None)
         second, state = part(arrays, slice(47, T), state)

@@ -10,10 +10,9 @@ import pytest
 from race_jax.core.gated_delta import gated_delta_attention
 from race_jax.core.gated_linear import gated_linear_attention
 from race_jax.core.matrix_state import MatrixState
+from tests import quick
 
 B, T, N, K, H, V = 2, 75, 4, 2, 5, 3
-# Both sides are compiled together, where the optimizer of XLA would take most of the time.
-unoptimized = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 OPERATIONS = {
     "gated linear": (gated_linear_attention, {"log_decay": (K, H)}),
     "gated linear, one gate a head": (gated_linear_attention, {"log_decay": (K, 1)}),
@@ -72,7 +71,7 @@ def test_the_chunks_are_the_definition(rng, assert_close, name):
     cotangents = rng.normal(size=(B, T, N, V)), rng.normal(size=(B, K, H, V))
     cotangents = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), cotangents)
 
-    @unoptimized
+    @quick.jit
     def both(arrays, matrix):
         def run(function):
             def of(arrays, matrix):

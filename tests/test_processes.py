@@ -16,6 +16,7 @@ from race_jax.data.token_file import write_token_file
 from race_jax.data.tokenizer import ByteTokenizer
 from race_jax.train.config import Config
 from race_jax.train.loop import train
+from tests import quick
 from tests.train.small import small_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -46,8 +47,7 @@ def folder(tmp_path, monkeypatch):
         (tmp_path / f"{name}.txt").write_bytes(ids.tobytes())
         write_token_file(tmp_path / f"{name}.npy", [ids], ByteTokenizer())
     (tmp_path / "config.py").write_text(CONFIG)
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    monkeypatch.setenv("XLA_FLAGS", quick)
+    monkeypatch.setenv("XLA_FLAGS", quick.FLAGS)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

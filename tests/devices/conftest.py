@@ -1,14 +1,11 @@
-"""Gives the tests of this folder eight CPU devices. tests/test_devices.py runs them.
-
-Nearly all of their time is compilation, so XLA's optimizer is off.
-"""
+"""Gives the tests of this folder eight CPU devices. tests/test_devices.py runs them."""
 
 import os
 
 import jax
 
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+from tests import quick
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
+os.environ.update(quick.environment())
 jax.config.update("jax_num_cpu_devices", 8)
 jax.devices()  # from here on the number is fixed, also for a run that would ask for fewer

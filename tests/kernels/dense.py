@@ -25,6 +25,7 @@ from pallas_kernels.blocks import choose_blocks
 from pallas_kernels.tiles import padded, padded_features
 from race_jax.core import passes
 from race_jax.core.xla.chunk import Sums
+from tests import quick
 
 CAUSAL_GRADIENTS = (
     "zq", "zk", "value", "sharpness", "log_decay", "initial_numerator", "initial_mass",
@@ -247,10 +248,6 @@ def bidirectional_kernels(
     return (out, *totals), BidirectionalGradients(*found[:4], *found.sums)
 
 
-# To compile interpreted kernels takes far longer than to run them, so they are not optimized.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
 def runner(kernels, *, interpret: bool, config: Blocks | None = None, **options: bool):
     """Returns a function from arguments and cotangents to outputs and gradients of `kernels`.
 
@@ -258,7 +255,8 @@ def runner(kernels, *, interpret: bool, config: Blocks | None = None, **options:
     `use_tanh`.
     """
     function = functools.partial(kernels, interpret=interpret, config=config, **options)
-    compiled = jax.jit(function, compiler_options=QUICK_COMPILE if interpret else None)
+    # To compile interpreted kernels takes far longer than to run them.
+    compiled = (quick.jit if interpret else jax.jit)(function)
     return lambda given, cotangents: named(given, *compiled(given, cotangents))
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 import pallas_kernels
 import race_jax
 from race_jax.core import dispatch, implementations
-from tests.kernels.dense import QUICK_COMPILE
+from tests import quick
 
 CHOICES = {"pallas": dispatch.PALLAS_ASKED, "by platform": dispatch.BY_PLATFORM}
 
@@ -57,7 +57,7 @@ def results(function, arguments):
         cotangent = jnp.cos(jnp.arange(out.size)).reshape(out.shape)
         return {"out": out, "gradients": pull_back(cotangent)[0]}
 
-    return jax.jit(run, compiler_options=QUICK_COMPILE)(arguments)
+    return quick.jit(run)(arguments)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 
 import race_jax
 from pallas_kernels import backend
+from tests import quick
 from tests.kernels import dense
 from tests.kernels.dense import Case
 
@@ -151,8 +152,8 @@ def test_vmap_equals_a_loop_of_interpreted_calls(assert_close):
     twice["log_decay"] = np.stack([given["log_decay"], 2 * given["log_decay"]])
     twice["initial_mass"] = np.stack([given["initial_mass"]] * 2)
     run = functools.partial(dense.causal_kernels, interpret=True)
-    one = jax.jit(run, compiler_options=dense.QUICK_COMPILE)
-    both = jax.jit(jax.vmap(run, in_axes=(0, None)), compiler_options=dense.QUICK_COMPILE)
+    one = quick.jit(run)
+    both = quick.jit(jax.vmap(run, in_axes=(0, None)))
     want = [one(jax.tree.map(lambda x, i=i: x[i], twice), cotangents) for i in range(2)]
     want = jax.tree.map(lambda *x: np.stack(x), *want)
     assert_close("vmap", both(twice, cotangents), want, kind="resumed")

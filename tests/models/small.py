@@ -13,6 +13,7 @@ from flax import nnx
 
 from race_jax.layers import registry
 from race_jax.models import ModelConfig, TransformerLM
+from tests import quick
 
 VOCAB = 11
 OWN = tuple(field.name for field in dataclasses.fields(registry.options_class("race")))
@@ -156,5 +157,5 @@ def compiled(name: str) -> Compiled:
     """Returns one of `CONFIGS`."""
     model = build(**CONFIGS[name])
     graph, variables = nnx.split(model)
-    run = jax.jit(lambda variables, tokens, kw: nnx.merge(graph, variables)(tokens, **kw))
+    run = quick.jit(lambda variables, tokens, kw: nnx.merge(graph, variables)(tokens, **kw))
     return Compiled(model, lambda tokens, **kw: run(variables, tokens, kw))

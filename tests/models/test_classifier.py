@@ -8,6 +8,7 @@ from flax import nnx
 
 from race_jax.models import Classifier, TransformerLM
 from race_jax.models.classifier import masked_mean
+from tests import quick
 from tests.models.small import VOCAB, describe, draw
 
 pytestmark = pytest.mark.once
@@ -84,8 +85,8 @@ def test_logits_and_gradients_are_those_of_every_sequence_alone(name, assert_clo
         rows = [by_definition(model, row[:n]) for row, n in zip(inputs, LENGTHS, strict=True)]
         return jnp.sum(jnp.stack(rows) * weights), jnp.stack(rows)
 
-    (_, got), grads = jax.jit(jax.value_and_grad(padded, has_aux=True))(variables)
-    (_, want), wanted = jax.jit(jax.value_and_grad(alone, has_aux=True))(variables)
+    (_, got), grads = quick.jit(jax.value_and_grad(padded, has_aux=True))(variables)
+    (_, want), wanted = quick.jit(jax.value_and_grad(alone, has_aux=True))(variables)
     assert got.shape == (len(LENGTHS), CLASSES)
     assert got.dtype == jnp.float32
     assert_close("logits", got, want, kind="outputs")

@@ -11,6 +11,7 @@ from race_jax.layers.race import HashPlanes
 from race_jax.models import Transformer, TransformerLM, parameter_count
 from race_jax.models.block import Block
 from race_jax.models.decode import Sampling, generate
+from tests import quick
 from tests.models.small import CONFIGS, STATEFUL, VOCAB, build, compiled, describe, draw, each
 
 DTYPES = {name: changes.get("dtype", "float32") for name, changes in CONFIGS.items()}
@@ -154,7 +155,7 @@ def test_a_block_may_be_recomputed_in_the_backward_pass(rng, assert_close):
         model = build(remat=remat, dropout_rate=0.3)
         graph, params, rest = nnx.split(model, nnx.Param, ...)
 
-        @jax.jit
+        @quick.jit
         def run(params, key):
             def loss(params):
                 hidden = nnx.merge(graph, params, rest).hidden(
@@ -186,7 +187,7 @@ def test_the_tied_embedding_gets_the_gradients_of_both_its_uses(assert_close):
         logits = model(written).logits(model(read).hidden(tokens))
         return jax.nn.logsumexp(logits, axis=-1).sum()
 
-    @jax.jit
+    @quick.jit
     def gradients(table):
         both = jax.grad(lambda table: loss(table, table))(table)
         return both, *jax.grad(loss, argnums=(0, 1))(table, table)
@@ -224,7 +225,7 @@ def test_parameters_are_counted_and_fixed_planes_are_not():
 
 
 def test_branches_start_smaller_than_what_they_read():
-    @jax.jit
+    @quick.jit
     def kernels():
         config = describe(width=64, num_layers=8)
         block = Block(config, "race", is_causal=True, rngs=nnx.Rngs(0))
@@ -239,7 +240,7 @@ def test_an_encoder_sees_the_future():
     config = describe(forget_gate=None)
     encoder = draw(lambda: Transformer(config, VOCAB, is_causal=False, rngs=nnx.Rngs(0)))
     graph, variables = nnx.split(encoder)
-    run = jax.jit(lambda variables, tokens: nnx.merge(graph, variables)(tokens))
+    run = quick.jit(lambda variables, tokens: nnx.merge(graph, variables)(tokens))
     first, second = run(variables, jnp.array([[1, 2, 3], [1, 2, 4]]))
     assert np.abs(first - second)[0].max() > 1e-3
     with pytest.raises(NotImplementedError, match="this model carries no state"):
@@ -345,6 +346,6 @@ def test_equal_blocks_are_lowered_once():
         graph, params, rest = nnx.split(model, nnx.Param, ...)
         tokens = jnp.zeros((1, 8), jnp.int32)
         loss = lambda params: nnx.merge(graph, params, rest)(tokens).sum()  # noqa: E731
-        return len(jax.jit(jax.grad(loss)).lower(params).as_text())
+        return len(quick.jit(jax.grad(loss)).lower(params).as_text())
 
     assert length(6) < 1.5 * length(2)

@@ -15,6 +15,7 @@ from race_jax import (
     sparse_decode_attention,
 )
 from race_jax.sparse import SCORERS, codes, kept, reference, score, scores
+from tests import quick
 from tests.sparse.problems import draw_tokens
 
 B, C, K, N, H, V, T = 3, 64, 2, 4, 16, 5, 3
@@ -35,8 +36,8 @@ def empty(config, capacity=C, rows=B, dtype=jnp.float32):
     return SparseCache.init(jax.random.key(3), rows, capacity, K, H, V, dtype, config=config)
 
 
-append = jax.jit(SparseCache.append)
-attend = jax.jit(
+append = quick.jit(SparseCache.append)
+attend = quick.jit(
     functools.partial(sparse_decode_attention, return_report=True), static_argnames="config"
 )
 
@@ -148,7 +149,7 @@ def test_what_lies_beyond_a_row_changes_nothing(assert_close, scorer, junk):
 
 def test_a_large_budget_and_short_sequences_are_dense(assert_close):
     config, cache, query, _, _ = problem("quantized")
-    dense = jax.jit(dense_decode_attention)(query, cache.kv)
+    dense = quick.jit(dense_decode_attention)(query, cache.kv)
     everything = dataclasses.replace(config, budget=60)
     out, report = attend(query, cache, everything)
     assert_close("budget", out, dense, kind="outputs")

@@ -9,6 +9,7 @@ from flax import nnx
 
 from race_jax import streaming
 from race_jax.tasks.losses import chunked_cross_entropy
+from tests import quick
 from tests.models.small import VOCAB, build
 from tests.streaming.toy import FORMS, LENGTH, in_memory, on_host, toy, toy_arguments, toy_whole
 
@@ -71,7 +72,7 @@ def test_truncated_stops_the_gradient_at_borders(form, segment_length, assert_cl
         assert_close("state", got.state, after, kind="outputs", dtype="float64")
         assert_close("sum", got.sums[0], toy_whole()[0][0], kind="outputs", dtype="float64")
         assert not np.any(got.d_state["h"])
-        whole = jax.jit(jax.grad(lambda params: toy(params, state, sequence)[1][0]))(params)
+        whole = quick.jit(jax.grad(lambda params: toy(params, state, sequence)[1][0]))(params)
         is_exact = np.allclose(got.d_params["decay"], whole["decay"], rtol=1e-3)
         assert is_exact == (segment_length == LENGTH)
 
@@ -84,7 +85,7 @@ def test_fold_reads_the_whole(segment_length, assert_close):
         segments = streaming.Segments(sequence, segment_length)
         want_sums, want_state = toy_whole()[:2]
         for after, sums in (
-            jax.jit(streaming.fold(toy, segment_length=segment_length))(params, state, sequence),
+            quick.jit(streaming.fold(toy, segment_length=segment_length))(params, state, sequence),
             streaming.host_fold(toy)(params, state, segments),
         ):
             assert_close("state", after, want_state, kind="outputs", dtype="float64")
@@ -108,7 +109,7 @@ def language_model(dtype="float32"):
 
     # With this text no gradient nearly cancels. With others, biases of two to four numbers differ
     # by up to 3e-5; the toy in float64 shows that this is rounding.
-    rng = np.random.default_rng(4)
+    rng = np.random.default_rng(2)
     tokens = rng.integers(0, VOCAB, (2, 31))
     documents = np.sort(rng.integers(0, 3, (2, 30)), axis=1)
     weights = rng.integers(0, 2, (2, 30)).astype(np.float32)
@@ -120,7 +121,7 @@ def language_model(dtype="float32"):
     }
     arguments = params, model.init_state(2), sequence
 
-    @jax.jit
+    @quick.jit
     def whole(params, state, sequence):
         def loss(params):
             state_after, sums = nats(params, state, sequence)
@@ -157,7 +158,7 @@ def test_in_bfloat16_the_cut_matters_less_than_the_dtype():
 
 def test_a_prompt_is_read_in_segments(assert_close):
     nats, arguments, (_, state, _) = language_model()
-    got, _ = jax.jit(streaming.fold(nats, segment_length=7))(*arguments)
+    got, _ = quick.jit(streaming.fold(nats, segment_length=7))(*arguments)
     assert_close("state", got, state, kind="streamed")
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from race_jax import streaming
+from tests import quick
 
 LENGTH = 23  # of the toy's sequence
 
@@ -71,7 +72,7 @@ def toy_whole():
 
 
 def in_memory(f, segment_length, **options):
-    return jax.jit(streaming.value_and_grad(f, segment_length=segment_length, **options))
+    return quick.jit(streaming.value_and_grad(f, segment_length=segment_length, **options))
 
 
 def on_host(f, segment_length, axis=1, **options):

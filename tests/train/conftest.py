@@ -1,7 +1,4 @@
-"""Compilation takes most of the time of these tests, so it is made quick, and its results are kept.
-
-The programs of `tests/integration` are compiled as a user's are.
-"""
+"""What these tests compile is kept while they run."""
 
 import jax
 import pytest
@@ -14,11 +11,3 @@ def compiled_programs(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", str(folder))
     yield folder
     jax.config.update("jax_compilation_cache_dir", None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """XLA without its expensive passes. All runs that are compared are compiled alike."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,0 +1,38 @@
+"""XLA without its optimizer, where compilation would take most of a test's time.
+
+The operation, the layers, and the commands and examples of the documentation are compiled as a
+user's programs are, so that the optimizer is part of what is tested. Their oracles are not, nor
+what is built from them: models, runs, and programs on several devices.
+"""
+
+import functools
+import os
+import pathlib
+
+import jax
+
+# What is compiled with `jax_disable_most_optimizations`, in the folder `tests`.
+PLACES = (
+    *("devices", "diagnostics", "models", "sparse", "streaming", "tasks", "train"),
+    *("test_bench_decode.py", "test_bench_scaling.py", "test_bench_sharding.py"),
+    *("test_reproduce.py", "test_study_decoding.py"),
+)
+# The same for one program. jaxlib before 0.11 can also leave out what takes half of the time then.
+OPTIONS: dict[str, bool | int] = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):
+    OPTIONS["xla_cpu_use_fusion_emitters"] = False
+# The same for all programs of a new process, as the variable XLA_FLAGS.
+FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in OPTIONS.items())
+
+jit = functools.partial(jax.jit, compiler_options=OPTIONS)
+
+
+def environment() -> dict[str, str]:
+    """Returns XLA_FLAGS for a new process, with those of this one."""
+    return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()}
+
+
+def is_for(path: pathlib.Path) -> bool:
+    """Returns whether the tests of a file are compiled quickly."""
+    tests = pathlib.Path(__file__).parent
+    return path.is_relative_to(tests) and path.relative_to(tests).parts[0] in PLACES
