@@ -1,8 +1,8 @@
 """XLA without its optimizer, where compilation would take most of a test's time.
 
-The operation, the layers, and the commands and examples of the documentation are compiled as a
-user's programs are, so that the optimizer is part of what is tested. Their oracles are not, nor
-what is built from them: models, runs, and programs on several devices.
+The operation, the layers, the examples of the documentation and the runs of tests/integration are
+compiled as a user's programs are, so that the optimizer is part of what is tested. Their oracles
+are not, nor what is built from them: models, other runs, and programs on several devices.
 """
 
 import functools
@@ -16,6 +16,8 @@ PLACES = (
     *("devices", "diagnostics", "models", "sparse", "streaming", "tasks", "train"),
     *("test_bench_decode.py", "test_bench_scaling.py", "test_bench_sharding.py"),
     *("test_reproduce.py", "test_study_decoding.py"),
+    *("test_linen.py", "test_nnx.py", "test_projections.py", "test_reference.py"),
+    *("test_sliding_window.py", "test_strictness.py"),
 )
 # The same for one program. jaxlib before 0.11 can also leave out what takes half of the time then.
 OPTIONS: dict[str, bool | int] = {"xla_backend_optimization_level": 0}
