@@ -130,7 +130,8 @@ class SparseCache:
         parts = _tiled(kv, planes, coding)
         pages = None
         if size is not None:
-            pages = _bounds(kv.key.reshape(len(kv.length), kv.capacity // size, size, *kv.key.shape[2:]))
+            by_page = len(kv.length), kv.capacity // size, size, *kv.key.shape[2:]
+            pages = _bounds(kv.key.reshape(by_page))
         return cls(kv, **parts, pages=pages, planes=planes, config=config)
 
     @property

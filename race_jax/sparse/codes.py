@@ -106,7 +106,8 @@ def unpack_levels(words: jax.Array, bits: int, count: int) -> jax.Array:
     """Returns the levels ``(..., M)`` float32 of words ``(..., W)``: odd integers."""
     shifts = bits * jnp.arange(8 // bits)[:, None, None] + 8 * jnp.arange(4)
     parts = words[..., None, :, None] >> shifts.astype(jnp.uint32)
-    unsigned = (parts & (2**bits - 1)).reshape(*words.shape[:-1], words.shape[-1] * 32 // bits)[..., :count]
+    unsigned = (parts & (2**bits - 1)).reshape(*words.shape[:-1], words.shape[-1] * 32 // bits)
+    unsigned = unsigned[..., :count]
     return 2 * unsigned.astype(jnp.float32) - (2**bits - 1)
 
 

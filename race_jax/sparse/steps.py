@@ -91,8 +91,9 @@ def xla_scores(query, cache: SparseCache, config: SparseConfig, positions) -> ja
     if config.selection == "head":
         return found
     found = found * scorers.unit(query, cache, config)
+    batch, length, heads, capacity = found.shape
     kv_heads = cache.kv.key.shape[2]
-    return found.reshape(*found.shape[:2], kv_heads, found.shape[2] // kv_heads, found.shape[-1]).max(3)
+    return found.reshape(batch, length, kv_heads, heads // kv_heads, capacity).max(3)
 
 
 def kernel_scores(query, cache: SparseCache, config: SparseConfig, positions) -> jax.Array:
