@@ -1,8 +1,9 @@
 """XLA without its optimizer, where compilation would take most of a test's time.
 
-The operation, its layer, the examples of the documentation and the runs of tests/integration are
-compiled as a user's programs are, so that the optimizer is part of what is tested. Their oracles
-are not, nor what is built from them: models, other runs, and programs on several devices.
+Only the places that are named here are compiled quickly: the oracles, and what is built from the
+operation and its layers, such as models, runs, and programs on several devices. Everything else is
+compiled as a user's programs are, so that the optimizer is part of what is tested. Models and runs
+are too in tests/integration, in the commands of the pages, and in the examples.
 """
 
 import functools
@@ -11,13 +12,11 @@ import pathlib
 
 import jax
 
-# The files and folders of `tests` that are compiled as a user's programs are. In the others,
-# `jax_disable_most_optimizations` is on.
-AS_USERS = (
-    *("integration", "kernels", "test_docs.py", "test_examples.py"),
-    *("test_attention.py", "test_causality.py", "test_compiled.py", "test_extremes.py"),
-    *("test_hashing.py", "test_layer.py", "test_leak.py", "test_properties.py", "test_state.py"),
-    *("test_baselines.py", "test_bench.py", "test_short_conv.py"),
+# The files and folders of `tests` that are compiled with `jax_disable_most_optimizations`.
+PLACES = (
+    *("devices", "diagnostics", "models", "sparse", "streaming", "tasks", "train"),
+    *("test_bench_decode.py", "test_bench_scaling.py", "test_bench_sharding.py"),
+    *("test_reference.py", "test_reproduce.py", "test_study_decoding.py"),
 )
 # The same for one program. jaxlib before 0.11 can also leave out what takes half of the time then.
 OPTIONS: dict[str, bool | int] = {"xla_backend_optimization_level": 0}
@@ -37,4 +36,4 @@ def environment() -> dict[str, str]:
 def is_for(path: pathlib.Path) -> bool:
     """Returns whether the tests of a file are compiled quickly."""
     tests = pathlib.Path(__file__).parent
-    return path.is_relative_to(tests) and path.relative_to(tests).parts[0] not in AS_USERS
+    return path.is_relative_to(tests) and path.relative_to(tests).parts[0] in PLACES

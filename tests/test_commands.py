@@ -14,7 +14,6 @@ import sys
 
 import pytest
 
-from tests import quick
 from tests.test_docs import ROOT, tracked_files
 
 pytestmark = pytest.mark.once
@@ -152,7 +151,6 @@ def test_every_command_of_the_pages_runs_in_order(copy):
     environment = {name: value for name, value in os.environ.items() if name not in make} | {
         "PYTHONPATH": str(copy),
         "JAX_PLATFORMS": "cpu",
-        **quick.environment(),
         "JAX_COMPILATION_CACHE_DIR": str(copy / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
