@@ -14,10 +14,17 @@ HIGHEST = float(jnp.finfo(jnp.float32).max)
 
 
 def tile_of_row(problem: Any, scores: Any, start, tile: int, end) -> tuple[jax.Array, jax.Array]:
-    """Returns the slots of a tile of a row, and their keys. Those that are hidden have LEAST."""
+    """Returns the slots of a tile of a row, and their keys. Those that are hidden have LEAST.
+
+    No load is masked, because Triton waits for each element of a masked load before it asks for the
+    next. What is behind the end is hidden afterwards.
+    """
     slots = start + lax.iota(jnp.int32, tile)
-    real = slots < end
-    return slots, ranks(problem, load(scores, (pl.ds(start, tile),), real), slots, end)
+    if problem.capacity % tile == 0:
+        read = load(scores, (pl.ds(start, tile),))
+    else:
+        read = load(scores, (jnp.minimum(slots, problem.capacity - 1),))
+    return slots, ranks(problem, read, slots, end)
 
 
 def ranks(problem: Any, scores: jax.Array, slots: jax.Array, end: jax.Array) -> jax.Array:

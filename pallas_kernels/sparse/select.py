@@ -4,17 +4,22 @@ Scores (B, T, M, C) and the positions of the queries give, for every row, the `b
 visible tokens in ascending order. A score becomes an integer key of the same order, and a forced
 token has the largest key. The kernels are
 
-    count     takes thresholds t_i from a sample, and counts the keys >= t_i in each split of a row
-    gather    writes the tokens with a key >= t, the largest t_i that `budget` keys reach, to a list
-    finish    finds the key of rank `budget` in that list by bisection, and writes the final list
+    threshold   takes a key t from a sample of a row, which safely at least `budget` keys reach
+    gather      lists the tokens with a key >= t in each split of a row
+    finish      finds the key of rank `budget` in the joined lists by bisection, and writes the
+                final list
 
-The sample decides only how long the list in between is, never what is selected. If it is longer
-than its buffer, as where most scores are equal, `finish` reads the row itself, which takes longer.
+The sample decides only how long the lists in between are, never what is selected. If too few keys
+reach t, or a list is longer than its room, `finish` reads the row itself, which takes longer.
+
+The code of `finish` is kept short. It has one program a row, so that its instructions come from
+memory each time, and long code without loops takes longer than the work.
 """
 
 import dataclasses
+import functools
+import math
 from types import SimpleNamespace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +32,7 @@ from pallas_kernels.plan import traced_alike
 from pallas_kernels.sparse.attend import share
 from pallas_kernels.sparse.keys import LEAST, MOST, mean, ranks, tile_of_row
 
-DIGITS = 16  # the parts into which a step of the search in the sample cuts an interval
-STEPS = 5  # of that search, which leaves 2**12 of 2**32 keys
+STEPS = 20  # of the search in the sample, which leave 2**12 of 2**32 keys
 DEVIATIONS = 4  # by how many standard deviations the rank in a sample is overestimated
 
 
@@ -37,26 +41,39 @@ class Plan:
     """How the kernels are cut. Every plan selects the same tokens."""
 
     splits: int  # of a row
-    room: int  # the length of the list in between, a power of two
-    thresholds: int = 8
-    sample: int = 512
-    tile: int = 1024  # tokens that a program reads at once
-    final_tile: int = 8192  # the same for `finish`, which has one program a row
+    room: int  # for so many tokens of a split, if it has so many
+    held: int  # entries of the joined lists that `finish` keeps in registers, a power of two
+    sample: int = 2048  # of a row, a power of two
+    tile: int = 2048  # tokens that a program of `gather` reads at once
+    chunk: int = 1024  # entries that `finish` reads at once if there are more, a power of two
+    sample_warps: int = 8
     num_warps: int = 4
-    final_warps: int = 8
+    final_warps: int = 16
+
+    def length(self, capacity: int) -> int:
+        """Returns the length of the list of a split."""
+        tiles = -(-capacity // (self.tile * self.splits))
+        return min(tiles * self.tile, self.room)
 
 
 PROGRAMS = 528  # two to four for each multiprocessor of an H200
-TOKENS_OF_A_SPLIT = 2048
-MAX_SPLITS = 64
+TOKENS_OF_A_SPLIT = 4096
+MAX_SPLITS = 32
+MOST_HELD = 16384
+ENTRIES_OF_A_WARP = 512
 
 
 def plan_for(rows: int, capacity: int, budget: int) -> Plan:
     """Returns the plan for so many rows of scores."""
     most = min(MAX_SPLITS, -(-capacity // TOKENS_OF_A_SPLIT))
     splits = max(1, min(PROGRAMS // max(rows, 1), most))
-    room = min(budget + max(1024, capacity // 64), capacity)
-    return Plan(splits, max(16, _power_of_two(room)))
+    # How many keys are expected to reach the threshold; see `_threshold_kernel`.
+    expected = max(Plan.sample * min(budget / capacity, 1.0), 1.0)
+    number = budget * (1.0 + DEVIATIONS / math.sqrt(expected) + 2.0 / expected)
+    number = min(math.ceil(number), capacity)
+    held = min(max(_power_of_two(number + number // 16), 16), MOST_HELD)
+    warps = min(max(held // ENTRIES_OF_A_WARP, 4), 16)
+    return Plan(splits, min(2 * number + 512, capacity), held, final_warps=warps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +85,11 @@ class Problem:
     sink: int
     window: int
     plan: Plan
+
+    @property
+    def length(self) -> int:
+        """The length of the list of a split."""
+        return self.plan.length(self.capacity)
 
 
 @traced_alike
@@ -110,8 +132,8 @@ def select(
             pl.BlockSpec((None,), lambda _, s, r: (lax.div(r, lists),)),
         ),
     }
-    given = _counted(problem, given, rows, interpret)
-    given = _gathered(problem, given, rows, interpret)
+    given |= _thresholds(problem, given, rows, interpret)
+    given |= _gathered(problem, given, rows, interpret)
     indices, count = _finished(problem, given, rows, interpret)
     return indices.reshape(*scores.shape[:3], budget), count.reshape(scores.shape[:3])
 
@@ -127,124 +149,90 @@ def _part(*shape: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, *shape), lambda _, s, r: (r, s, *(0,) * len(shape)))
 
 
-def _counted(problem: Problem, given: dict, rows: int, interpret: bool) -> dict:
-    """Returns the inputs, with the counts and thresholds of all splits, (rows, splits, n) each."""
+def _thresholds(problem: Problem, given: dict, rows: int, interpret: bool) -> dict:
+    """Returns the threshold of every row."""
     cut = problem.plan
-    shape = cut.splits, cut.thresholds
-    out = Output((rows, *shape), jnp.int32, _part(cut.thresholds))
     results = launch(
-        lambda refs: _count_kernel(problem, refs),
-        name="sparse_count",
-        grid=(1, cut.splits, rows),
+        lambda refs: _threshold_kernel(problem, refs),
+        name="sparse_threshold",
+        grid=(1, 1, rows),
         inputs=given,
-        outputs={"counts": out, "thresholds": out},
-        block=Block(cut.tile, cut.num_warps),
+        outputs={"threshold": Output((rows,), jnp.int32, _row())},
+        block=Block(cut.sample, cut.sample_warps, 1),
         interpret=interpret,
     )
-    return given | {name: (array, _row(*shape)) for name, array in vars(results).items()}
+    return {"threshold": (results.threshold, _row())}
 
 
-def _count_kernel(problem: Problem, refs: SimpleNamespace) -> None:
-    cut, end = problem.plan, refs.positions[...] + 1
-    thresholds = _thresholds(problem, refs.scores, end)
+def _threshold_kernel(problem: Problem, refs: SimpleNamespace) -> None:
+    """Writes a key that safely more than p n of a sample of n reach, if p of the tokens are wanted.
 
-    def body(index, counts):
-        _, keys = tile_of_row(problem, refs.scores, index * cut.tile, cut.tile, end)
-        return counts + (keys[None, :] >= thresholds[:, None]).astype(jnp.int32)
-
-    counts = jnp.zeros((cut.thresholds, cut.tile), jnp.int32)
-    counts = lax.fori_loop(*share(end, cut.tile, cut.splits), body, counts)
-    refs.counts[...] = jnp.sum(counts, axis=1)
-    refs.thresholds[...] = thresholds
-
-
-def _thresholds(problem: Problem, scores: Any, end: jax.Array) -> jax.Array:
-    """Returns ascending thresholds. The first is below all keys, and the second below enough.
-
-    If p of the tokens are wanted, about p n of a sample of n are among them, give or take
-    sqrt(p n). The second threshold is a key that safely more than p n of the sample reach.
+    About p n of the sample are among the wanted tokens, give or take sqrt(p n).
     """
-    cut, number = problem.plan, problem.plan.sample
+    number, end = problem.plan.sample, refs.positions[...] + 1
     spread = lax.iota(jnp.int32, number)
     whole, rest = lax.div(end, number), lax.rem(end, number)
     slots = spread * whole + lax.div(spread * rest, number)
-    sample = ranks(problem, load(scores, (slots,), slots < end), slots, end)
+    sample = ranks(problem, load(refs.scores, (slots,)), slots, end)
     share_of = problem.budget / jnp.maximum(end, 1).astype(jnp.float32)
     expected = jnp.minimum(share_of, 1.0) * number
     rank = expected + DEVIATIONS * jnp.sqrt(expected) + 2.0
-    rank = jnp.minimum(rank, float(number)).astype(jnp.int32)
-    digits = lax.iota(jnp.int32, DIGITS)
 
-    def narrow(_, interval):
-        low, step = interval
-        reached = (sample[None, :] >= (low + digits * step)[:, None]).astype(jnp.int32)
-        enough = jnp.sum(reached, axis=1) >= rank
-        low = low + step * jnp.maximum(jnp.sum(enough.astype(jnp.int32)) - 1, 0)
-        return low, step >> 4
+    def halve(_, interval):
+        low, high = interval
+        middle = mean(low, high)
+        enough = _reaching(sample, middle).astype(jnp.float32) >= rank
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    start = jnp.int32(LEAST), jnp.int32(1 << 28)
-    low, _ = lax.fori_loop(0, STEPS, narrow, start)
-    candidates = jnp.where(sample == MOST, LEAST, sample)
-    high = jnp.maximum(jnp.max(candidates), low)
-    step = lax.div((high >> 1) - (low >> 1), cut.thresholds - 1) * 2
-    order = lax.iota(jnp.int32, cut.thresholds)
-    return jnp.where(order == 0, LEAST + 1, jnp.maximum(low + (order - 1) * step, LEAST + 1))
+    low, _ = lax.fori_loop(0, STEPS, halve, (jnp.int32(LEAST + 1), jnp.int32(MOST)))
+    refs.threshold[...] = low
+
+
+def _reaching(keys: jax.Array, key: jax.Array) -> jax.Array:
+    return jnp.sum((keys >= key).astype(jnp.int32))
 
 
 def _gathered(problem: Problem, given: dict, rows: int, interpret: bool) -> dict:
-    """Returns the inputs, with the list in between: slots and keys, (rows, room) each."""
+    """Returns the slots and keys in the list of every split, and how many they are."""
     cut = problem.plan
-    out = Output((rows, cut.room), jnp.int32, _row(cut.room))
+    listed = Output((rows, cut.splits, problem.length), jnp.int32, _part(problem.length))
     results = launch(
         lambda refs: _gather_kernel(problem, refs),
         name="sparse_gather",
         grid=(1, cut.splits, rows),
         inputs=given,
-        outputs={"found": out, "keys": out},
+        outputs={
+            "slots": listed,
+            "keys": listed,
+            "number": Output((rows, cut.splits), jnp.int32, _part()),
+        },
         block=Block(cut.tile, cut.num_warps),
         interpret=interpret,
     )
-    return given | {name: (array, _row(cut.room)) for name, array in vars(results).items()}
+    joined = _row(cut.splits * problem.length)
+    return {
+        "slots": (results.slots.reshape(rows, -1), joined),
+        "keys": (results.keys.reshape(rows, -1), joined),
+        "number": (results.number, _row(cut.splits)),
+    }
 
 
 def _gather_kernel(problem: Problem, refs: SimpleNamespace) -> None:
     cut, end = problem.plan, refs.positions[...] + 1
-    low, _, before, _ = _border(problem, refs, end)
+    length, threshold = problem.length, refs.threshold[...]
 
     def body(index, before):
         slots, keys = tile_of_row(problem, refs.scores, index * cut.tile, cut.tile, end)
-        chosen = keys >= low
-        places = before + jnp.cumsum(chosen.astype(jnp.int32)) - 1
-        here = chosen & (places < cut.room)
-        places = jnp.where(here, places, cut.room)
-        store(refs.found, (places,), slots, here)
+        chosen = (keys >= threshold).astype(jnp.int32)
+        places = before + jnp.cumsum(chosen) - 1
+        here = (chosen > 0) & (places < length)
+        places = jnp.where(here, places, length)
+        store(refs.slots, (places,), slots, here)
         store(refs.keys, (places,), keys, here)
-        return before + jnp.sum(chosen.astype(jnp.int32))
+        return before + jnp.sum(chosen)
 
-    lax.fori_loop(*share(end, cut.tile, cut.splits), body, before)
-
-
-def _border(problem: Problem, refs: SimpleNamespace, end: jax.Array):
-    """Returns the interval that holds the key of the last selected token, and two counts.
-
-    The counts are of the keys that reach the lower end, in the splits before this program's and in
-    all of them.
-    """
-    cut = problem.plan
-    splits = lax.iota(jnp.int32, _power_of_two(cut.splits))
-    order = lax.iota(jnp.int32, cut.thresholds)
-    at = jnp.minimum(splits, cut.splits - 1)[:, None], order[None, :]
-    counts = load(refs.counts, at, splits < cut.splits)
-    totals = jnp.sum(counts, axis=0)
-    thresholds = refs.thresholds[0, :]
-    enough = totals >= jnp.minimum(end, problem.budget)
-    low = jnp.max(jnp.where(enough, thresholds, LEAST))
-    high = jnp.min(jnp.where(enough, MOST, thresholds))
-    # Thresholds may be equal. The last of those that are has the same counts as the others.
-    chosen = jnp.max(jnp.where(enough, order, 0))
-    of_chosen = jnp.sum(jnp.where(order[None, :] == chosen, counts, 0), axis=1)
-    before = jnp.sum(jnp.where(splits < pl.program_id(1), of_chosen, 0))
-    return low, high, before, jnp.sum(of_chosen)
+    first, last = share(end, cut.tile, cut.splits)
+    refs.number[...] = lax.fori_loop(first, last, body, jnp.int32(0))
 
 
 def _finished(problem: Problem, given: dict, rows: int, interpret: bool):
@@ -259,97 +247,124 @@ def _finished(problem: Problem, given: dict, rows: int, interpret: bool):
             "indices": Output((rows, problem.budget), jnp.int32, _row(problem.budget)),
             "count": Output((rows,), jnp.int32, _row()),
         },
-        block=Block(cut.final_tile, cut.final_warps, 1),
+        block=Block(cut.held, cut.final_warps, 1),
         interpret=interpret,
     )
     return results.indices, results.count
 
 
 def _finish_kernel(problem: Problem, refs: SimpleNamespace) -> None:
-    cut, end = problem.plan, refs.positions[...] + 1
-    low, high, _, number = _border(problem, refs, end)
+    chunk, end = problem.plan.chunk, refs.positions[...] + 1
     wanted = jnp.minimum(end, problem.budget)
+    forced = jnp.minimum(end, jnp.minimum(problem.sink, end) + problem.window)
     refs.count[...] = wanted
-    over = _source(problem, refs, end, number)
+    entries = _Entries(problem, refs, end, wanted)
 
     def reaching(key):
-        def add(counts, slots, keys, real):
-            return counts + ((keys >= key) & real).astype(jnp.int32)
+        return entries.fold(lambda number, _, keys: number + _reaching(keys, key), jnp.int32(0))
 
-        return jnp.sum(over(add, jnp.zeros((_final_tile(problem),), jnp.int32)))
+    def largest(most, _, keys):
+        return jnp.maximum(most, jnp.max(jnp.where(keys < MOST, keys, LEAST)))
 
-    def halve(interval):
-        low, high = interval
+    # Enough keys reach `low`, and too few reach `high`. The search ends where exactly the wanted
+    # keys reach `low`, or where no key lies between the two.
+    def halve(search):
+        low, high, at_low, at_high = search
         middle = mean(low, high)
-        enough = reaching(middle) >= wanted
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    # All tokens of the list are wanted if there are no more of them.
-    high = jnp.where(number <= wanted, low, high)
-    last, _ = lax.while_loop(lambda x: mean(*x) > x[0], halve, (low, high))
-    ties = wanted - reaching(last + 1)
-    ties = jnp.where(number <= wanted, number, ties)
-
-    def write(carry, slots, keys, real):
-        before, ties_before = carry
-        tied = ((keys == last) & real).astype(jnp.int32)
-        in_time = ties_before + jnp.cumsum(tied) <= ties
-        chosen = real & ((keys > last) | ((keys == last) & in_time))
-        places = before + jnp.cumsum(chosen.astype(jnp.int32)) - 1
-        chosen = chosen & (places < problem.budget)
-        store(refs.indices, (jnp.where(chosen, places, problem.budget),), slots, chosen)
-        return before + jnp.sum(chosen.astype(jnp.int32)), ties_before + jnp.sum(tied)
-
-    written, _ = over(write, (jnp.int32(0), jnp.int32(0)))
-
-    def clear(index, _):
-        slots = index * cut.tile + lax.iota(jnp.int32, cut.tile)
-        empty = (slots >= written) & (slots < problem.budget)
-        store(
-            refs.indices, (jnp.where(empty, slots, problem.budget),), jnp.zeros_like(slots), empty
+        number = reaching(middle)
+        enough = number >= wanted
+        return (
+            jnp.where(enough, middle, low),
+            jnp.where(enough, high, middle),
+            jnp.where(enough, number, at_low),
+            jnp.where(enough, at_high, number),
         )
 
-    lax.fori_loop(lax.div(written, cut.tile), pl.cdiv(problem.budget, cut.tile), clear, None)
+    def goes_on(search):
+        low, high, at_low, _ = search
+        return (at_low > wanted) & (mean(low, high) > low)
+
+    low = jnp.where(entries.listed, refs.threshold[...], LEAST + 1)
+    high = entries.fold(largest, jnp.int32(LEAST)) + 1
+    only_forced = forced >= wanted
+    low, high = jnp.where(only_forced, MOST, low), jnp.where(only_forced, MOST, high)
+    number = jnp.where(only_forced, forced, entries.number)
+    low, high, number, fewer = lax.while_loop(goes_on, halve, (low, high, number, forced))
+    exact = number <= wanted
+    high = jnp.where(exact, low, high)
+    ties = wanted - jnp.where(exact, number, fewer)
+
+    def write(before, slots, keys):
+        above, tied = keys >= high, (keys >= low) & (keys < high)
+        # One sum counts both, because there are fewer than 2**16 entries at once.
+        both = above.astype(jnp.int32) + (tied.astype(jnp.int32) << 16)
+        running = jnp.cumsum(both)
+        ties_so_far = before[1] + (running >> 16)
+        chosen = above | (tied & (ties_so_far <= ties))
+        places = before[0] + (running & 0xFFFF) + jnp.minimum(ties_so_far, ties) - 1
+        store(refs.indices, (jnp.where(chosen, places, problem.budget),), slots, chosen)
+        total = jnp.sum(both)
+        return before[0] + (total & 0xFFFF), before[1] + (total >> 16)
+
+    entries.fold(write, (jnp.int32(0), jnp.int32(0)))
+
+    def clear(index, _):
+        slots = index * chunk + lax.iota(jnp.int32, chunk)
+        empty = (slots >= wanted) & (slots < problem.budget)
+        slots = jnp.where(empty, slots, problem.budget)
+        store(refs.indices, (slots,), jnp.zeros_like(slots), empty)
+
+    lax.fori_loop(lax.div(wanted, chunk), pl.cdiv(problem.budget, chunk), clear, None)
 
 
-def _final_tile(problem: Problem) -> int:
-    return min(problem.plan.final_tile, problem.plan.room)
+class _Entries:
+    """The tokens that `finish` chooses from: those of the joined lists, or of the whole row.
 
-
-def _source(problem: Problem, refs: SimpleNamespace, end: jax.Array, number: jax.Array):
-    """Returns a function that folds over tiles of the list in between, or else of the row.
-
-    A list that fits in one tile is read once, and kept in registers.
+    Attributes:
+      listed: whether the lists hold all wanted tokens.
+      number: how many entries there are.
     """
-    room, tile = problem.plan.room, _final_tile(problem)
-    fits = number <= room
-    listed = jnp.where(fits, number, 0)
 
-    def tile_of_list(start):
-        slots = start + lax.iota(jnp.int32, tile)
-        real = slots < listed
-        return *(
-            load(ref, (jnp.minimum(slots, room - 1),), real) for ref in (refs.found, refs.keys)
-        ), real
+    def __init__(self, problem: Problem, refs: SimpleNamespace, end, wanted):
+        cut = problem.plan
+        self._problem, self._refs, self._end = problem, refs, end
+        self._numbers = [refs.number[split] for split in range(cut.splits)]
+        longest, total = self._numbers[0], self._numbers[0]
+        for number in self._numbers[1:]:
+            longest, total = jnp.maximum(longest, number), total + number
+        self.listed = (longest <= problem.length) & (total >= wanted)
+        self.number = jnp.where(self.listed, total, end)
+        self._held = self._of_lists(lax.iota(jnp.int32, cut.held), self.listed)
 
-    held = tile_of_list(0) if room == tile else None
+    def fold(self, add, carry):
+        """Folds `add(carry, slots, keys)` over all entries, in the order of the tokens."""
+        cut = self._problem.plan
+        start = self.listed.astype(jnp.int32) * cut.held
 
-    def over(add, carry):
-        def of_list(index, carry):
-            return add(carry, *tile_of_list(index * tile))
+        def of_chunk(index, carry):
+            places = start + index * cut.chunk + lax.iota(jnp.int32, cut.chunk)
+            read = functools.partial(self._of_lists, places, True), lambda: self._of_row(places)
+            return add(carry, *lax.cond(self.listed, *read))
 
-        def of_row(index, carry):
-            slots, keys = tile_of_row(problem, refs.scores, index * tile, tile, end)
-            return add(carry, slots, keys, slots < end)
+        chunks = lax.div(jnp.maximum(self.number - start, 0) + (cut.chunk - 1), cut.chunk)
+        return lax.fori_loop(0, chunks, of_chunk, add(carry, *self._held))
 
-        if held is None:
-            carry = lax.fori_loop(0, lax.div(listed + (tile - 1), tile), of_list, carry)
-        else:
-            carry = add(carry, *held)
-        tiles = jnp.where(fits, 0, lax.div(end + (tile - 1), tile))
-        return lax.fori_loop(0, tiles, of_row, carry)
+    def _of_lists(self, places: jax.Array, real) -> tuple[jax.Array, jax.Array]:
+        """Returns slots and keys of the joined lists. What is behind them has the key LEAST."""
+        length = self._problem.length
+        real = real & (places < self.number)
+        # Entry i of the joined lists is at i + sum_s (length - number_s), over the lists s before.
+        at, before = places, jnp.int32(0)
+        for number in self._numbers[:-1]:
+            before += number
+            at += jnp.where(places >= before, length - number, 0)
+        at = jnp.where(real, at, 0)
+        keys = jnp.where(real, load(self._refs.keys, (at,)), LEAST)
+        return load(self._refs.slots, (at,)), keys
 
-    return over
+    def _of_row(self, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
+        last = jnp.minimum(slots, self._problem.capacity - 1)
+        return slots, ranks(self._problem, load(self._refs.scores, (last,)), slots, self._end)
 
 
 def _power_of_two(size: int) -> int:

@@ -13,7 +13,9 @@ from race_jax.sparse import select
 
 C = 700  # no multiple of a tile
 POSITIONS = np.array([[C - 2, C - 1], [0, 1], [333, -1]])
-INTERPRETED = functools.partial(Plan, sample=64, tile=64, final_tile=64, splits=3, room=64)
+INTERPRETED = functools.partial(
+    Plan, sample=64, tile=64, splits=3, room=128, held=128, chunk=32, final_warps=4
+)
 COMPILED = pytest.param(False, marks=pytest.mark.gpu, id="compiled")
 
 
@@ -33,12 +35,12 @@ def draw(kind, rng):
 
 KINDS = ["normal", "close", "ties", "zeros", "special", "rising", "one large"]
 CALLS = {
-    "fits": (20, 2, 4, INTERPRETED(room=128)),
-    "list too long": (60, 2, 4, INTERPRETED()),
-    "tiles of the list": (60, 2, 4, INTERPRETED(room=256)),
-    "one": (1, 0, 1, INTERPRETED(splits=5, thresholds=4)),
+    "fits": (20, 2, 4, INTERPRETED()),
+    "list too long": (60, 2, 4, INTERPRETED(room=16)),
+    "not all held": (60, 2, 4, INTERPRETED(held=16)),
+    "one": (1, 0, 1, INTERPRETED(splits=5)),
     "only forced": (6, 2, 4, INTERPRETED(splits=1)),
-    "all": (C, 2, 4, INTERPRETED(room=1024, final_tile=1024)),
+    "all": (C, 2, 4, INTERPRETED(room=1024)),
     "more than all": (C + 9, 0, 0, INTERPRETED(room=1024)),
 }
 
@@ -80,11 +82,16 @@ def test_compiled(call, chosen, rng, assert_close):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["normal", "equal", "ties"])
+@pytest.mark.parametrize("kind", ["normal", "equal", "ties", "clustered"])
 @pytest.mark.parametrize("budget", [1, 3971, 20_000])
 def test_long_rows(budget, kind, rng, assert_close):
     scores = rng.normal(size=(1, 1, 8, 131_071)).astype(np.float32)
-    scores = {"normal": scores, "equal": 0 * scores, "ties": np.round(2 * scores)}[kind]
+    scores = {
+        "normal": scores,
+        "equal": 0 * scores,
+        "ties": np.round(2 * scores),
+        "clustered": scores + 3 * (np.arange(131_071) > 110_000),
+    }[kind].astype(np.float32)
     positions = jnp.array([[130_000]], jnp.int32)
     visible = jnp.arange(scores.shape[-1]) <= positions[..., None]
     want = select(jnp.asarray(scores), forced=~visible & False, visible=visible, budget=budget)
@@ -94,11 +101,11 @@ def test_long_rows(budget, kind, rng, assert_close):
     assert_close("again", run(jnp.asarray(scores), positions), got, kind="rerun")
 
 
-def test_the_list_in_between_has_room_for_the_budget():
-    for rows, capacity, budget in [(1, 1, 1), (32, 131_072, 3971), (8, 5000, 6000)]:
+def test_the_lists_in_between_have_room_for_the_budget():
+    for rows, capacity, budget in [(1, 1, 1), (32, 131_072, 3971), (8, 5000, 6000), (256, 9, 4)]:
         plan = plan_for(rows, capacity, budget)
-        assert plan.room >= min(capacity, budget)
-        assert plan.room & (plan.room - 1) == 0
+        assert plan.splits * plan.length(capacity) >= min(capacity, budget)
+        assert plan.held & (plan.held - 1) == 0
 
 
 @pytest.mark.parametrize("rows", [8, 256])
@@ -108,5 +115,5 @@ def test_they_lower_for_cuda(rows, on_h200):
     run = jax.jit(functools.partial(sparse.select, budget=1024, sink=16, window=128))
     with on_h200():
         program = run.trace(scores, positions).lower(lowering_platforms=("cuda",)).as_text()
-    for name in ("sparse_count", "sparse_gather", "sparse_finish"):
+    for name in ("sparse_threshold", "sparse_gather", "sparse_finish"):
         assert program.count(f'name = "{name}"') == 1, name
