@@ -35,6 +35,16 @@ def length_name(length: int) -> str:
     return str(length)
 
 
+def speed(point: dict) -> str:
+    """The millions of tokens a second of a point that has a time."""
+    return f"{point['length'] / point['seconds'] / 1e6:.3g} M"
+
+
+def share(point: dict, matmul_rate: float) -> str:
+    """The operations of a point that has a time, in percent of a rate in operations a second."""
+    return f"{100 * point['operations'] / point['seconds'] / matmul_rate:.3g} %"
+
+
 def progress_bar(total: int) -> tqdm:
     """How far the work is, where somebody watches."""
     return tqdm(total=total, bar_format=BAR, leave=False, disable=None)
