@@ -36,8 +36,9 @@ def length_name(length: int) -> str:
 
 
 def speed(point: dict) -> str:
-    """The millions of tokens a second of a point that has a time."""
-    return f"{point['length'] / point['seconds'] / 1e6:.3g} M"
+    """Tokens a second of a point that has a time, in thousands or millions (10^3, 10^6)."""
+    rate = point["length"] / point["seconds"]
+    return f"{rate / 1e6:.3g}M" if rate >= 1e6 else f"{rate / 1e3:.3g}k"
 
 
 def share(point: dict, matmul_rate: float) -> str:
