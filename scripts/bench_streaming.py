@@ -22,11 +22,11 @@ import numpy as np
 from flax import nnx
 
 from bench_kernels import lengths, positive
+from benchmarks.byte_model import ByteModel, shifted
 from benchmarks.text import header, length_name, markdown, progress_bar
 from benchmarks.timing import wall_clock
 from race_jax import streaming
-from race_jax.models import ModelConfig, TransformerLM
-from race_jax.tasks.losses import chunked_cross_entropy
+from race_jax.models import ModelConfig
 
 GIB = 2**30
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
@@ -42,22 +42,9 @@ COLUMNS = {
 
 def byte_model(options: argparse.Namespace) -> tuple[Callable, nnx.State, object]:
     """A step over bytes, its parameters and the state before the first byte."""
-    config = ModelConfig(num_layers=options.layers, width=options.width)
-    model = TransformerLM(config, vocab_size=256, keep_rngs=False, rngs=nnx.Rngs(0))
-    graph, params, fixed = nnx.split(model, nnx.Param, ...)
-
-    def step(params, state, segment):
-        model = nnx.merge(graph, params, fixed)
-        hidden, state = model.hidden(segment["inputs"], state=state)
-        table, weights = model.embedding[...], np.ones(hidden.shape[:2], np.float32)
-        return state, chunked_cross_entropy(hidden, table, segment["targets"], weights)
-
-    return step, params, model.init_state(1)
-
-
-def shifted(tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """Inputs and targets (1, T) of T + 1 tokens."""
-    return {"inputs": tokens[None, :-1], "targets": tokens[None, 1:]}
+    model = ByteModel(ModelConfig(num_layers=options.layers, width=options.width))
+    params, fixed = model.variables()
+    return model.step(fixed), params, model.state(params, fixed)
 
 
 def random_bytes(count: int) -> np.ndarray:
@@ -88,7 +75,7 @@ def compare(options: argparse.Namespace) -> None:
     print(*header(COLUMNS), sep="\n")
     bar = progress_bar(len(options.lengths) * len(ways) * options.repeats)
     for length in options.lengths:
-        arguments = params, state, shifted(random_bytes(length + 1).astype(np.int32))
+        arguments = params, state, shifted(random_bytes(length + 1)[None].astype(np.int32))
         runs = {}
         for name, way in ways.items():
             compiled = jax.jit(way).lower(*arguments).compile()
@@ -116,7 +103,7 @@ def from_file(options: argparse.Namespace) -> None:
         path = pathlib.Path(folder, "tokens.bin")
         random_bytes(options.file + 1).tofile(path)
         tokens = np.memmap(path, np.uint8, mode="r")
-        segments = streaming.Segments(shifted(tokens), options.segment_length)
+        segments = streaming.Segments(shifted(tokens[None]), options.segment_length)
         bar = progress_bar(0)
 
         def show(done: int, total: int) -> None:

@@ -14,12 +14,15 @@ import pytest
 
 import bench_scaling
 from benchmarks import scaling, scaling_figure, streamed, timing
+from benchmarks.model_scaling import PRESETS, ModelSetting
 from benchmarks.scaling import Limits, Record, Series, Setting
 from race_jax.core import reference
 
 pytestmark = pytest.mark.once
 
-SETTING = Setting(heads=2, head_dim=8, value_dim=8, tables=2, planes=2, segment_length=64)
+SIZES = {"heads": 2, "tables": 2, "planes": 2, "segment_length": 64, "dtype": "float32"}
+SETTING = Setting(head_dim=8, value_dim=8, **SIZES)
+MODEL = ModelSetting(layers=1, width=16, **SIZES)
 MACHINE = {"platform": "cpu", "device": "cpu", "devices": 1, "jax": jax.__version__}
 STREAMED = Series("race_streamed", causal=True)
 
@@ -82,6 +85,66 @@ def test_the_streamed_program_has_the_loss_and_gradients_of_its_definition(asser
         assert_close(name, got["gradients"][name], gradient, kind="streamed")
 
 
+def test_a_model_has_the_same_loss_and_gradients_in_segments(assert_close):
+    length = 150
+    found = {}
+    for method in "race", "race_streamed":
+        made = MODEL.program(method, length)
+        found[method] = made.compile()(made.draw({}))
+    whole, streamed = found["race"], found["race_streamed"]
+    assert 5 < whole["loss"] / length < 6  # nats a byte, untrained: log(256) is 5.55
+    assert_close("loss", streamed["loss"], whole["loss"], kind="streamed")
+    gradients = jax.tree_util.tree_leaves_with_path(whole["gradients"])
+    for (path, gradient), got in zip(
+        gradients, jax.tree.leaves(streamed["gradients"]), strict=True
+    ):
+        assert_close(jax.tree_util.keystr(path), got, gradient, kind="streamed")
+
+
+def test_the_operations_of_a_model_are_those_of_its_matrix_products():
+    preset, length = PRESETS["small"], 1024
+    width, weights = preset.width, 4 * 12 * preset.width**2 + 256 * preset.width
+    pairs = 2 * length * width * preset.layers
+    assert preset.operations("softmax", length) == 3 * length * (2 * weights + pairs)
+    # docs/streaming.md has the products of this model as the compiler counted them, forward.
+    assert preset.operations("race", length) / 3 / length == pytest.approx(6.1e6, rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("small", 3.2), ("30m", 31.7), ("wide", 101.1)])
+def test_the_presets_have_their_sizes(name, millions):
+    preset = PRESETS[name].completed("gpu")
+    assert preset.dtype == "bfloat16"
+    assert preset.facts()["parameters"] / 1e6 == pytest.approx(millions, abs=0.1)
+    assert preset.segment_length == {"small": 2**18}.get(name, 2**15)
+
+
+def test_a_model_is_measured_and_drawn(run_python, tmp_path):
+    out = tmp_path / "model.json"
+    words = f"--tiny --model small --methods race_streamed --out {out}".split()
+    printed = run_python(f"""
+        import sys; sys.path.insert(0, "scripts"); import bench_scaling
+        bench_scaling.TINY = bench_scaling.TINY.replace("--to 128", "--to 96")
+        bench_scaling.main({words})
+    """)
+    content = json.loads(out.read_text())
+    assert [point["length"] for point in content["points"]] == [64, 96]
+    for point in content["points"]:
+        assert point["operations"] > 3 * 20 * 16**2 * point["length"]
+        assert point["compile_seconds"] > 0
+    assert content["facts"]["parameters"] == 7444
+    assert content["facts"]["matmul_rate"] > 1e9
+    assert "MFLOP/token" in printed
+    assert "% of peak |" in printed
+    title = out.with_suffix(".svg").read_text()
+    assert "A language model of bytes, value and gradient: 1 layers of width 16" in title
+
+
+def test_lengths_end_with_the_longest():
+    assert scaling.ladder(64, 1024, 4) == [64, 256, 1024]
+    assert scaling.ladder(64, 1000, 4) == [64, 256, 1000]
+    assert scaling.ladder(64, 64, 2) == [64]
+
+
 def test_the_streamed_program_is_of_one_size_whatever_the_length():
     short, long = 64 * 64, 64 * 1024
     state = 2 * 8 * (8 + 1) + 2 + 1  # numbers of 4 bytes: numerator, mass, log_decay, segment
@@ -110,7 +173,7 @@ def test_what_needs_too_much_memory_is_refused_before_it_runs():
     limits = Limits(memory=1e-5)
     arguments = scaling.measure, Series("softmax", causal=True), 64, SETTING, limits
     figures = scaling.in_own_process(*arguments)
-    assert set(figures) == {"estimated_bytes", "stopped"}
+    assert set(figures) == {"compile_seconds", "estimated_bytes", "operations", "stopped"}
     need = figures["estimated_bytes"] / 2**30
     assert figures["stopped"] == f"would need {need:.3g} GiB of 1e-05 GiB"
 
@@ -147,7 +210,8 @@ def test_a_method_stops_at_its_limits_and_the_others_go_on(monkeypatch, tmp_path
     series = scaling.series_of(["race", "softmax"], ["causal", "bidirectional"])
     path = tmp_path / "scaling.json"
     record = Record(path, MACHINE, SETTING)
-    scaling.fill(record, series, 64, 1024, SETTING, Limits(seconds=5))
+    lengths = scaling.ladder(64, 1024, 2)
+    scaling.fill(record, series, lengths, SETTING, Limits(seconds=5))
     names = [s.name for s in series]
     expected = [(name, 64) for name in names] + [(name, 128) for name in names]
     # Softmax would take 16 s at 256, where RACE takes 4, and 8 at 512.
@@ -160,7 +224,7 @@ def test_a_method_stops_at_its_limits_and_the_others_go_on(monkeypatch, tmp_path
     # With a higher limit only what was stopped is tried again.
     calls.clear()
     again = Record(path, MACHINE, SETTING)
-    scaling.fill(again, series[:1], 64, 1024, SETTING, Limits(seconds=9))
+    scaling.fill(again, series[:1], lengths, SETTING, Limits(seconds=9))
     assert calls == [("race causal", 512)]
     assert [point["length"] for point in again.measured(series[0])] == [64, 128, 256, 512]
     places = [(point["series"], point["length"]) for point in again.content["points"]]
@@ -184,7 +248,11 @@ def test_points_of_another_device_or_setting_are_not_mixed(tmp_path):
 
 def test_the_time_left_counts_what_is_not_known_yet(tmp_path):
     record, series = Record(tmp_path / "scaling.json", MACHINE, SETTING), Series("softmax", True)
-    left = lambda longest: scaling.seconds_left([series], record, 64, longest, Limits(10, 8, 3))  # noqa: E731
+
+    def left(longest):
+        lengths = scaling.ladder(64, longest, 2)
+        return scaling.seconds_left([series], record, lengths, Limits(10, 8, 3))
+
     start = scaling.START_SECONDS
     assert left(1024) == start  # at 64, and nothing is known of the rest
     record.add(series, 64, {"seconds": 0.5, "estimated_bytes": 2**20})
@@ -200,6 +268,11 @@ def test_the_time_left_counts_what_is_not_known_yet(tmp_path):
         ("--forms sideways", "no form 'sideways'; there are causal, bidirectional"),
         ("--from 1k,2k", "'1k,2k' is not one length"),
         ("--from 4k --to 1k", "--to 1024 is below --from 4096"),
+        ("--step 1", "--step 1 does not make lengths grow"),
+        ("--layers 2", "--layers is a size of a model; add --model"),
+        ("--model wide --head_dim 8", "--head_dim is a size of one operation; leave out --model"),
+        ("--model wide --forms bidirectional", "a language model has no bidirectional form"),
+        ("--model small --heads 3", "--heads 3 does not divide --width 256"),
         ("--seconds 0", "0 is not above zero"),
         ("--out nowhere/scaling.json", "not a .json file in an existing folder"),
         ("--out missing.json --draw", "there is no missing.json"),

@@ -10,6 +10,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,9 +52,43 @@ class Random:
         """The array's shape and dtype, to compile for."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding(mesh))
 
+    def prepare(self, mesh: Mesh | None = None) -> None:
+        """Compiles what draws the array."""
+        maker(self, mesh)
+
     def draw(self, name: str, mesh: Mesh | None = None) -> jax.Array:
         """The array. Its seed follows from the name, so programs may share what they call alike."""
         return maker(self, mesh)(jnp.uint32(zlib.crc32(name.encode())))
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Arrays that a function draws, such as a model's initial parameters, the same on all devices.
+
+    Attributes:
+      make: a function without arguments that returns a pytree of arrays.
+      split: as that of `Random`.
+    """
+
+    make: Callable[[], Any]
+    split: PartitionSpec = REPLICATED
+
+    def struct(self, mesh: Mesh | None = None) -> Any:
+        """The shapes and dtypes, to compile for."""
+        sharding = mesh and NamedSharding(mesh, self.split)
+
+        def shape(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        return jax.tree.map(shape, jax.eval_shape(self.make))
+
+    def prepare(self, mesh: Mesh | None = None) -> None:
+        """Does nothing: the function is compiled where it is called."""
+
+    def draw(self, name: str, mesh: Mesh | None = None) -> Any:
+        """The arrays, whatever their name."""
+        del name
+        return jax.jit(self.make, out_shardings=mesh and NamedSharding(mesh, self.split))()
 
 
 @functools.cache

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from benchmarks.arrays import REPLICATED, Random, maker
+from benchmarks.arrays import REPLICATED, Drawn, Random
 
-Inputs = dict[str, jax.Array]
+Inputs = dict[str, Any]  # arrays, or pytrees of them
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,19 +24,21 @@ class Program:
       floor_operations: the fewest additions and multiplications; 0 where nobody counted.
       split: how its outputs are spread over the devices of a mesh: one spec for all of them, or a
         tree of specs.
+      options: XLA's options for it, or None.
     """
 
     name: str
     call: Callable[[Inputs], object]
-    inputs: Mapping[str, Random]
+    inputs: Mapping[str, Random | Drawn]
     floor_bytes: int = 0
     floor_operations: float = 0.0
     split: PartitionSpec | Mapping[str, PartitionSpec] = REPLICATED
+    options: Mapping[str, Any] | None = None
 
     def compile(self, mesh: Mesh | None = None) -> jax.stages.Compiled:
         """Compiles the program, and what draws its inputs, for a mesh or for one device."""
         for random in self.inputs.values():
-            maker(random, mesh)
+            random.prepare(mesh)
         call = self.call
         if mesh and mesh.size > 1:
             splits = {name: random.split for name, random in self.inputs.items()}
@@ -44,7 +47,7 @@ class Program:
                 call, mesh=mesh, in_specs=(splits,), out_specs=self.split, check_vma=False
             )
         structs = {name: random.struct(mesh) for name, random in self.inputs.items()}
-        return jax.jit(call).lower(structs).compile()
+        return jax.jit(call).lower(structs).compile(compiler_options=self.options)
 
     def draw(self, shared: Inputs, mesh: Mesh | None = None) -> Inputs:
         """The program's inputs, taken from `shared`, to which those that it lacks are added."""

@@ -1,4 +1,4 @@
-"""Time and memory of one attention operation over length, forward and backward.
+"""Time and memory over length of one attention operation, or a whole model, and its gradient.
 
 A point is one method at one length. It is measured in a process of its own, so that its peak memory
 is its own and a crash ends no more than the point. The compiler says how much memory a program
@@ -17,20 +17,23 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from typing import ClassVar
 
 import jax
 from tqdm import tqdm
 
 from benchmarks.attention import Problem, Sizes, program
+from benchmarks.model_scaling import ModelSetting
 from benchmarks.peak_table import head_mesh, use_all_cores
 from benchmarks.programs import Program
 from benchmarks.streamed import streamed
-from benchmarks.text import length_name, progress_bar
+from benchmarks.text import length_name, progress_bar, share, speed
 from benchmarks.timing import (
     GIB,
     Clock,
     Figures,
     find_clock,
+    matmul_peak,
     memory_limit,
     peak_bytes,
     time_in_turn,
@@ -43,19 +46,67 @@ ON_GPU = {"softmax": "cudnn softmax"}  # names in benchmarks/attention.py, where
 START_SECONDS = 10.0  # to start a process and compile a program; for the time left
 SAMPLING_SECONDS = 20.0  # for all samples of a point, of which there is at least one
 TICK = 0.5  # seconds between two looks at a running point
+LONG_RUN = 1000.0  # milliseconds; a longer run is timed by the wall clock alone
 POINT = dict.fromkeys(("seconds", "peak_bytes", "estimated_bytes"), None) | {"stopped": ""}
+POINT |= dict.fromkeys(("operations", "compile_seconds"), None)
+# By platform: the dtype of the inputs, and the tokens of a segment where the sequence is streamed.
+DEFAULTS = {"cpu": ("float32", 16 * 2**10), "gpu": ("bfloat16", 256 * 2**10)}
+# By platform: the rows of the matrices whose product is the peak.
+PRODUCT = {"cpu": 2048, "gpu": 16384}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting(Sizes):
-    """What all points of a file have in common but the machine."""
+    """What all points of a file about one operation have in common but the machine.
 
-    segment_length: int
+    `benchmarks.model_scaling.ModelSetting` is the same for a whole model.
+
+    Attributes:
+      FORMS: the forms that a method may have.
+      by_kernels: whether a short run on a GPU takes as long as its kernels do, and the time between
+        them is not counted.
+      dtype: that of the inputs; None leaves it to `completed`.
+      segment_length: the tokens of a segment where the sequence is streamed; None leaves it to
+        `completed`.
+    """
+
+    FORMS: ClassVar[tuple[str, ...]] = ("causal", "bidirectional")
+    by_kernels: ClassVar[bool] = True
+
+    dtype: str | None = None
+    segment_length: int | None = None
+
+    @property
+    def parts(self) -> int:
+        """The number of parts that the devices of a CPU can share, which are the heads."""
+        return self.heads
+
+    def completed(self, platform: str) -> "Setting":
+        """The setting with what the platform decides, "cpu" or "gpu"."""
+        dtype, tokens = DEFAULTS[platform]
+        return dataclasses.replace(
+            self, dtype=self.dtype or dtype, segment_length=self.segment_length or tokens
+        )
+
+    def facts(self) -> dict:
+        """What a file says of the setting beside its fields."""
+        return {}
 
     def problem(self, length: int, *, causal: bool) -> Problem:
         """One attention problem of this setting."""
         sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(Sizes)}
         return Problem(length, causal, **sizes)
+
+    def program(self, method: str, length: int, *, causal: bool) -> Program:
+        """The output and the gradients by a method of `GROWTH`."""
+        problem = self.problem(length, causal=causal)
+        if method == "race_streamed":
+            return streamed(problem, self.segment_length)
+        on_gpu = jax.default_backend() == "gpu"
+        return program(problem, ON_GPU.get(method, method) if on_gpu else method, backward=True)
+
+
+AnySetting = Setting | ModelSetting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +140,9 @@ class Series:
         """A figure at a greater length, from a point that is known."""
         return known[field] * (length / known["length"]) ** GROWTH[self.method]
 
-    def program(self, length: int, setting: Setting) -> Program:
+    def program(self, length: int, setting: AnySetting) -> Program:
         """The program to measure on this machine's device."""
-        problem = setting.problem(length, causal=self.causal)
-        if self.method == "race_streamed":
-            return streamed(problem, setting.segment_length)
-        on_gpu = jax.default_backend() == "gpu"
-        name = ON_GPU.get(self.method, self.method) if on_gpu else self.method
-        return program(problem, name, backward=True)
+        return setting.program(self.method, length, causal=self.causal)
 
 
 def series_of(methods: Sequence[str], forms: Sequence[str]) -> list[Series]:
@@ -113,15 +159,25 @@ class Record:
         stopped is tried again, because the limits may be others now.
       machine: the device and the versions.
       setting: the sizes of the problem.
+      facts: what else the file says; it keeps what the run found that began it.
       fresh: whether to start with no points.
 
     Raises:
       ValueError: the file has points of another machine or setting.
     """
 
-    def __init__(self, path: pathlib.Path, machine: dict, setting: Setting, *, fresh: bool = False):
+    def __init__(
+        self,
+        path: pathlib.Path,
+        machine: dict,
+        setting: AnySetting,
+        facts: dict | None = None,
+        *,
+        fresh: bool = False,
+    ):
         self.path = path
-        self.content = {"machine": machine, "setting": dataclasses.asdict(setting), "points": []}
+        self.content = {"machine": machine, "setting": dataclasses.asdict(setting)}
+        self.content |= {"facts": facts or {}, "points": []}
         if fresh or not path.exists():
             return
         old = json.loads(path.read_text("utf-8"))
@@ -132,7 +188,7 @@ class Record:
                         f"{path} has points with {name} = {old[part].get(name)}, and this run has "
                         f"{name} = {value}; give another --out, or --fresh to drop the old points"
                     )
-        self.content["points"] = old["points"]
+        self.content |= {"facts": old.get("facts", facts or {}), "points": old["points"]}
 
     def measured(self, series: Series) -> list[dict]:
         """The points of a series that have a time, in the order of their lengths."""
@@ -164,41 +220,52 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def look(heads: int) -> dict:
-    """The device and the versions, and GiB that JAX may use; called in a process of its own."""
-    use_all_cores(heads)
+def look(wanted: AnySetting) -> dict:
+    """The device, the setting that is measured on it, and GiB that JAX may use.
+
+    It is called in a process of its own.
+    """
+    use_all_cores(wanted.parts)
     device = jax.devices()[0]
-    on_gpu = device.platform == "gpu"
+    platform = "gpu" if device.platform == "gpu" else "cpu"
+    mesh = head_mesh(1 if platform == "gpu" else wanted.parts)
     machine = {
         "platform": device.platform,
         "device": device.device_kind,
-        "devices": 1 if on_gpu else head_mesh(heads).size,
+        "devices": mesh.size,
         "jax": jax.__version__,
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
     }
-    return {"machine": machine, "memory": memory_limit() / GIB}
+    setting = wanted.completed(platform)
+    dtype = setting.dtype if platform == "gpu" else "float32"
+    facts = {"matmul_rate": matmul_peak(mesh, dtype, PRODUCT[platform])} | setting.facts()
+    return {"machine": machine, "memory": memory_limit() / GIB, "setting": setting, "facts": facts}
 
 
-def measure(series: Series, length: int, setting: Setting, limits: Limits) -> dict:
+def measure(series: Series, length: int, setting: AnySetting, limits: Limits) -> dict:
     """Time and memory of one point; called in a process of its own."""
-    use_all_cores(setting.heads)
+    use_all_cores(setting.parts)
     on_gpu = jax.default_backend() == "gpu"
-    mesh = None if on_gpu else head_mesh(setting.heads)
-    made = series.program(length, setting)
+    mesh = None if on_gpu else head_mesh(setting.parts)
     try:
+        made = series.program(length, setting)
+        start = time.monotonic()
         run = made.compile(mesh)
+        found = {"compile_seconds": time.monotonic() - start}
         needed = Figures.of(made)
         needed.note_memory(run, mesh.size if mesh else 1)
-        found = {"estimated_bytes": needed.held_bytes}
+        found |= {
+            "estimated_bytes": needed.held_bytes,
+            "operations": needed.floor_operations or None,
+        }
         if needed.held_bytes > limits.memory * GIB:
             need = f"would need {needed.held_bytes / GIB:.3g} GiB of {limits.memory:.3g} GiB"
             return found | {"stopped": need}
         inputs = made.draw({}, mesh)
-        if on_gpu:
+        [ms] = time_in_turn([(run, inputs)], limits.repeats, SAMPLING_SECONDS)
+        if on_gpu and setting.by_kernels and ms < LONG_RUN:
             clock: Clock = find_clock()
             ms = time_run(run, inputs, clock, limits.repeats).ms
-        else:
-            [ms] = time_in_turn([(run, inputs)], limits.repeats, SAMPLING_SECONDS)
     except Exception as error:  # noqa: BLE001 - whatever it is, the other series go on
         return {"stopped": words(error)}
     return found | {"seconds": ms * 1e-3, "peak_bytes": peak_bytes()}
@@ -248,26 +315,38 @@ def refusal(series: Series, length: int, known: Sequence[dict], limits: Limits) 
     return f"would take about {seconds:.3g} s of {limits.seconds:g} s"
 
 
+def ladder(first: int, longest: int, step: int) -> list[int]:
+    """The lengths to measure: each `step` times the one before, and the longest.
+
+    >>> ladder(1, 10, 2)
+    [1, 2, 4, 8, 10]
+    """
+    found = [first]
+    while found[-1] * step < longest:
+        found.append(found[-1] * step)
+    return found + [longest] * (longest > found[-1])
+
+
 def seconds_left(
-    active: Sequence[Series], record: Record, length: int, longest: int, limits: Limits
+    active: Sequence[Series], record: Record, lengths: Sequence[int], limits: Limits
 ) -> float:
-    """About how long the lengths from `length` on take, judged by the points so far."""
+    """About how long these lengths take, judged by the points so far."""
     total = 0.0
     for series in active:
         known = record.measured(series)
-        lengths = {point["length"] for point in known}
-        now = length
-        while now <= longest and not refusal(series, now, known, limits):
+        have = {point["length"] for point in known}
+        for now in lengths:
+            if refusal(series, now, known, limits):
+                break
             before = [point for point in known if point["length"] < now]
             held = before and series.expected("estimated_bytes", before[-1], now)
             if held and held > limits.memory * GIB:
                 break
-            if now not in lengths:
+            if now not in have:
                 run = series.expected("seconds", before[-1], now) if before else 0.0
                 total += START_SECONDS + run + max(run, min(limits.repeats * run, SAMPLING_SECONDS))
             if not known:
                 break  # nothing is known yet of this series
-            now *= 2
     return total
 
 
@@ -301,44 +380,49 @@ class Bar:
 def fill(
     record: Record,
     active: Sequence[Series],
-    first: int,
-    longest: int,
-    setting: Setting,
+    lengths: Sequence[int],
+    setting: AnySetting,
     limits: Limits,
 ) -> None:
-    """Measures all lengths, each twice the one before, until every series has stopped."""
-    bar, length = Bar(), first
+    """Measures these lengths, in rising order, until every series has stopped."""
+    bar, rate = Bar(), record.content["facts"].get("matmul_rate")
     try:
-        while active and length <= longest:
+        for index, length in enumerate(lengths):
             going = []
             for series in active:
                 known = record.measured(series)
                 if any(point["length"] == length for point in known):
                     going.append(series)
                     continue
-                bar.expect(seconds_left(active, record, length, longest, limits))
+                bar.expect(seconds_left(active, record, lengths[index:], limits))
                 if stopped := refusal(series, length, known, limits):
                     figures = {"stopped": stopped}
                 else:
                     call = (measure, series, length, setting, limits)
                     figures = in_own_process(*call, tick=bar.tick)
                 point = record.add(series, length, figures)
-                bar.say(line(point))
+                bar.say(line(point, rate))
                 if not point["stopped"]:
                     going.append(series)
-            active, length = going, length * 2
+            active = going
     finally:
         bar.close()
 
 
-def line(point: dict) -> str:
-    """A point in words."""
+def line(point: dict, matmul_rate: float | None = None) -> str:
+    """A point in words, with its share of a rate in operations a second if both are known."""
     start = f"{length_name(point['length']):>5} {point['series']:22}"
     if point["stopped"]:
         return f"{start} stops: {point['stopped']}"
-    each = point["seconds"] / point["length"] * 1e6
     peak, estimated = point["peak_bytes"] / GIB, point["estimated_bytes"] / GIB
-    return (
-        f"{start} {point['seconds']:.4g} s, {each:.3g} µs a token, peak memory {peak:.3g} GiB "
-        f"({estimated:.3g} GiB estimated)"
-    )
+    parts = [
+        f"{point['seconds']:.4g} s",
+        f"{speed(point)} tokens/s",
+        f"peak memory {peak:.3g} GiB ({estimated:.3g} GiB estimated)",
+    ]
+    if point["compile_seconds"]:
+        parts.append(f"compiled in {point['compile_seconds']:.3g} s")
+    if point["operations"] and matmul_rate:
+        each = point["operations"] / point["length"]
+        parts.append(f"{each / 1e6:.4g} MFLOP/token, {share(point, matmul_rate)} of peak")
+    return f"{start} {', '.join(parts)}"

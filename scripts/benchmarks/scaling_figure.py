@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.plot import STYLE
-from benchmarks.text import length_name, markdown
+from benchmarks.text import length_name, markdown, share, speed
 from benchmarks.timing import GIB
 
 COLORS = {"race": "#0072b2", "softmax": "#d55e00", "race_streamed": "#009e73"}
@@ -48,14 +48,23 @@ def draw(content: dict, path: pathlib.Path) -> None:
 def title(content: dict) -> str:
     """What was measured where."""
     setting, machine = content["setting"], content["machine"]
-    device = f"{machine['devices']} CPU devices"
     if machine["platform"] != "cpu":
         device = machine["device"]
-    return (
-        f"One attention operation, forward and backward: {setting['heads']} heads of "
-        f"{setting['head_dim']}, P = {setting['planes']}, L = {setting['tables']}, "
-        f"{setting['dtype']}, {device}"
-    )
+    else:
+        device = f"{machine['devices']} CPU devices" if machine["devices"] > 1 else "a CPU"
+    if "layers" in setting:
+        millions = content["facts"]["parameters"] / 1e6
+        what = (
+            f"A language model of bytes, value and gradient: {setting['layers']} layers of width "
+            f"{setting['width']}, {millions:.3g} M parameters, {setting['heads']} heads"
+        )
+    else:
+        what = (
+            f"One attention operation, forward and backward: {setting['heads']} heads of "
+            f"{setting['head_dim']}"
+        )
+    numbers = f"P = {setting['planes']}, L = {setting['tables']}, {setting['dtype']}"
+    return f"{what}, {numbers}, {device}"
 
 
 def known_points(points: Sequence[dict], name: str) -> list[dict]:
@@ -127,21 +136,24 @@ def name_lines(figure: Any, axes: Any, ends: Sequence[tuple]) -> None:
 
 
 def table(content: dict) -> str:
-    """A markdown table: a line for each length, a cell of time and peak memory for each series."""
-    points = content["points"]
+    """A markdown table: a line for each length, and a cell for each series."""
+    points, rate = content["points"], content.get("facts", {}).get("matmul_rate")
     names = list(dict.fromkeys(point["series"] for point in points))
     found = {(point["series"], point["length"]): point for point in points}
     lines = [["T", *(name.replace("_", " ") for name in names)]]
     for length in sorted({point["length"] for point in points}):
-        cells = [cell(found.get((name, length))) for name in names]
+        cells = [cell(found.get((name, length)), rate) for name in names]
         lines.append([length_name(length), *cells])
     widths = {str(i): max(map(len, column)) for i, column in enumerate(zip(*lines, strict=True))}
     dashes = ["-" * width for width in widths.values()]
     return "\n".join(markdown(cells, widths) for cells in [lines[0], dashes, *lines[1:]])
 
 
-def cell(point: dict | None) -> str:
-    """Seconds and GiB, or why there are none."""
+def cell(point: dict | None, matmul_rate: float | None) -> str:
+    """Seconds, GiB, and the speed where operations were counted; or why there are none."""
     if point is None or point["stopped"]:
         return point["stopped"].replace("|", "/") if point else ""
-    return f"{point['seconds']:.3g} s, {point['peak_bytes'] / GIB:.2f} GiB"
+    parts = [f"{point['seconds']:.3g} s", f"{point['peak_bytes'] / GIB:.2f} GiB"]
+    if point.get("operations") and matmul_rate:
+        parts += [f"{speed(point)} tokens/s", f"{share(point, matmul_rate)} of peak"]
+    return ", ".join(parts)

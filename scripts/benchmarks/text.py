@@ -35,6 +35,17 @@ def length_name(length: int) -> str:
     return str(length)
 
 
+def speed(point: dict) -> str:
+    """Tokens a second of a point that has a time, in thousands or millions (10^3, 10^6)."""
+    rate = point["length"] / point["seconds"]
+    return f"{rate / 1e6:.3g}M" if rate >= 1e6 else f"{rate / 1e3:.3g}k"
+
+
+def share(point: dict, matmul_rate: float) -> str:
+    """The operations of a point that has a time, in percent of a rate in operations a second."""
+    return f"{100 * point['operations'] / point['seconds'] / matmul_rate:.3g} %"
+
+
 def progress_bar(total: int) -> tqdm:
     """How far the work is, where somebody watches."""
     return tqdm(total=total, bar_format=BAR, leave=False, disable=None)
