@@ -95,7 +95,8 @@ class SparseConfig:
 
     Attributes:
       budget: the number of tokens that a query reads, with the sink, the window and its own token.
-      scorer: a name of `race_jax.sparse.SCORERS`.
+      scorer: a name of `race_jax.sparse.SCORERS`. The default lost least on a trained model
+        (docs/decoding.md).
       sink: the number of first tokens that are always read.
       window: the number of last tokens that are always read, with the query's own, at least 1.
       selection: "head", or "group": all query heads of a key/value head read the same tokens, those
@@ -121,7 +122,7 @@ class SparseConfig:
     """
 
     budget: int = 1024
-    scorer: str = "sign_linear"
+    scorer: str = "quantized"
     sink: int = 16
     window: int = 128
     selection: str = "head"

@@ -280,7 +280,7 @@ def errors():
         "planes": (lambda: make(scorer="socket", num_planes=11), ValueError, "at most 10"),
         "sharpness": (lambda: make(scorer="socket", sharpness=0.0), ValueError, "must be positive"),
         "no effect": (lambda: make(num_tables=60), ValueError,
-                      "num_tables=60 has no effect with scorer='sign_linear'; leave it out"),
+                      "num_tables=60 has no effect with scorer='quantized'; leave it out"),
         "pages": (lambda: make(scorer="quest", window=8), ValueError,
                   "page_size=16 must be at most window=8"),
         "selection": (lambda: make(selection="all"), ValueError, "selection='all' is unknown"),
