@@ -210,10 +210,8 @@ def run_fresh_python(script: str, *, devices: int = 1, timeout: float = 900) -> 
 @pytest.fixture(scope="module", autouse=True)
 def compilation(request):
     """XLA without its expensive passes, where tests/quick.py says so."""
-    is_quick = quick.is_for(request.path)
-    jax.config.update("jax_disable_most_optimizations", is_quick)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with quick.everywhere() if quick.is_for(request.path) else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

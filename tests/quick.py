@@ -6,19 +6,24 @@ compiled as a user's programs are, so that the optimizer is part of what is test
 are too in tests/integration, in the commands of the pages, and in the examples.
 """
 
+import contextlib
 import functools
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
 import jax
+from jax._src import compiler
 
-# The files and folders of `tests` that are compiled with `jax_disable_most_optimizations`.
+# The files and folders of `tests` of which all programs are compiled quickly.
 PLACES = (
     *("devices", "diagnostics", "models", "sparse", "streaming", "tasks", "train"),
     *("test_bench_decode.py", "test_bench_scaling.py", "test_bench_sharding.py"),
     *("test_reference.py", "test_reproduce.py", "test_study_decoding.py"),
 )
-# The same for one program. jaxlib before 0.11 can also leave out what takes half of the time then.
+# The options of such a program. jaxlib before 0.11 can also leave out what takes half of the time.
 OPTIONS: dict[str, bool | int] = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):
     OPTIONS["xla_cpu_use_fusion_emitters"] = False
@@ -26,6 +31,22 @@ if jax.__version_info__ < (0, 11):
 FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in OPTIONS.items())
 
 jit = functools.partial(jax.jit, compiler_options=OPTIONS)
+
+
+@contextlib.contextmanager
+def everywhere() -> Iterator[None]:
+    """Compiles every program quickly. JAX has a setting for a part of OPTIONS, but not for all."""
+    get_compile_options = compiler.get_compile_options
+
+    def quickly(*args: Any, env_options_overrides: dict | None = None, **options: Any) -> Any:
+        return get_compile_options(
+            *args, env_options_overrides=OPTIONS | (env_options_overrides or {}), **options
+        )
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    with mock.patch.object(compiler, "get_compile_options", quickly):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def environment() -> dict[str, str]:
