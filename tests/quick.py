@@ -1,9 +1,10 @@
 """XLA without its optimizer, where compilation would take most of a test's time.
 
 Only the places that are named here are compiled quickly: the oracles, and what is built from the
-operation and its layers, such as models, runs, and programs on several devices. Everything else is
-compiled as a user's programs are, so that the optimizer is part of what is tested. Models and runs
-are too in tests/integration, in the commands of the pages, and in the examples.
+operation and its layers, such as models, runs, and programs on several devices, and the kernels,
+whose programs for the CPU are those of Pallas's interpreter. Everything else is compiled as a
+user's programs are, so that the optimizer is part of what is tested. Models and runs are too in
+tests/integration, in the commands of the pages, and in the examples. So is all on a GPU.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from jax._src import compiler
 
 # The files and folders of `tests` of which all programs are compiled quickly.
 PLACES = (
-    *("devices", "diagnostics", "models", "sparse", "streaming", "tasks", "train"),
+    *("devices", "diagnostics", "kernels", "models", "sparse", "streaming", "tasks", "train"),
     *("test_bench_decode.py", "test_bench_scaling.py", "test_bench_sharding.py"),
     *("test_reference.py", "test_reproduce.py", "test_study_decoding.py"),
 )
@@ -57,4 +58,5 @@ def environment() -> dict[str, str]:
 def is_for(path: pathlib.Path) -> bool:
     """Returns whether the tests of a file are compiled quickly."""
     tests = pathlib.Path(__file__).parent
-    return path.is_relative_to(tests) and path.relative_to(tests).parts[0] in PLACES
+    named = any(path.is_relative_to(tests / place) for place in PLACES)
+    return named and jax.default_backend() == "cpu"
