@@ -285,7 +285,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks `once` what tests/newest.py does not name, and puts long tests first."""
     for item in items:
-        if not newest.is_for(item.path):
+        if not newest.is_for(item.path) and not item.get_closest_marker("skipif"):
             item.add_marker(pytest.mark.once)
     items.sort(key=lambda item: item.get_closest_marker("first") is None)  # others keep their order
 

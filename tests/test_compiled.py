@@ -44,6 +44,7 @@ PASSES = pytest.mark.parametrize("passes", [forward, forward_and_backward])
 CAUSALITY = pytest.mark.parametrize("is_causal", [True, False])
 
 
+@pytest.mark.once
 @CAUSALITY
 def test_program_text_grows_with_the_log_of_the_length_only(is_causal):
     def lines(length):
