@@ -1,10 +1,11 @@
 """XLA without its optimizer, where compilation would take most of a test's time.
 
 Only the places that are named here are compiled quickly: the oracles, and what is built from the
-operation and its layers, such as models, runs, and programs on several devices, and the kernels,
-whose programs for the CPU are those of Pallas's interpreter. Everything else is compiled as a
-user's programs are, so that the optimizer is part of what is tested. Models and runs are too in
-tests/integration, in the commands of the pages, and in the examples. So is all on a GPU.
+operation and its layers, such as models, runs, and programs on several devices. So are other
+attentions than RACE, benchmarks, and the kernels, whose programs for the CPU are those of Pallas's
+interpreter. Everything else is compiled as a user's programs are, so that the optimizer is part of
+what is tested. Models and runs are too in tests/integration, in the commands of the pages, and in
+the examples. So is all on a GPU.
 """
 
 import contextlib
@@ -21,8 +22,9 @@ from jax._src import compiler
 # The files and folders of `tests` of which all programs are compiled quickly.
 PLACES = (
     *("devices", "diagnostics", "kernels", "models", "sparse", "streaming", "tasks", "train"),
-    *("test_bench_decode.py", "test_bench_scaling.py", "test_bench_sharding.py"),
-    *("test_reference.py", "test_reproduce.py", "test_study_decoding.py"),
+    *("test_baselines.py", "test_bench.py", "test_bench_decode.py", "test_bench_scaling.py"),
+    *("test_bench_sharding.py", "test_matrix_state.py", "test_reference.py", "test_reproduce.py"),
+    *("test_sliding_window.py", "test_study_decoding.py"),
 )
 # The options of such a program. jaxlib before 0.11 can also leave out what takes half of the time.
 OPTIONS: dict[str, bool | int] = {"xla_backend_optimization_level": 0}

@@ -103,17 +103,20 @@ def what_it_runs(command: str) -> str:
 def without_covered(commands: list[str]) -> list[str]:
     """The commands, in order, without those whose words are all words of another one.
 
-    The other one runs the same script with the same options and more. Commands that are equal run
-    once, in the place of the first. Those of `make` always run.
+    The other one runs the same script with the same options and more, perhaps in another folder.
+    Commands that are equal run once, in the place of the first. Those of `make` always run.
     """
     programs: dict[str, str] = {}
     for command in commands:
         programs.setdefault(what_it_runs(command), command)
     words = {what: set(shlex.split(what)) for what in programs}
+    options = {
+        what: {word for word in of if "run.directory" not in word} for what, of in words.items()
+    }
     return [
         command
         for what, command in programs.items()
-        if what.startswith("make") or not any(words[what] < other for other in words.values())
+        if what.startswith("make") or not any(options[what] < other for other in options.values())
     ]
 
 
