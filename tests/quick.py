@@ -26,10 +26,11 @@ PLACES = (
     *("test_bench_sharding.py", "test_matrix_state.py", "test_reference.py", "test_reproduce.py"),
     *("test_sliding_window.py", "test_study_decoding.py"),
 )
-# The options of such a program. jaxlib before 0.11 can also leave out what takes half of the time.
+# The options of such a program. jaxlib before 0.11 can also leave out what takes half of the time,
+# and needs less of it where a program is not cut into parts.
 OPTIONS: dict[str, bool | int] = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):
-    OPTIONS["xla_cpu_use_fusion_emitters"] = False
+    OPTIONS |= {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 # The same for all programs of a new process, as the variable XLA_FLAGS.
 FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in OPTIONS.items())
 
