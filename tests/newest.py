@@ -17,7 +17,7 @@ PLACES = (
     *("test_attention.py", "test_attention_fn.py", "test_attentions.py", "test_causality.py"),
     *("test_compiled.py", "test_layer.py", "test_layer_transforms.py", "test_linen.py"),
     *("test_masking.py", "test_nnx.py", "test_projections.py", "test_state.py"),
-    *("test_transforms.py", "sparse/test_sparse.py", "tasks/test_copy.py"),
+    *("test_transforms.py", "tasks/test_copy.py"),
 )
 
 

@@ -190,6 +190,7 @@ def test_bad_options_are_refused_in_words(name, options, words):
         ModelConfig(attention=name, **{name: options}).validate()
 
 
+@pytest.mark.once
 def test_random_directions_are_orthogonal_and_gaussian(assert_close):
     """In every block of H they are orthogonal, and the mean of w wᵀ is the identity."""
     draw_all = jax.vmap(lambda key: favor.draw_directions(key, 10, 4))
@@ -202,6 +203,7 @@ def test_random_directions_are_orthogonal_and_gaussian(assert_close):
     np.testing.assert_allclose(np.einsum("imh,img->hg", w, w) / 20_000, np.eye(4), atol=0.05)
 
 
+@pytest.mark.once
 def test_random_features_approximate_the_softmax_kernel(rng):
     """The mean over many drawings is exp(q . k / sqrt(H)), without bias."""
     query, key = jnp.asarray(0.7 * rng.normal(size=(2, 1, 1, 1, 4)), jnp.float32)
@@ -220,6 +222,7 @@ def test_random_features_approximate_the_softmax_kernel(rng):
     assert abs(got.mean() - want) < 4 * error
 
 
+@pytest.mark.once
 def test_directions_are_redrawn_in_training_only():
     options = {"num_features": 4, "redraw": True}
     config = ModelConfig(1, 8, 2, attention="performer", performer=options)
@@ -238,6 +241,7 @@ def test_directions_are_redrawn_in_training_only():
         model(tokens, deterministic=False)
 
 
+@pytest.mark.once
 def test_extreme_keys_of_performer_stay_finite():
     layer = make("performer", True, num_features=7)
     x = jnp.full((1, 4, D), 1e3)

@@ -223,7 +223,10 @@ def test_folded_planes_give_the_same_outputs_and_gradients(rng, assert_close, dt
     assert_close("gradients and output", got, want, kind="folded", dtype=dtype)
 
 
-@pytest.mark.parametrize("options", [ALL, ALL | QKV], ids=["before", "qkv"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(ALL, marks=pytest.mark.once, id="before"), pytest.param(ALL | QKV, id="qkv")],
+)
 def test_split_anywhere_gives_the_whole(rng, assert_close, options):
     """One call with a state takes a prompt, one token, many tokens, or none."""
     s, params, planes = make(rng, **options)

@@ -189,7 +189,6 @@ def test_rows_do_not_depend_on_each_other(assert_close):
         np.testing.assert_array_equal(got[1].indices, want[1].indices[row : row + 1])
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("group", [1, 2, 4, 8])
 @pytest.mark.parametrize("scorer", ["sign_linear", "socket", "quest"])
 def test_grouped_heads_read_what_heads_of_their_own_would(assert_close, scorer, group):
