@@ -39,7 +39,10 @@ jit = functools.partial(jax.jit, compiler_options=OPTIONS)
 
 @contextlib.contextmanager
 def everywhere() -> Iterator[None]:
-    """Compiles every program quickly. JAX has a setting for a part of OPTIONS, but not for all."""
+    """Compiles every program quickly, here and in new processes.
+
+    JAX has a setting for a part of OPTIONS, but not for all.
+    """
     get_compile_options = compiler.get_compile_options
 
     def quickly(*args: Any, env_options_overrides: dict | None = None, **options: Any) -> Any:
@@ -48,7 +51,10 @@ def everywhere() -> Iterator[None]:
         )
 
     jax.config.update("jax_disable_most_optimizations", True)
-    with mock.patch.object(compiler, "get_compile_options", quickly):
+    with (
+        mock.patch.object(compiler, "get_compile_options", quickly),
+        mock.patch.dict(os.environ, environment()),
+    ):
         yield
     jax.config.update("jax_disable_most_optimizations", False)
 

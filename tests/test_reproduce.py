@@ -23,7 +23,6 @@ from experiments.table import Data, Method, Metric, Table
 from race_jax.train.files import run_directory
 from race_jax.train.metrics import read_records
 from reproduction import figure, plan, results, work
-from tests import quick
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LOSS = (Metric("valid.loss", "loss", digits=3),)
@@ -408,8 +407,7 @@ def test_a_tiny_table_is_trained_stopped_continued_and_kept(tmp_path):
         *(sys.executable, "scripts/reproduce.py", "causal_lm", "--budget", "tiny"),
         *("--methods", "softmax_rope,race_paper", "--jobs", "2", "--out", str(out)),
     ]
-    environment = os.environ | quick.environment()
-    environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
     def start():
         return subprocess.Popen(
@@ -452,8 +450,7 @@ def test_a_tiny_table_is_trained_stopped_continued_and_kept(tmp_path):
 
 
 @pytest.mark.once
-def test_a_tiny_table_of_a_classification_is_trained(run_python, tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", quick.environment()["XLA_FLAGS"])
+def test_a_tiny_table_of_a_classification_is_trained(run_python, tmp_path):
     words = ["long_documents", "--budget", "tiny", "--jobs", "2", "--out", str(tmp_path)]
     printed = run_python(f"""
         import sys; sys.path.insert(0, "scripts"); import reproduce
