@@ -249,6 +249,7 @@ def test_split_anywhere_gives_the_whole(rng, assert_close, options):
     assert_close("output and state", got, want, kind="resumed")
 
 
+@pytest.mark.once  # tests/test_transforms.py has the operation in a scan
 def test_gradients_flow_through_the_carried_state(rng, assert_close):
     """A scan over pieces gives the gradients of the whole."""
     s, params, planes = make(rng, **ALL | QKV)
