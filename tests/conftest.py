@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import quick
+from tests import newest, quick
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Names the file of `--margins`, also for the Pythons that tests start.
@@ -210,10 +210,8 @@ def run_fresh_python(script: str, *, devices: int = 1, timeout: float = 900) -> 
 @pytest.fixture(scope="module", autouse=True)
 def compilation(request):
     """XLA without its expensive passes, where tests/quick.py says so."""
-    is_quick = quick.is_for(request.path)
-    jax.config.update("jax_disable_most_optimizations", is_quick)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with quick.everywhere() if quick.is_for(request.path) else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -285,9 +283,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the examples of docstrings `once`, like those of README and docs, and orders tests."""
+    """Marks `once` what tests/newest.py does not name, and puts long tests first."""
     for item in items:
-        if isinstance(item, pytest.DoctestItem):
+        if not newest.is_for(item.path) and not item.get_closest_marker("skipif"):
             item.add_marker(pytest.mark.once)
     items.sort(key=lambda item: item.get_closest_marker("first") is None)  # others keep their order
 

@@ -1,31 +1,62 @@
 """XLA without its optimizer, where compilation would take most of a test's time.
 
 Only the places that are named here are compiled quickly: the oracles, and what is built from the
-operation and its layers, such as models, runs, and programs on several devices. Everything else is
-compiled as a user's programs are, so that the optimizer is part of what is tested. Models and runs
-are too in tests/integration, in the commands of the pages, and in the examples.
+operation and its layers, such as models, runs, and programs on several devices. So are other
+attentions than RACE, benchmarks, and the kernels, whose programs for the CPU are those of Pallas's
+interpreter. Everything else is compiled as a user's programs are, so that the optimizer is part of
+what is tested. Models and runs are too in tests/integration, in the commands of the pages, and in
+the examples. So is all on a GPU.
 """
 
+import contextlib
 import functools
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
 import jax
+from jax._src import compiler
 
-# The files and folders of `tests` that are compiled with `jax_disable_most_optimizations`.
+# The files and folders of `tests` of which all programs are compiled quickly.
 PLACES = (
-    *("devices", "diagnostics", "models", "sparse", "streaming", "tasks", "train"),
-    *("test_bench_decode.py", "test_bench_scaling.py", "test_bench_sharding.py"),
-    *("test_reference.py", "test_reproduce.py", "test_study_decoding.py"),
+    *("devices", "diagnostics", "kernels", "models", "sparse", "streaming", "tasks", "train"),
+    *("test_baselines.py", "test_bench.py", "test_bench_decode.py", "test_bench_scaling.py"),
+    *("test_bench_sharding.py", "test_matrix_state.py", "test_reference.py", "test_reproduce.py"),
+    *("test_sliding_window.py", "test_study_decoding.py"),
 )
-# The same for one program. jaxlib before 0.11 can also leave out what takes half of the time then.
+# The options of such a program. jaxlib before 0.11 can also leave out what takes half of the time,
+# and needs less of it where a program is not cut into parts.
 OPTIONS: dict[str, bool | int] = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):
-    OPTIONS["xla_cpu_use_fusion_emitters"] = False
+    OPTIONS |= {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 # The same for all programs of a new process, as the variable XLA_FLAGS.
 FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in OPTIONS.items())
 
 jit = functools.partial(jax.jit, compiler_options=OPTIONS)
+
+
+@contextlib.contextmanager
+def everywhere() -> Iterator[None]:
+    """Compiles every program quickly, here and in new processes.
+
+    JAX has a setting for a part of OPTIONS, but not for all.
+    """
+    get_compile_options = compiler.get_compile_options
+
+    def quickly(*args: Any, env_options_overrides: dict | None = None, **options: Any) -> Any:
+        return get_compile_options(
+            *args, env_options_overrides=OPTIONS | (env_options_overrides or {}), **options
+        )
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    with (
+        mock.patch.object(compiler, "get_compile_options", quickly),
+        mock.patch.dict(os.environ, environment()),
+    ):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def environment() -> dict[str, str]:
@@ -36,4 +67,5 @@ def environment() -> dict[str, str]:
 def is_for(path: pathlib.Path) -> bool:
     """Returns whether the tests of a file are compiled quickly."""
     tests = pathlib.Path(__file__).parent
-    return path.is_relative_to(tests) and path.relative_to(tests).parts[0] in PLACES
+    named = any(path.is_relative_to(tests / place) for place in PLACES)
+    return named and jax.default_backend() == "cpu"

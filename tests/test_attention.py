@@ -9,6 +9,7 @@ import pytest
 
 import race_jax
 from race_jax.core import reference
+from tests import newest
 from tests.problems import evaluate, make_problem, oracle, outputs
 
 EVERYTHING = {
@@ -66,7 +67,14 @@ GRID = {
 }
 
 
-@pytest.mark.parametrize("name", GRID)
+# The newest JAX runs those that have the most options at once.
+NEWEST = (
+    *("65, H=128, L=5", "65, strong gate, unit planes, beta 8", "1000, all", "130, all, bucket"),
+    *("bidirectional, T=7, S=1000, all", "packed, 70, bucket, no tanh"),
+)
+
+
+@pytest.mark.parametrize("name", newest.examples(GRID, NEWEST))
 def test_outputs_and_gradients_match_the_oracle(name, assert_close):
     problem = make_problem(**GRID[name])
     want, want_gradients = oracle(problem)
@@ -75,7 +83,10 @@ def test_outputs_and_gradients_match_the_oracle(name, assert_close):
     assert_close("", gradients, want_gradients, kind="gradients")
 
 
-@pytest.mark.parametrize("name", ["65, H=128, L=5", "130, all, bucket", "packed, 130"])
+@pytest.mark.parametrize(
+    "name",
+    newest.examples(["65, H=128, L=5", "130, all, bucket", "packed, 130"], ["130, all, bucket"]),
+)
 def test_bfloat16_matches_the_oracle_on_rounded_inputs(name, assert_close):
     problem = make_problem(**GRID[name]).astype(jnp.bfloat16)
     want, want_gradients = oracle(problem)

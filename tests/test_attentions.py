@@ -12,7 +12,7 @@ from flax import nnx
 from race_jax.core import favor
 from race_jax.layers import registry
 from race_jax.models import ModelConfig, Transformer, TransformerLM
-from tests import quick
+from tests import newest, quick
 from tests.attentions import DEFINITIONS, layer_by_definition
 from tests.models.small import draw
 
@@ -56,7 +56,14 @@ def make(name, is_causal, **options):
     return draw(lambda: kind.from_config(config, is_causal=is_causal, rngs=nnx.Rngs(0)))
 
 
-@pytest.mark.parametrize("case", CASES)
+# The newest JAX runs each attention once.
+NEWEST = (
+    *("softmax, gate", "linear", "performer, gate", "sigmoid", "angular, gate", "linformer"),
+    *("gated linear", "gated delta", "sliding window, rope"),
+)
+
+
+@pytest.mark.parametrize("case", newest.examples(CASES, NEWEST))
 def test_a_layer_is_its_definition(rng, assert_close, case):
     name, options, is_causal = CASES[case]
     layer = make(name, is_causal, **options)
@@ -183,6 +190,7 @@ def test_bad_options_are_refused_in_words(name, options, words):
         ModelConfig(attention=name, **{name: options}).validate()
 
 
+@pytest.mark.once
 def test_random_directions_are_orthogonal_and_gaussian(assert_close):
     """In every block of H they are orthogonal, and the mean of w wᵀ is the identity."""
     draw_all = jax.vmap(lambda key: favor.draw_directions(key, 10, 4))
@@ -195,6 +203,7 @@ def test_random_directions_are_orthogonal_and_gaussian(assert_close):
     np.testing.assert_allclose(np.einsum("imh,img->hg", w, w) / 20_000, np.eye(4), atol=0.05)
 
 
+@pytest.mark.once
 def test_random_features_approximate_the_softmax_kernel(rng):
     """The mean over many drawings is exp(q . k / sqrt(H)), without bias."""
     query, key = jnp.asarray(0.7 * rng.normal(size=(2, 1, 1, 1, 4)), jnp.float32)
@@ -213,6 +222,7 @@ def test_random_features_approximate_the_softmax_kernel(rng):
     assert abs(got.mean() - want) < 4 * error
 
 
+@pytest.mark.once
 def test_directions_are_redrawn_in_training_only():
     options = {"num_features": 4, "redraw": True}
     config = ModelConfig(1, 8, 2, attention="performer", performer=options)
@@ -231,6 +241,7 @@ def test_directions_are_redrawn_in_training_only():
         model(tokens, deterministic=False)
 
 
+@pytest.mark.once
 def test_extreme_keys_of_performer_stay_finite():
     layer = make("performer", True, num_features=7)
     x = jnp.full((1, 4, D), 1e3)

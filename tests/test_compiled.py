@@ -40,10 +40,13 @@ def forward_and_backward(is_causal):
     return lambda *arrays, **masks: jax.grad(total)(arrays, masks)
 
 
-PASSES = pytest.mark.parametrize("passes", [forward, forward_and_backward])
+PASSES = pytest.mark.parametrize(
+    "passes", [pytest.param(forward, marks=pytest.mark.once), forward_and_backward]
+)
 CAUSALITY = pytest.mark.parametrize("is_causal", [True, False])
 
 
+@pytest.mark.once
 @CAUSALITY
 def test_program_text_grows_with_the_log_of_the_length_only(is_causal):
     def lines(length):

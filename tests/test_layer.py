@@ -223,7 +223,10 @@ def test_folded_planes_give_the_same_outputs_and_gradients(rng, assert_close, dt
     assert_close("gradients and output", got, want, kind="folded", dtype=dtype)
 
 
-@pytest.mark.parametrize("options", [ALL, ALL | QKV], ids=["before", "qkv"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(ALL, marks=pytest.mark.once, id="before"), pytest.param(ALL | QKV, id="qkv")],
+)
 def test_split_anywhere_gives_the_whole(rng, assert_close, options):
     """One call with a state takes a prompt, one token, many tokens, or none."""
     s, params, planes = make(rng, **options)
@@ -246,6 +249,7 @@ def test_split_anywhere_gives_the_whole(rng, assert_close, options):
     assert_close("output and state", got, want, kind="resumed")
 
 
+@pytest.mark.once  # tests/test_transforms.py has the operation in a scan
 def test_gradients_flow_through_the_carried_state(rng, assert_close):
     """A scan over pieces gives the gradients of the whole."""
     s, params, planes = make(rng, **ALL | QKV)

@@ -86,7 +86,13 @@ def linen_stack() -> Stack:
     )
 
 
-@pytest.fixture(scope="module", params=[nnx_stack, linen_stack], ids=["NNX", "Linen"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(nnx_stack, id="NNX"),
+        pytest.param(linen_stack, marks=pytest.mark.once, id="Linen"),
+    ],
+)
 def stack(request) -> Stack:
     """The layers of one flavour."""
     return request.param()

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from race_jax import linen
 from race_jax.layers.race import RACEAttention
+from tests import newest
 
 BATCH, LENGTH, WIDTH = 2, 6, 8
 X = jax.random.normal(jax.random.key(0), (BATCH, LENGTH, WIDTH))
@@ -39,7 +40,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", newest.examples(CASES, ["everything"]))
 def test_parameters_go_both_ways_with_equal_outputs_and_gradients(assert_close, case):
     options, is_causal = CASES[case]
     module = RACEAttention(4, WIDTH, **options, rngs=nnx.Rngs(0))

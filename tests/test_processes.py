@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from race_jax.data.tokenizer import ByteTokenizer
 from race_jax.train.config import Config
 from race_jax.train.loop import train
 from tests import quick
+from tests.test_commands import shell_commands
 from tests.train.small import small_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -55,13 +57,19 @@ def folder(tmp_path, monkeypatch):
 
 
 def launch(folder, steps) -> subprocess.Popen:
-    command = [sys.executable, ROOT / "scripts" / "launch_local.py", "--processes=2", "--devices=2"]
-    command += ["--", ROOT / "scripts" / "train_lm.py", "--config", folder / "config.py"]
-    # The stretches of a sequence lie in different processes, and parameters in both of them.
-    command += ["--config.mesh.seq=2", "--config.mesh.fsdp=2", f"--config.data.root={folder}"]
+    """Starts the command of docs/sharding.md with the configuration of this file.
+
+    The stretches of a sequence lie in different processes, and parameters in both of them.
+    """
+    page = (ROOT / "docs" / "sharding.md").read_text("utf-8")
+    (command,) = (line for line in shell_commands(page) if "launch_local.py" in line)
+    assert command.startswith(".venv/bin/python scripts/launch_local.py --processes 2 --devices 2")
+    assert command.endswith("--config.mesh.seq=2 --config.mesh.fsdp=2")
+    command = command.replace("configs/lm_default.py", str(folder / "config.py"))
+    command = [sys.executable, *shlex.split(command)[1:], f"--config.data.root={folder}"]
     command += [f"--config.run.directory={folder / 'two'}", f"--config.run.steps={steps}"]
     with (folder / "log.txt").open("w") as log:
-        return subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, cwd=ROOT)
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
 
 
 def records(folder, run="two") -> dict[int, dict[str, float]]:

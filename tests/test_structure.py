@@ -15,6 +15,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import newest, quick
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 OURS = ("race_jax", "pallas_kernels", "configs", "scripts")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60
@@ -333,6 +335,11 @@ def test_every_public_name_is_documented_with_a_doctest():
         for text in docstring_complaints(name, value)
     ]
     assert not complaints, "\n".join(complaints)
+
+
+def test_places_that_the_tests_name_exist():
+    for place in (*quick.PLACES, *newest.PLACES):
+        assert (newest.TESTS / place).exists(), place
 
 
 def test_the_version_stands_once():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Block, Blocks
+from tests import newest
 from tests.kernels import dense
 from tests.kernels.dense import Case
 
@@ -38,14 +39,17 @@ BIDIRECTIONAL = {
 }
 
 
-@pytest.mark.parametrize(("case", "config"), CAUSAL.values(), ids=CAUSAL)
-def test_causal_outputs_and_gradients(case, config, assert_close):
-    check(dense.causal_kernels, dense.causal, case, config, assert_close)
+NEWEST = ("everything", "many other tokens, bfloat16")
 
 
-@pytest.mark.parametrize(("case", "config"), BIDIRECTIONAL.values(), ids=BIDIRECTIONAL)
-def test_bidirectional_outputs_and_gradients(case, config, assert_close):
-    check(dense.bidirectional_kernels, dense.bidirectional, case, config, assert_close)
+@pytest.mark.parametrize("name", newest.examples(CAUSAL, NEWEST))
+def test_causal_outputs_and_gradients(name, assert_close):
+    check(dense.causal_kernels, dense.causal, *CAUSAL[name], assert_close)
+
+
+@pytest.mark.parametrize("name", newest.examples(BIDIRECTIONAL, NEWEST))
+def test_bidirectional_outputs_and_gradients(name, assert_close):
+    check(dense.bidirectional_kernels, dense.bidirectional, *BIDIRECTIONAL[name], assert_close)
 
 
 def check(kernels, definition, case, config, assert_close):

@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels import sparse
 from pallas_kernels.sparse.select import Plan, plan_for
 from race_jax.sparse import select
+from tests import newest
 
 C = 700  # no multiple of a tile
 POSITIONS = np.array([[C - 2, C - 1], [0, 1], [333, -1]])
@@ -68,8 +69,9 @@ def check(call, kinds, rng, assert_close, **options):
             assert_close(kind, got, tuple(want), kind="rerun")
 
 
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_interpreted(call, rng, assert_close):
+@pytest.mark.parametrize("name", newest.examples(CALLS, ["fits", "list too long", "all"]))
+def test_interpreted(name, rng, assert_close):
+    call = CALLS[name]
     check(call, KINDS, rng, assert_close, plan=call[-1], interpret=True)
 
 

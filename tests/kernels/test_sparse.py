@@ -18,6 +18,7 @@ from race_jax import SparseCache, SparseConfig, sparse_decode_attention
 from race_jax.core import dispatch
 from race_jax.core.hashing import init_rotations
 from race_jax.sparse import codes
+from tests import newest
 from tests.sparse.problems import draw_tokens
 
 HOW = [
@@ -165,10 +166,9 @@ KEYS = {  # length, head dim, rotations, bits
 
 
 @pytest.mark.parametrize("interpret", HOW)
-@pytest.mark.parametrize(("length", "width", "rotations", "bits"), KEYS.values(), ids=KEYS)
-def test_codes_are_those_of_xla_and_do_not_depend_on_other_keys(
-    length, width, rotations, bits, interpret
-):
+@pytest.mark.parametrize("name", newest.examples(KEYS, ["signs", "four bits"]))
+def test_codes_are_those_of_xla_and_do_not_depend_on_other_keys(name, interpret):
+    length, width, rotations, bits = KEYS[name]
     planes = init_rotations(jax.random.key(1), num_rotations=rotations, head_dim=width)
     planes = planes.astype(jnp.bfloat16)
     key = jax.random.normal(jax.random.key(2), (2, length, 2, width), jnp.bfloat16)
@@ -215,7 +215,7 @@ def decode(config, implementation, count=3):
     return cache, *run(last, cache, query_mask=mask)
 
 
-@pytest.mark.parametrize("scorer", CONFIGS)
+@pytest.mark.parametrize("scorer", newest.examples(CONFIGS, ["quantized"]))
 def test_decoding_by_interpreted_kernels_is_that_of_xla(scorer, monkeypatch, assert_close):
     config = SparseConfig(
         budget=12, sink=2, window=4, dense_below=0, scorer=scorer, **CONFIGS[scorer]

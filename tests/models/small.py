@@ -8,12 +8,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 from race_jax.layers import registry
 from race_jax.models import ModelConfig, TransformerLM
-from tests import quick
+from tests import newest, quick
 
 VOCAB = 11
 OWN = tuple(field.name for field in dataclasses.fields(registry.options_class("race")))
@@ -108,10 +107,8 @@ ON_BOTH = ("race with everything", "gated delta", "softmax rope")
 
 
 def each(*names: str) -> list:
-    """The names as parameters of a test, marked `once` unless both versions of JAX try them."""
-    return [
-        name if name in ON_BOTH else pytest.param(name, marks=pytest.mark.once) for name in names
-    ]
+    """The names as parameters of a test, of which the newest JAX runs those of ON_BOTH."""
+    return newest.examples(names, ON_BOTH)
 
 
 class Compiled(NamedTuple):

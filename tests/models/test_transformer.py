@@ -62,6 +62,7 @@ def test_the_future_does_not_change_the_past(documents, assert_close, name):
     assert now.max(axis=-1).min() > 1e-3
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "shift_matters", "stretch_matters"),
     [

@@ -130,7 +130,7 @@ def test_recall_lies_in_its_band(name):
     assert (np.abs(measured(name) - EXPECTED[name]) < band(name)).all(), measured(name)
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", ["socket", "sign_linear", "quantized", "quest"])
 def test_recall_at_16_384_tokens_lies_in_its_band(name):
     """Between 4,096 and 16,384 tokens at the same ratio, recall hardly changes."""
     assert (np.abs(measured(name, 16384) - EXPECTED[name]) < band(name)).all()
