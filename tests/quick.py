@@ -17,7 +17,6 @@ from typing import Any
 from unittest import mock
 
 import jax
-from jax._src import compiler
 
 # The files and folders of `tests` of which all programs are compiled quickly.
 PLACES = (
@@ -39,10 +38,19 @@ jit = functools.partial(jax.jit, compiler_options=OPTIONS)
 
 @contextlib.contextmanager
 def everywhere() -> Iterator[None]:
-    """Compiles every program quickly, here and in new processes.
+    """Compiles every program quickly, here and in new processes."""
+    with _options_by_default(), mock.patch.dict(os.environ, environment()):
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
-    JAX has a setting for a part of OPTIONS, but not for all.
-    """
+
+def _options_by_default() -> contextlib.AbstractContextManager:
+    """Adds OPTIONS to those of every program, where JAX's own setting is only a part of them."""
+    if jax.__version_info__ >= (0, 11):
+        return contextlib.nullcontext()
+    from jax._src import compiler
+
     get_compile_options = compiler.get_compile_options
 
     def quickly(*args: Any, env_options_overrides: dict | None = None, **options: Any) -> Any:
@@ -50,13 +58,7 @@ def everywhere() -> Iterator[None]:
             *args, env_options_overrides=OPTIONS | (env_options_overrides or {}), **options
         )
 
-    jax.config.update("jax_disable_most_optimizations", True)
-    with (
-        mock.patch.object(compiler, "get_compile_options", quickly),
-        mock.patch.dict(os.environ, environment()),
-    ):
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    return mock.patch.object(compiler, "get_compile_options", quickly)
 
 
 def environment() -> dict[str, str]:
