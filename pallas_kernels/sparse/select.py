@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -254,7 +255,7 @@ def _finished(problem: Problem, given: dict, rows: int, interpret: bool):
 
 
 def _finish_kernel(problem: Problem, refs: SimpleNamespace) -> None:
-    chunk, end = problem.plan.chunk, refs.positions[...] + 1
+    end = refs.positions[...] + 1
     wanted = jnp.minimum(end, problem.budget)
     forced = jnp.minimum(end, jnp.minimum(problem.sink, end) + problem.window)
     refs.count[...] = wanted
@@ -308,13 +309,20 @@ def _finish_kernel(problem: Problem, refs: SimpleNamespace) -> None:
 
     entries.fold(write, (jnp.int32(0), jnp.int32(0)))
 
-    def clear(index, _):
-        slots = index * chunk + lax.iota(jnp.int32, chunk)
-        empty = (slots >= wanted) & (slots < problem.budget)
-        slots = jnp.where(empty, slots, problem.budget)
-        store(refs.indices, (slots,), jnp.zeros_like(slots), empty)
+    _clear(problem, refs.indices, wanted)
 
-    lax.fori_loop(lax.div(wanted, chunk), pl.cdiv(problem.budget, chunk), clear, None)
+
+def _clear(problem: Problem, indices: Any, start: jax.Array) -> None:
+    """Writes zeros to the list from `start` on."""
+    chunk = problem.plan.chunk
+
+    def body(index, _):
+        places = index * chunk + lax.iota(jnp.int32, chunk)
+        empty = (places >= start) & (places < problem.budget)
+        places = jnp.where(empty, places, problem.budget)
+        store(indices, (places,), jnp.zeros_like(places), empty)
+
+    lax.fori_loop(lax.div(start, chunk), pl.cdiv(problem.budget, chunk), body, None)
 
 
 class _Entries:
