@@ -51,6 +51,27 @@ def test_the_repeated_lines_are_found_in_the_text():
     assert counts == {3, 4, 5}
 
 
+def test_more_questions_than_lines_ask_for_every_line_before_one_comes_again():
+    options = LookupConfig(least_lines=3, most_lines=3)
+    text = np.frombuffer(TEXT[:400].encode(), np.uint8)
+    ids, asked, places = with_lookups(np.random.default_rng(0), text, options, 8)
+    repeated = re.findall(r"#[a-z]{3}=\d{4}", as_text(ids[-8 * 10 :]))
+    assert len(repeated) == len(places) == 8
+    assert set(repeated[:3]) == set(repeated[3:6]) == set(re.findall(r"#\S+", as_text(ids[:-80])))
+    assert as_text(ids[asked]) == "".join(line[-4:] for line in repeated)
+
+
+def test_a_larger_share_leaves_the_held_out_windows_as_they_are(tmp_path):
+    few, many = (
+        list(Lookup(lookup_config(tmp_path, share=share).validate()).held_out["valid"])
+        for share in (0.1, 1.0)
+    )
+    for one, other in zip(few, many, strict=True):
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+    assert any(batch["asked"].any() for batch in few)
+
+
 def test_a_text_without_room_is_refused():
     text = np.zeros(20, np.uint8)
     with pytest.raises(ValueError, match="20 bytes have no room for 8 lines and 1 questions of 11"):
@@ -67,7 +88,10 @@ def test_training_weighs_answers_and_held_out_rows_are_scored_apart(tmp_path):
     assert set(batch["asked"].sum(axis=1)[chosen]) == {2 * 2}
     np.testing.assert_array_equal(batch["weights"], 1 + 8 * batch["asked"])
     np.testing.assert_array_equal(batch["inputs"][:, 1:], batch["targets"][:, :-1])
-    held = next(iter(task.held_out["valid"]))
+    batches = list(task.held_out["valid"])
+    held = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    full = held["weights"].all(axis=1) | held["asked"].any(axis=1)
+    held = {name: rows[full] for name, rows in held.items()}
     chosen = held["asked"].any(axis=1)
     assert 0 < chosen.sum() < len(chosen)
     assert set(held["asked"].sum(axis=1)[chosen]) == {2}
@@ -93,7 +117,6 @@ def test_without_lines_it_is_language_modeling(tmp_path):
     [
         ({"share": 1.5}, r"share must lie in \[0, 1\], got 1\.5"),
         ({"least_lines": 4}, "most_lines must be >= 4, got 3"),
-        ({"num_questions": 3}, "num_questions must be <= least_lines 2, got 3"),
         ({"most_lines": 27}, "most_lines must be <= 26, .* got 27; raise name_length"),
         ({"answer_weight": 256}, r"answer_weight must lie in \[1, 255\], got 256"),
         ({"value_length": 30}, "sequence_length must be >= 140, .* got 64"),
