@@ -122,7 +122,7 @@ def test_kernels_are_counted_by_stage():
     layer = [("round", 1.0), ("sparse_scores", 2.0), ("sort", 3.0), ("sparse_attend", 4.0)]
     found = decode_programs.stage_of([*layer, ("merge", 0.5), *layer, ("merge", 0.5)])
     assert found == {"scores": 4.0, "select": 6.0, "attend": 8.0, "other": 3.0}
-    layer = [("gemm", 2.0), ("sparse_count", 1.0), ("cumsum", 1.0), ("sparse_attend", 4.0)]
+    layer = [("gemm", 2.0), ("sparse_threshold", 1.0), ("cumsum", 1.0), ("sparse_attend", 4.0)]
     found = decode_programs.stage_of([*layer, *layer])
     assert found == {"scores": 4.0, "select": 4.0, "attend": 8.0, "other": 0.0}
 

@@ -16,8 +16,8 @@ HIGHEST = float(jnp.finfo(jnp.float32).max)
 def tile_of_row(problem: Any, scores: Any, start, tile: int, end) -> tuple[jax.Array, jax.Array]:
     """Returns the slots of a tile of a row, and their keys. Those that are hidden have LEAST.
 
-    No load is masked, because Triton waits for each element of a masked load before it asks for the
-    next. What is behind the end is hidden afterwards.
+    No load has a mask, because Triton waits for each element of a masked load before it asks for
+    the next one. Scores behind the end are read, and their keys are replaced afterwards.
     """
     slots = start + lax.iota(jnp.int32, tile)
     if problem.capacity % tile == 0:
@@ -28,7 +28,7 @@ def tile_of_row(problem: Any, scores: Any, start, tile: int, end) -> tuple[jax.A
 
 
 def ranks(problem: Any, scores: jax.Array, slots: jax.Array, end: jax.Array) -> jax.Array:
-    """Returns integers in the order of the scores. Those of zeros are equal."""
+    """Returns integers in the order of the scores. Both zeros have one key, and NaN is worst."""
     finite = jnp.where(scores == scores, scores, -HIGHEST)
     finite = jnp.minimum(jnp.maximum(finite, -HIGHEST), HIGHEST)
     bits = lax.bitcast_convert_type(jnp.where(finite == 0, 0.0, finite), jnp.int32)

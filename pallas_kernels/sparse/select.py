@@ -4,16 +4,17 @@ Scores (B, T, M, C) and the positions of the queries give, for every row, the `b
 visible tokens in ascending order. A score becomes an integer key of the same order, and a forced
 token has the largest key. The kernels are
 
-    threshold   takes a key t from a sample of a row, which safely at least `budget` keys reach
+    threshold   takes a key t from a sample of a row, so low that at least `budget` keys of the row
+                almost surely reach it
     gather      lists the tokens with a key >= t in each split of a row
-    finish      finds the key of rank `budget` in the joined lists by bisection, and writes the
-                final list
+    finish      joins the lists of a row, finds the key of rank `budget` by bisection, and writes
+                the final list
 
 The sample decides only how long the lists in between are, never what is selected. If too few keys
 reach t, or a list is longer than its room, `finish` reads the row itself, which takes longer.
 
-The code of `finish` is kept short. It has one program a row, so that its instructions come from
-memory each time, and long code without loops takes longer than the work.
+The code of `finish` is short on purpose. It has only one program for each row, so its instructions
+are fetched from memory for little use, and fetching long code takes longer than the work itself.
 """
 
 import dataclasses
@@ -42,11 +43,12 @@ class Plan:
     """How the kernels are cut. Every plan selects the same tokens."""
 
     splits: int  # of a row
-    room: int  # for so many tokens of a split, if it has so many
-    held: int  # entries of the joined lists that `finish` keeps in registers, a power of two
-    sample: int = 2048  # of a row, a power of two
+    room: int  # the most tokens that the list of a split holds
+    # The next four are powers of two. `held` and `chunk` are below 2**15.
+    held: int  # entries of the joined lists that `finish` keeps in registers
+    sample: int = 2048  # tokens of a row that `threshold` reads
     tile: int = 2048  # tokens that a program of `gather` reads at once
-    chunk: int = 1024  # entries that `finish` reads at once if there are more, a power of two
+    chunk: int = 1024  # entries that `finish` reads at once if there are more
     sample_warps: int = 8
     num_warps: int = 4
     final_warps: int = 16
@@ -60,7 +62,7 @@ class Plan:
 PROGRAMS = 528  # two to four for each multiprocessor of an H200
 TOKENS_OF_A_SPLIT = 4096
 MAX_SPLITS = 32
-MOST_HELD = 16384
+LEAST_HELD, MOST_HELD = 128, 16384  # the least is one for each thread of four warps
 ENTRIES_OF_A_WARP = 512
 
 
@@ -68,13 +70,15 @@ def plan_for(rows: int, capacity: int, budget: int) -> Plan:
     """Returns the plan for so many rows of scores."""
     most = min(MAX_SPLITS, -(-capacity // TOKENS_OF_A_SPLIT))
     splits = max(1, min(PROGRAMS // max(rows, 1), most))
-    # How many keys are expected to reach the threshold; see `_threshold_kernel`.
-    expected = max(Plan.sample * min(budget / capacity, 1.0), 1.0)
-    number = budget * (1.0 + DEVIATIONS / math.sqrt(expected) + 2.0 / expected)
+    # The expected number of keys that reach the threshold is the rank that `_threshold_kernel`
+    # takes, rounded up, times the tokens for which one of the sample stands. Where the rank is
+    # small, single rows have up to three times as many.
+    tokens = capacity / Plan.sample
+    number = budget + DEVIATIONS * math.sqrt(budget * tokens) + 3.0 * tokens
     number = min(math.ceil(number), capacity)
-    held = min(max(_power_of_two(number + number // 16), 16), MOST_HELD)
+    held = min(max(_power_of_two(number + number // 16), LEAST_HELD), MOST_HELD)
     warps = min(max(held // ENTRIES_OF_A_WARP, 4), 16)
-    return Plan(splits, min(2 * number + 512, capacity), held, final_warps=warps)
+    return Plan(splits, min(3 * number + 512, capacity), held, final_warps=warps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +112,9 @@ def select(
 
     Args:
       scores: ``(B, T, M, C)`` float32. Larger is better, NaN is worst, and of equal scores the
-        earlier token is the better one. Those after the position of the query are not read.
+        earlier token is the better one. Those after the position of the query may be anything.
       positions: ``(B, T)`` int32 below C, or -1 for a query that sees nothing.
-      budget: the length of a list.
+      budget: the length of a list, at least 1.
       sink: how many of the first tokens are forced.
       window: how many of the last visible tokens are forced; with ``sink`` at most ``budget``.
       plan: how to cut the call, or None for the heuristic.
@@ -166,9 +170,10 @@ def _thresholds(problem: Problem, given: dict, rows: int, interpret: bool) -> di
 
 
 def _threshold_kernel(problem: Problem, refs: SimpleNamespace) -> None:
-    """Writes a key that safely more than p n of a sample of n reach, if p of the tokens are wanted.
+    """Writes a threshold that is low enough for almost every row.
 
-    About p n of the sample are among the wanted tokens, give or take sqrt(p n).
+    If a share p of the tokens is wanted, about p n of a sample of n are among them, give or take
+    sqrt(p n). The threshold is a key that DEVIATIONS times sqrt(p n) more of the sample reach.
     """
     number, end = problem.plan.sample, refs.positions[...] + 1
     spread = lax.iota(jnp.int32, number)
@@ -194,7 +199,7 @@ def _reaching(keys: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _gathered(problem: Problem, given: dict, rows: int, interpret: bool) -> dict:
-    """Returns the slots and keys in the list of every split, and how many they are."""
+    """Returns the lists of slots and keys of every split, and how many keys reach the threshold."""
     cut = problem.plan
     listed = Output((rows, cut.splits, problem.length), jnp.int32, _part(problem.length))
     results = launch(
@@ -297,7 +302,7 @@ def _finish_kernel(problem: Problem, refs: SimpleNamespace) -> None:
 
     def write(before, slots, keys):
         above, tied = keys >= high, (keys >= low) & (keys < high)
-        # One sum counts both, because there are fewer than 2**16 entries at once.
+        # One sum counts both, because there are fewer than 2**15 entries at once.
         both = above.astype(jnp.int32) + (tied.astype(jnp.int32) << 16)
         running = jnp.cumsum(both)
         ties_so_far = before[1] + (running >> 16)
@@ -358,7 +363,7 @@ class _Entries:
         return lax.fori_loop(0, chunks, of_chunk, add(carry, *self._held))
 
     def _of_lists(self, places: jax.Array, real) -> tuple[jax.Array, jax.Array]:
-        """Returns slots and keys of the joined lists. What is behind them has the key LEAST."""
+        """Returns slots and keys of the joined lists. Places behind them get the key LEAST."""
         length = self._problem.length
         real = real & (places < self.number)
         # Entry i of the joined lists is at i + sum_s (length - number_s), over the lists s before.

@@ -21,7 +21,7 @@ from race_jax.sparse import KVCache, Selection, SparseCache, SparseConfig
 Inputs = list[tuple[Any, Any]]  # of every layer: a query, or what stands for it, and a cache
 Layer = Callable[[jax.Array, Any], jax.Array]
 STAGES = ("scores", "select", "attend", "other")
-SELECT_KERNELS = ("sparse_count", "sparse_gather", "sparse_finish", "sparse_select")
+SELECT_KERNELS = ("sparse_threshold", "sparse_gather", "sparse_finish")
 
 
 def step(layer: Layer) -> Callable[[Inputs], list]:

@@ -108,6 +108,17 @@ def test_the_lists_in_between_have_room_for_the_budget():
         plan = plan_for(rows, capacity, budget)
         assert plan.splits * plan.length(capacity) >= min(capacity, budget)
         assert plan.held & (plan.held - 1) == 0
+        assert plan.held >= 32 * 4
+
+
+@pytest.mark.parametrize(("budget", "rank"), [(16, 3), (512, 7), (65_536, 176)])
+def test_the_lists_hold_what_a_small_rank_in_the_sample_lets_through(budget, rank):
+    """A sample of 2,048 of a million tokens has less than one of 16 wanted tokens."""
+    plan = plan_for(600, 2**20, budget)
+    expected = rank * 2**20 // plan.sample
+    assert plan.splits == 1
+    assert plan.room >= 3 * expected
+    assert plan.held >= min(expected, 16_384)
 
 
 @pytest.mark.parametrize("rows", [8, 256])
