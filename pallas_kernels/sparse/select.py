@@ -12,9 +12,6 @@ token has the largest key. The kernels are
 
 The sample decides only how long the lists in between are, never what is selected. If too few keys
 reach t, or a list is longer than its room, `finish` reads the row itself, which takes longer.
-
-The code of `finish` is short on purpose. It has only one program for each row, so its instructions
-are fetched from memory for little use, and fetching long code takes longer than the work itself.
 """
 
 import dataclasses
