@@ -1,12 +1,15 @@
 """A softmax language model of bytes on whole books, on which sparse decoding is studied.
 
-Windows have 4,096 bytes. A tenth of them carry 8 to 32 lines "#name=value", scattered in the text,
-some of which are repeated at the end of the window. `scripts/study_decoding.py` measures how well
+Windows have 4,096 bytes. Half of those to train on carry 8 to 32 lines "#name=value", scattered in
+the text, which are repeated at the end of the window. `scripts/study_decoding.py` measures how well
 the trained model still looks them up when it decodes with sparse attention.
 
 Command:  RACE_JAX_DATA=FOLDER .venv/bin/python scripts/train_lm.py \
               --config configs/lm_books_softmax.py
 Data:     books/ under FOLDER: 11 books to train on, 2 held out, 2 for the test
+Hardware: one NVIDIA H100, four minutes
+Result:   with lines in a tenth of the windows, and 8 of them repeated: 1.824 bits per byte of the
+          held-out books, 1.743 of the test, and no line found. The form of today has not been run
 Small:    add --config.model.num_layers=2 --config.model.width=64 --config.run.steps=2
           --config.optimizer.warmup_steps=1 --config.run.batch_size=2
           --config.data.train_files=books/valid/moby-dick.md.xz
@@ -25,7 +28,8 @@ def get_config() -> Config:
     """Returns the configuration of the run."""
     config = Config()
     config.task = "lookup"
-    config.lookup.num_questions = 8
+    config.lookup.share = 0.5
+    config.lookup.num_questions = 32
     config.lookup.answer_weight = 16
 
     config.model.attention = "softmax"
