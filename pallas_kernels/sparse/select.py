@@ -310,7 +310,6 @@ def _finish_kernel(problem: Problem, refs: SimpleNamespace) -> None:
         return before[0] + (total & 0xFFFF), before[1] + (total >> 16)
 
     entries.fold(write, (jnp.int32(0), jnp.int32(0)))
-
     _clear(problem, refs.indices, wanted)
 
 
