@@ -78,6 +78,25 @@ def test_linear_attention_is_its_definition(name, rng, assert_close):
     assert_close("gradients", gradients, want_gradients, kind="gradients")
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_small_features_have_the_gradients_of_large_ones(is_causal, rng, assert_close):
+    arrays, _ = problem(rng, ())
+    small = 1e-12  # the square of a mass of 1e-24 is zero in float32
+    scales = {"phi_q": small, "phi_k": small, "value": 1.0}
+
+    @quick.jit
+    def gradients(arrays):
+        def loss(arrays):
+            return jnp.square(linear_attention(**arrays, is_causal=is_causal)).sum()
+
+        return jax.grad(loss)(arrays)
+
+    want = gradients(arrays)
+    got = gradients({name: x * scales[name] for name, x in arrays.items()})
+    got = {name: x * scales[name] for name, x in got.items()}
+    assert_close("gradients", got, want, kind="gradients")
+
+
 def test_a_sequence_in_two_parts_is_the_whole(rng, assert_close):
     arrays, options = problem(rng, OPTIONS["causal, everything"])
     vectors = {name: options.pop(name) for name in ("key_value_mask", "segment_ids")}

@@ -269,5 +269,9 @@ def check_normalization(normalization: str) -> None:
 def normalize(numerator: jax.Array, mass: jax.Array) -> jax.Array:
     """Returns numerator / mass, and zero with zero gradients where the mass is zero."""
     seen = mass > MIN_MASS
-    inverse = jnp.where(seen, 1.0 / jnp.where(seen, mass, 1.0), 0.0)
+    mass = jnp.where(seen, mass, 1.0)
+    # The gradient of an inverse has the square of the mass, which may be too small for float32.
+    # That of `mass * scale` is one.
+    scale = jax.lax.stop_gradient(1.0 / mass)
+    inverse = jnp.where(seen, scale / (mass * scale), 0.0)
     return jnp.where(seen[..., None], numerator, 0.0) * inverse[..., None]
