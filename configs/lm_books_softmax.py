@@ -34,6 +34,7 @@ def get_config() -> Config:
 
     config.model.attention = "softmax"
     config.model.positions = "rope"
+    config.model.softmax.short_conv = "qkv"  # without them, no line was found
     config.model.num_layers = 8
     config.model.width = 512
     config.model.num_heads = 8

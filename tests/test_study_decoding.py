@@ -3,13 +3,18 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 import study_decoding
 from benchmarks.decode_cells import METHODS
+from benchmarks.decode_model import PROBES, Runner
+from race_jax.core.rotary import rotate
+from race_jax.core.state import EMPTY
 from race_jax.data.tokenizer import ByteTokenizer
+from race_jax.layers.parts import Span, init_taps
 from race_jax.models import ModelConfig, TransformerLM
 from race_jax.tasks.lookup import LookupConfig
 from race_jax.train.config import Config
@@ -20,6 +25,14 @@ pytestmark = pytest.mark.once
 TEXT = "It rained for a whole day, and nobody came to the old house by the sea. " * 20
 OPTIONS = LookupConfig(least_lines=1, most_lines=4)
 SIZES = "--rows 2 --questions 2 --scored 64 --draws 1 --sink 2 --window 8 --context 192".split()
+
+
+def convolve_anyhow(model: TransformerLM) -> None:
+    """Gives the convolutions, which are the identity at first, random kernels."""
+    for block in model.trunk.blocks:
+        for name, kernel in vars(block.attention).items():
+            if name.endswith("conv_kernel"):
+                kernel[...] = jax.random.normal(jax.random.key(1), kernel.shape) / 2
 
 
 @pytest.fixture
@@ -34,15 +47,18 @@ def checkpoint(monkeypatch, tmp_path):
 
     def load(directory):
         model = TransformerLM(config.model, 256, keep_rngs=False, rngs=nnx.Rngs(0))
+        convolve_anyhow(model)
         return model, ByteTokenizer(), config
 
     monkeypatch.setattr(study_decoding, "load_for_inference", load)
     return config
 
 
+@pytest.mark.parametrize("short_conv", [None, "before", "qkv"])
 def test_a_full_budget_is_dense_and_a_small_one_is_measured(
-    checkpoint, monkeypatch, tmp_path, capsys
+    short_conv, checkpoint, monkeypatch, tmp_path, capsys
 ):
+    checkpoint.model.softmax.short_conv = short_conv
     monkeypatch.setattr(study_decoding, "RATIOS", (8, 1))
     out = tmp_path / "study.json"
     words = ["--checkpoint", "x", "--methods", "oracle,window only", "--out", str(out), *SIZES]
@@ -67,6 +83,26 @@ def test_a_full_budget_is_dense_and_a_small_one_is_measured(
     printed = capsys.readouterr().out
     assert "| oracle | 8x | group | 1 |" in printed
     assert out.with_suffix(".md").read_text().strip() in printed
+
+
+@pytest.mark.parametrize("short_conv", [None, "before", "qkv"])
+def test_the_probed_queries_are_those_of_one_pass(short_conv, assert_close):
+    sizes = {"num_layers": 1, "width": 32, "num_heads": 4}
+    config = ModelConfig(attention="softmax", positions="rope", **sizes)
+    config.softmax.short_conv = short_conv
+    model = TransformerLM(config, 256, keep_rngs=False, rngs=nnx.Rngs(0))
+    convolve_anyhow(model)
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 64))
+    runner = Runner(model, 2, 64)
+    (probed,), read = runner.probe(tokens[:, 32:], runner.prefill(tokens[:, :32]))
+    (block,) = model.trunk.blocks
+    places = np.broadcast_to(np.arange(64), (2, 64))
+    x = block.attention_norm(model.trunk.embedding(tokens, places))
+    span = Span(jax.numpy.full(2, EMPTY), None, None)
+    _, (query, _, _), taps = block.attention.project(x, init_taps(block.attention.config, 2), span)
+    assert_close("query", probed, rotate(query, places)[:, -PROBES:], kind="outputs")
+    if short_conv:
+        assert_close("taps", read.layers[0].taps, taps, kind="outputs")
 
 
 def test_rows_end_with_a_line_of_the_text():

@@ -214,6 +214,24 @@ class SelfAttention(nnx.Module):
             num_kv_heads=settings.num_kv_heads,
         )
 
+    def project(self, x: jax.Array, taps: Any, span: parts.Span) -> tuple[jax.Array, tuple, Any]:
+        """Applies the projections, and the convolutions and the activation if there are any.
+
+        Args:
+            x: shape (B, T, D), hidden states.
+            taps: the last tokens that the convolutions have seen, `parts.init_taps` at first.
+            span: the tokens of the call.
+
+        Returns:
+            The hidden states that the projections have read, a tuple of queries (B, T, N, H), keys
+            (B, T, K, H) and values (B, T, K, V), and the taps after the call.
+        """
+        settings, params = self.config, self.parameters()
+        x, taps = parts.convolve_inputs(x, params, settings, taps, span)
+        heads = self.query(x), self.key(x), self.value(x)
+        heads, taps = parts.convolve_heads(heads, params, settings, taps, span)
+        return x, heads, taps
+
     def parameters(self) -> dict[str, jax.Array]:
         """Returns the parameters besides the projections, by name."""
         return {name: getattr(self, name)[...] for name in self.config.own_parameters()}
@@ -239,10 +257,7 @@ class SelfAttention(nnx.Module):
         batch = x.shape[0]
         memory, taps = self._state(None, batch) if state is None else self._checked(state, batch)
         segment = fresh if memory is None else memory.segment
-        span = parts.Span(segment, mask, segment_ids)
-        x, taps = parts.convolve_inputs(x, params, settings, taps, span)
-        heads = self.query(x), self.key(x), self.value(x)
-        heads, taps = parts.convolve_heads(heads, params, settings, taps, span)
+        x, heads, taps = self.project(x, taps, parts.Span(segment, mask, segment_ids))
         call = Call(
             x=x,
             log_decay=self.log_decay(x, params),

@@ -17,6 +17,10 @@ from flax import nnx
 
 from benchmarks.decode_quality import exact_logits, kept_mask, recall_and_mass
 from race_jax.core.rotary import rotate
+from race_jax.core.state import EMPTY
+from race_jax.layers.parts import Span, init_taps
+from race_jax.layers.self_attention import AttentionState
+from race_jax.layers.short_conv import TAPS
 from race_jax.layers.softmax import SoftmaxAttention
 from race_jax.models import TransformerLM
 from race_jax.models.decode import room_for
@@ -25,14 +29,23 @@ from race_jax.sparse import KVCache, SparseCache, SparseConfig, sparse_decode_at
 CHUNK = 64  # tokens that are read at a time after the context
 PROBES = 16  # last tokens of a text whose selections are looked at
 WORKERS = 8
-Memories = list[KVCache] | list[SparseCache]  # of all layers
 
 
 class Read(NamedTuple):
-    """What has been read of some rows: the caches of all layers, and the number of tokens."""
+    """What has been read of some rows: the states of all layers, and the number of tokens."""
 
-    memories: Memories
+    layers: list[AttentionState]
     length: int
+
+    @property
+    def memories(self) -> list[KVCache] | list[SparseCache]:
+        """The caches of all layers."""
+        return [layer.memory for layer in self.layers]
+
+    def with_memories(self, memories: list) -> "Read":
+        """Returns the same with other caches."""
+        layers = zip(self.layers, memories, strict=True)
+        return self._replace(layers=[layer._replace(memory=memory) for layer, memory in layers])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -51,7 +64,7 @@ class Runner:
     """Runs a model block by block.
 
     Args:
-        model: a causal softmax model without short convolutions.
+        model: a causal softmax model.
         rows: B, the rows of every call.
         context: the most tokens of a row.
 
@@ -61,12 +74,11 @@ class Runner:
 
     def __init__(self, model: TransformerLM, rows: int, context: int):
         config = model.trunk.blocks[0].attention.config
-        plain = getattr(config, "short_conv", None) is None
         softmax = all(isinstance(b.attention, SoftmaxAttention) for b in model.trunk.blocks)
-        if not (softmax and plain and model.trunk.keeps_tokens):
+        if not (softmax and model.trunk.keeps_tokens):
             raise ValueError(
-                "the study needs a softmax model without forget gate and short convolution, such "
-                "as that of configs/lm_books_softmax.py"
+                "the study needs a softmax model without forget gate, such as that of "
+                "configs/lm_books_softmax.py"
             )
         if config.positions == "alibi":
             raise ValueError("sparse decoding does not go with ALiBi; train with positions='rope'")
@@ -98,23 +110,19 @@ class Runner:
         """
         positions = read.length + np.arange(tokens.shape[1], dtype=np.int32)
         positions = jnp.asarray(np.broadcast_to(positions, tokens.shape))
-        x, memories, kept = self._embed(jnp.asarray(tokens, jnp.int32), positions), [], []
-        for (graph, variables), memory, layer in zip(
-            self._blocks, read.memories, self._state.layers, strict=True
-        ):
+        x, layers, kept = self._embed(jnp.asarray(tokens, jnp.int32), positions), [], []
+        for (graph, variables), state in zip(self._blocks, read.layers, strict=True):
             kept.append(x[:, x.shape[1] - keep :])
-            state = layer._replace(memory=memory)
             if step is None:
                 x, state = block_step(graph, variables, x, positions, state)
             else:
                 x, state = step(variables, x, positions, state)
-            memories.append(state.memory)
-        return self._norm(x), Read(memories, read.length + tokens.shape[1]), kept
+            layers.append(state)
+        return self._norm(x), Read(layers, read.length + tokens.shape[1]), kept
 
     def prefill(self, tokens: np.ndarray) -> Read:
         """Reads a context densely."""
-        empty = Read([layer.memory for layer in self._state.layers], 0)
-        return self.run(tokens, empty)[1]
+        return self.run(tokens, Read(list(self._state.layers), 0))[1]
 
     def go_on(self, tokens: np.ndarray, read: Read, step: Any = None) -> tuple:
         """Reads (B, n CHUNK + 1) tokens chunk by chunk, and predicts all but the first.
@@ -137,7 +145,7 @@ class Runner:
             coded(jax.random.fold_in(key, i), memory, config=config)
             for i, memory in enumerate(read.memories)
         ]
-        return read._replace(memories=memories)
+        return read.with_memories(memories)
 
     def compile(self, config: SparseConfig) -> Future:
         """Begins to compile a block that reads a chunk with sparse attention."""
@@ -152,13 +160,16 @@ class Runner:
 
     def probe(self, tokens: np.ndarray, read: Read) -> tuple[list[jax.Array], Read]:
         """Reads tokens densely, and returns the last queries (B, PROBES, N, H) of every layer."""
-        _, read, kept = self.run(tokens, read, keep=PROBES)
+        _, read, kept = self.run(tokens, read, keep=PROBES + TAPS)
         positions = read.length - PROBES + jnp.arange(PROBES, dtype=jnp.int32)[None]
         positions = jnp.broadcast_to(positions, (self.rows, PROBES))
+        span = Span(jnp.full(self.rows, EMPTY, jnp.int32), None, None)
         queries = []
         for x, (graph, variables) in zip(kept, self._blocks, strict=True):
             block = nnx.merge(graph, variables)
-            query = block.attention.query(block.attention_norm(x))
+            taps = init_taps(self._config, self.rows)
+            _, (query, _, _), _ = block.attention.project(block.attention_norm(x), taps, span)
+            query = query[:, TAPS:]  # a convolution needs the tokens before
             turns = self._config.positions == "rope"
             queries.append(rotate(query, positions) if turns else query)
         return queries, read
@@ -234,4 +245,4 @@ def kept_mask_of(indices: jax.Array, capacity: int) -> jax.Array:
 def for_budget(read: Read, config: SparseConfig) -> Read:
     """The same codes with another budget or selection."""
     memories = [dataclasses.replace(memory, config=config) for memory in read.memories]
-    return read._replace(memories=memories)
+    return read.with_memories(memories)
