@@ -1,8 +1,9 @@
 """A softmax language model of bytes on whole books, on which sparse decoding is studied.
 
-Windows have 4,096 bytes. Half of those to train on carry 8 to 32 lines "#name=value", scattered in
-the text, which are repeated at the end of the window. `scripts/study_decoding.py` measures how well
-the trained model still looks them up when it decodes with sparse attention.
+Windows have 4,096 bytes. Most of those to train on carry 8 to 32 lines "#name=value", scattered in
+the text, which are repeated at the end of the window again and again.
+`scripts/study_decoding.py` measures how well the trained model still looks them up when it decodes
+with sparse attention.
 
 Command:  RACE_JAX_DATA=FOLDER .venv/bin/python scripts/train_lm.py \
               --config configs/lm_books_softmax.py
@@ -28,13 +29,13 @@ def get_config() -> Config:
     """Returns the configuration of the run."""
     config = Config()
     config.task = "lookup"
-    config.lookup.share = 0.5
-    config.lookup.num_questions = 32
-    config.lookup.answer_weight = 16
+    config.lookup.share = 0.9
+    config.lookup.num_questions = 128
+    config.lookup.answer_weight = 4
 
     config.model.attention = "softmax"
     config.model.positions = "rope"
-    config.model.softmax.short_conv = "qkv"  # without them, no line was found
+    config.model.softmax.short_conv = "before"  # with "qkv" and RoPE, no line was found
     config.model.num_layers = 8
     config.model.width = 512
     config.model.num_heads = 8

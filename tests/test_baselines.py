@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from race_jax.layers.softmax import softmax_attention
+from race_jax.layers.softmax import SoftmaxConfig, softmax_attention
 
 MASK = np.array([[0, 0, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 0, 0], [0] * 7], bool)
 SEGMENTS = np.array([[0, 0, 4, 4, 4, 7, 7], [2] * 7, [0, 0, 0, 0, 1, 1, 1]], np.int32)
@@ -133,6 +133,20 @@ def test_what_it_cannot_do_is_refused_in_words(rng, changes, kind, words):
     arrays = dict(zip(("query", "key", "value"), map(jnp.asarray, draw(rng)), strict=True))
     with pytest.raises(kind, match=words):
         softmax_attention(**(arrays | changes))
+
+
+def test_the_implementation_that_will_run_is_named(monkeypatch):
+    sizes = {"in_features": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+
+    def named(is_packed=False, length=64, **options):
+        return SoftmaxConfig(**sizes, **options).describe(2, length, is_packed)[1]
+
+    assert "xla, because cuDNN needs an NVIDIA GPU" in named(dtype=jnp.bfloat16)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert named(dtype=jnp.bfloat16) == "implementation cudnn"
+    assert named(dtype=jnp.bfloat16, implementation="xla") == "implementation xla"
+    assert "needs bfloat16 or float16, got float32" in named()
+    assert "even lengths" in named(is_packed=True, length=63, dtype=jnp.bfloat16)
 
 
 @pytest.mark.gpu

@@ -250,7 +250,7 @@ def test_any_program_is_timed_alike_and_its_failure_is_a_word():
     assert "'y'" in timing.time_program(failing, Clock("no card"), 3).stopped
 
 
-def test_runs_in_turn_stop_at_their_limit_but_not_before_one_sample(monkeypatch):
+def test_runs_in_turn_stop_at_their_limit_and_a_long_one_runs_once(monkeypatch):
     calls = []
 
     def wall_clock(run, inputs, calls=1):
@@ -258,13 +258,13 @@ def test_runs_in_turn_stop_at_their_limit_but_not_before_one_sample(monkeypatch)
 
     def run(name, calls_in_one):
         calls.append((name, calls_in_one))
-        return {"short": 5.0, "long": 3000.0}[name]
+        return {"short": 5.0, "middle": 1500.0, "long": 3000.0}[name]
 
     monkeypatch.setattr(timing, "wall_clock", wall_clock)
-    found = timing.time_in_turn([(run, "short"), (run, "long")], repeats=3, seconds=2)
-    assert found == [5.0, 3000.0]
-    first, second = [("short", 1), ("long", 1)], [("short", 4), ("long", 1)]
-    assert calls == [*first, *second, ("short", 4), ("short", 4)]
+    runs = [(run, name) for name in ("short", "middle", "long")]
+    assert timing.time_in_turn(runs, repeats=3, seconds=2) == [5.0, 1500.0, 3000.0]
+    first, turn = [("short", 1), ("middle", 1), ("long", 1)], [("short", 4), ("middle", 1)]
+    assert calls == [*first, *turn, *turn, ("short", 4)]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

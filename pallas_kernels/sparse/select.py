@@ -7,7 +7,7 @@ token has the largest key. The kernels are
     threshold   takes a key t from a sample of a row, so low that at least `budget` keys of the row
                 almost surely reach it
     gather      lists the tokens with a key >= t in each split of a row
-    finish      joins the lists of a row, searches for the key of rank `budget`, and writes
+    finish      joins the lists of a row, finds the key of rank `budget` by bisection, and writes
                 the final list
 
 The sample decides only how long the lists in between are, never what is selected. If too few keys
@@ -29,16 +29,9 @@ from pallas_kernels.backend import Output, launch, load, store
 from pallas_kernels.blocks import Block
 from pallas_kernels.plan import traced_alike
 from pallas_kernels.sparse.attend import share
-from pallas_kernels.sparse.keys import (
-    LEAST,
-    MOST,
-    Bounds,
-    ranks,
-    reaching,
-    search,
-    tile_of_row,
-)
+from pallas_kernels.sparse.keys import LEAST, MOST, mean, ranks, tile_of_row
 
+STEPS = 20  # of the search in the sample, which leave 2**12 of 2**32 keys
 DEVIATIONS = 4  # by how many standard deviations the rank in a sample is overestimated
 
 
@@ -186,9 +179,20 @@ def _threshold_kernel(problem: Problem, refs: SimpleNamespace) -> None:
     sample = ranks(problem, load(refs.scores, (slots,)), slots, end)
     share_of = problem.budget / jnp.maximum(end, 1).astype(jnp.float32)
     expected = jnp.minimum(share_of, 1.0) * number
-    rank = (expected + DEVIATIONS * jnp.sqrt(expected)).astype(jnp.int32) + 3
-    bounds = Bounds(jnp.int32(LEAST + 1), jnp.int32(MOST), jnp.int32(number), jnp.int32(0))
-    refs.threshold[...] = search(lambda *two: reaching(sample, *two), rank, bounds).low
+    rank = expected + DEVIATIONS * jnp.sqrt(expected) + 2.0
+
+    def halve(_, interval):
+        low, high = interval
+        middle = mean(low, high)
+        enough = _reaching(sample, middle).astype(jnp.float32) >= rank
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low, _ = lax.fori_loop(0, STEPS, halve, (jnp.int32(LEAST + 1), jnp.int32(MOST)))
+    refs.threshold[...] = low
+
+
+def _reaching(keys: jax.Array, key: jax.Array) -> jax.Array:
+    return jnp.sum((keys >= key).astype(jnp.int32))
 
 
 def _gathered(problem: Problem, given: dict, rows: int, interpret: bool) -> dict:
@@ -259,21 +263,36 @@ def _finish_kernel(problem: Problem, refs: SimpleNamespace) -> None:
     refs.count[...] = wanted
     entries = _Entries(problem, refs, end, wanted)
 
-    def count(first, second):
-        def add(numbers, _, keys):
-            return tuple(x + y for x, y in zip(numbers, reaching(keys, first, second), strict=True))
-
-        return entries.fold(add, (jnp.int32(0), jnp.int32(0)))
+    def reaching(key):
+        return entries.fold(lambda number, _, keys: number + _reaching(keys, key), jnp.int32(0))
 
     def largest(most, _, keys):
         return jnp.maximum(most, jnp.max(jnp.where(keys < MOST, keys, LEAST)))
+
+    # Enough keys reach `low`, and too few reach `high`. The search ends where exactly the wanted
+    # keys reach `low`, or where no key lies between the two.
+    def halve(search):
+        low, high, at_low, at_high = search
+        middle = mean(low, high)
+        number = reaching(middle)
+        enough = number >= wanted
+        return (
+            jnp.where(enough, middle, low),
+            jnp.where(enough, high, middle),
+            jnp.where(enough, number, at_low),
+            jnp.where(enough, at_high, number),
+        )
+
+    def goes_on(search):
+        low, high, at_low, _ = search
+        return (at_low > wanted) & (mean(low, high) > low)
 
     low = jnp.where(entries.listed, refs.threshold[...], LEAST + 1)
     high = entries.fold(largest, jnp.int32(LEAST)) + 1
     only_forced = forced >= wanted
     low, high = jnp.where(only_forced, MOST, low), jnp.where(only_forced, MOST, high)
     number = jnp.where(only_forced, forced, entries.number)
-    low, high, number, fewer = search(count, wanted, Bounds(low, high, number, forced))
+    low, high, number, fewer = lax.while_loop(goes_on, halve, (low, high, number, forced))
     exact = number <= wanted
     high = jnp.where(exact, low, high)
     ties = wanted - jnp.where(exact, number, fewer)

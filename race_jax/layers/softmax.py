@@ -18,6 +18,7 @@ from race_jax.layers.positions import PairsConfig
 from race_jax.layers.self_attention import Call
 
 IMPLEMENTATIONS = (None, "xla", "cudnn")
+Shaped = jax.Array | jax.ShapeDtypeStruct
 
 
 def softmax_attention(
@@ -121,6 +122,20 @@ class SoftmaxConfig(PairsConfig):
     NAME: ClassVar[str] = "softmax"
     IMPLEMENTATIONS: ClassVar[tuple[str | None, ...]] = IMPLEMENTATIONS
 
+    def describe(
+        self, batch: int, length: int, is_packed: bool, is_causal: bool = True
+    ) -> tuple[str, str]:
+        """Returns the name of the method, and which implementation runs."""
+        if self.implementation is not None:
+            return super().describe(batch, length, is_packed, is_causal)
+        dtype = jnp.dtype(self.dtype or self.param_dtype)
+        heads = jax.ShapeDtypeStruct((batch, length, self.num_heads, self.head_dim), dtype)
+        has_bias = self.positions == "alibi" or self.forget_gate is not None
+        obstacle = _cudnn_obstacle(heads, heads, is_packed or has_bias)
+        if obstacle is None:
+            return self.NAME, "implementation cudnn"
+        return self.NAME, f"implementation xla, because cuDNN {obstacle}"
+
 
 class SoftmaxAttention(cached.CachedAttention):
     """Self-attention by softmax. A forget gate adds its decay to the logits.
@@ -201,7 +216,7 @@ def _choose(implementation, query, value, aux, key_value_mask, segment_ids) -> s
     return "xla" if obstacle else "cudnn"
 
 
-def _cudnn_obstacle(query: jax.Array, value: jax.Array, dense: bool) -> str | None:
+def _cudnn_obstacle(query: Shaped, value: Shaped, dense: bool) -> str | None:
     """Returns why cuDNN cannot run this call, or None. JAX checks the same limits."""
     width = max(query.shape[-1], value.shape[-1])
     if jax.default_backend() != "gpu":

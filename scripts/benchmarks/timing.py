@@ -159,9 +159,11 @@ def time_in_turn(
     A busy moment of the machine so hits all runs. None is sampled for longer than `seconds`, but
     each at least once.
     """
-    # The first call warms up and tells how often a short run is repeated within a sample.
-    calls = [math.ceil(SHORTEST_SAMPLE / wall_clock(*run)) for run in runs]
-    samples: list[list[float]] = [[] for _ in runs]
+    # The first call warms up and tells how often a short run is repeated within a sample. If it
+    # takes so long that the warming up is nothing, it is the only one.
+    first = [wall_clock(*run) for run in runs]
+    calls = [math.ceil(SHORTEST_SAMPLE / ms) for ms in first]
+    samples = [[ms] if ms >= seconds * 1e3 else [] for ms in first]
     for _ in range(repeats):
         for run, number, found in zip(runs, calls, samples, strict=True):
             if sum(found) < seconds * 1e3:
