@@ -49,6 +49,7 @@ def get_config() -> Config:
     config.data.sequence_length = 4096
 
     config.optimizer.warmup_steps = 100
+    config.optimizer.weight_decay = 0.0
     config.run.batch_size = 32
     config.run.steps = 2200
     config.run.log_every = 50

@@ -2,8 +2,9 @@
 
 .ci/run has the newest JAX run the operation and its transforms, layers, models, kernels, devices,
 and a training run. The tests of other places are marked `once`: messages, settings, files, data,
-reports, pages and commands. So are the tests in PLACES that another one resembles. A test that some
-version skips runs with both, wherever it lies.
+reports, pages and commands, and masks and states, which the tests of the operation have too. So are
+the tests in PLACES that another one resembles. A test that some version skips runs with both,
+wherever it lies.
 """
 
 import pathlib
@@ -16,8 +17,7 @@ PLACES = (
     *("devices", "kernels", "models", "test_devices.py"),
     *("test_attention.py", "test_attention_fn.py", "test_attentions.py", "test_causality.py"),
     *("test_compiled.py", "test_layer.py", "test_layer_transforms.py", "test_linen.py"),
-    *("test_masking.py", "test_nnx.py", "test_projections.py", "test_state.py"),
-    *("test_transforms.py", "tasks/test_copy.py"),
+    *("test_nnx.py", "test_projections.py", "test_transforms.py", "tasks/test_copy.py"),
 )
 
 

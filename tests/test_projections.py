@@ -39,7 +39,7 @@ def call(module, x):
     return module(x)
 
 
-@pytest.mark.parametrize("fold_planes", [False, True])
+@pytest.mark.parametrize("fold_planes", [pytest.param(False, marks=pytest.mark.once), True])
 def test_a_tied_projection_is_the_projection(assert_close, fold_planes):
     tied, copied = layer(fold_planes=fold_planes), layer(fold_planes=fold_planes)
     tied.key = tied.query
@@ -54,7 +54,12 @@ def test_a_tied_projection_is_the_projection(assert_close, fold_planes):
 
 @pytest.mark.parametrize(
     ("names", "fold_planes"),
-    [(("query",), True), (("key",), True), (("value", "out"), True), (NAMES, False)],
+    [
+        (("query",), True),
+        pytest.param(("key",), True, marks=pytest.mark.once),
+        pytest.param(("value", "out"), True, marks=pytest.mark.once),
+        pytest.param(NAMES, False, marks=pytest.mark.once),
+    ],
 )
 def test_a_wrapped_projection_is_called_and_gets_gradients(assert_close, names, fold_planes):
     module, merged = layer(fold_planes=fold_planes), layer()
@@ -83,6 +88,7 @@ def test_flax_s_own_low_rank_layers_take_the_place_of_each_projection(assert_clo
     assert all(np.abs(gradients[name]["lora"]["lora_b"][...]).max() > 0 for name in NAMES)
 
 
+@pytest.mark.once
 def test_what_is_not_folded_is_said_once(caplog):
     module = layer(fold_planes=True)
     module.query = Adapter(module.query, WIDTH, (HEADS, WIDTH // HEADS), nnx.Rngs(1))
@@ -150,6 +156,7 @@ def test_a_flag_that_became_an_array_is_named():
         nn.remat(linen.RACEAttention)(HEADS).init(jax.random.key(0), X, is_causal=True)
 
 
+@pytest.mark.once
 def test_linen_layers_made_with_one_set_of_planes_are_warned_of():
     def init(split):
         stack = nn.vmap(
@@ -185,6 +192,7 @@ def test_no_rank_is_promoted_in_the_layer(options):
         jax.eval_shape(layer(normalize_qk=True), X)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_a_batch_of_no_sequences_gives_none(is_causal):
     options = EVERY_OPTION if is_causal else {"fold_planes": True}
