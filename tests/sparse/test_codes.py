@@ -129,24 +129,24 @@ def test_linear_scores_are_exact_integers(rng, bits, rotations):
 
 @pytest.mark.parametrize(("bits", "rotations"), [(1, 1), (1, 2), (2, 1), (4, 1)])
 def test_linear_estimates_are_unbiased_over_rotations(rng, bits, rotations):
-    """The mean of q . k over 200 drawings of the rotations, within four of its deviations."""
-    query = rng.normal(size=128).astype(np.float32)
+    """The mean of q . k over 400 drawings of the rotations, within four of its deviations."""
+    query = rng.normal(size=64).astype(np.float32)
     near = np.array([0.0, 0.3, 0.7, -0.7, 1.5])[:, None]
-    key = (near * query + rng.normal(size=(5, 128))).astype(np.float32)
+    key = (near * query + rng.normal(size=(5, 64))).astype(np.float32)
     scorer = "quantized" if bits > 1 else "sign_linear"
     coding = SparseConfig(scorer=scorer, num_rotations=rotations, code_bits=bits).coding()
 
     @jax.jit
     @jax.vmap
     def estimate(seed):
-        planes = codes.draw(seed, coding, 128)
+        planes = codes.draw(seed, coding, 64)
         rounded, unit = codes.round_query(query[None], planes)
         words, factor = codes.code_levels(key, planes, bits)
         levels = codes.unpack_levels(words, bits, len(planes))
         return unit[0] * factor.astype(jnp.float32) * (levels @ rounded[0])
 
-    found = np.asarray(estimate(jax.random.split(jax.random.key(0), 200)), np.float64)
-    deviation = found.std(axis=0) / np.sqrt(200)
+    found = np.asarray(estimate(jax.random.split(jax.random.key(0), 400)), np.float64)
+    deviation = found.std(axis=0) / np.sqrt(400)
     exact = key.astype(np.float64) @ query
     assert (np.abs(found.mean(axis=0) - exact) < 4 * deviation).all()
     assert (deviation < 0.01 * np.abs(exact))[2:].all()  # a bias of 4 % would be found
