@@ -167,6 +167,6 @@ def test_shard_map_over_batch_and_heads_on_four_devices(run_python):
 @pytest.mark.once  # the operation of the test before is tried with both versions of JAX
 @pytest.mark.first
 def test_layers_and_models_on_two_devices(run_python):
-    script = "from tests import quick, sharded_layers\nwith quick.everywhere(): sharded_layers.main()"
-    printed = run_python(script, devices=2)
+    script = "from tests import quick, sharded_layers as layers\n"
+    printed = run_python(f"{script}with quick.everywhere(): layers.main()", devices=2)
     assert printed.count(": equal") == 16
