@@ -207,13 +207,6 @@ def run_fresh_python(script: str, *, devices: int = 1, timeout: float = 900) -> 
     return done.stdout
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilation(request):
-    """XLA without its expensive passes, where tests/quick.py says so."""
-    with quick.everywhere() if quick.is_for(request.path) else contextlib.nullcontext():
-        yield
-
-
 @pytest.fixture(scope="session")
 def tolerance():
     """`tolerance(kind, dtype)`: the entry of the table, with fields rms and max."""
@@ -285,7 +278,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks `once` what tests/newest.py does not name, and puts long tests first."""
     for item in items:
-        if not newest.is_for(item.path) and not item.get_closest_marker("skipif"):
+        if not newest.is_for(item) and not item.get_closest_marker("skipif"):
             item.add_marker(pytest.mark.once)
     items.sort(key=lambda item: item.get_closest_marker("first") is None)  # others keep their order
 
@@ -298,7 +291,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Allows one warning, which JAX gives for every kernel of Pallas's Triton backend."""
+    """Registers tests/quick.py, and allows a warning that every kernel of Pallas's Triton gives."""
+    # A fixture of this file would not reach the examples of docstrings, which lie elsewhere.
+    config.pluginmanager.register(quick)
     if file := config.getoption("margins"):
         os.environ[MARGINS] = file
     config.addinivalue_line(

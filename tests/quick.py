@@ -3,9 +3,11 @@
 Only the places that are named here are compiled quickly: the oracles, and what is built from the
 operation and its layers, such as models, runs, and programs on several devices. So are other
 attentions than RACE, benchmarks, and the kernels, whose programs for the CPU are those of Pallas's
-interpreter. Everything else is compiled as a user's programs are, so that the optimizer is part of
-what is tested. Models and runs are too in tests/integration, in the commands of the pages, and in
-the examples. So is all on a GPU.
+interpreter. So are Linen's and NNX's forms of the layer and its projections, `jax.export` and
+strict promotion, the examples of docstrings and pages, and the commands of the pages.
+Everything else is compiled as a user's programs are, so that the optimizer is part of what is
+tested. Models and runs are too in tests/integration, in `make train`, and in `examples`. So is all on a
+GPU.
 """
 
 import contextlib
@@ -17,13 +19,17 @@ from typing import Any
 from unittest import mock
 
 import jax
+import pytest
 
-# The files and folders of `tests` of which all programs are compiled quickly.
+# The files and folders of which all programs are compiled quickly.
+TESTS = pathlib.Path(__file__).parent
 PLACES = (
+    *("../race_jax", "../pallas_kernels"),
     *("devices", "diagnostics", "kernels", "models", "sparse", "streaming", "tasks", "train"),
     *("test_baselines.py", "test_bench.py", "test_bench_decode.py", "test_bench_scaling.py"),
-    *("test_bench_sharding.py", "test_matrix_state.py", "test_reference.py", "test_reproduce.py"),
-    *("test_sliding_window.py", "test_study_decoding.py"),
+    *("test_bench_sharding.py", "test_docs.py", "test_linen.py", "test_matrix_state.py"),
+    *("test_nnx.py", "test_projections.py", "test_reference.py", "test_reproduce.py"),
+    *("test_sliding_window.py", "test_strictness.py", "test_study_decoding.py"),
 )
 # The options of such a program. jaxlib before 0.11 can also leave out what takes half of the time,
 # and needs less of it where a program is not cut into parts.
@@ -68,6 +74,12 @@ def environment() -> dict[str, str]:
 
 def is_for(path: pathlib.Path) -> bool:
     """Returns whether the tests of a file are compiled quickly."""
-    tests = pathlib.Path(__file__).parent
-    named = any(path.is_relative_to(tests / place) for place in PLACES)
+    named = any(path.is_relative_to((TESTS / place).resolve()) for place in PLACES)
     return named and jax.default_backend() == "cpu"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiles the programs of a file quickly, if it lies in one of PLACES."""
+    with everywhere() if is_for(request.path) else contextlib.nullcontext():
+        yield

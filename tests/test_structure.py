@@ -339,7 +339,9 @@ def test_every_public_name_is_documented_with_a_doctest():
 
 def test_places_that_the_tests_name_exist():
     for place in (*quick.PLACES, *newest.PLACES):
-        assert (newest.TESTS / place).exists(), place
+        path, _, test = place.partition("::")
+        assert (newest.TESTS / path).exists(), place
+        assert not test or f"def {test}(" in (newest.TESTS / path).read_text(), place
 
 
 def test_the_version_stands_once():

@@ -58,9 +58,8 @@ class Plan:
 
 PROGRAMS = 528  # two to four for each multiprocessor of an H200
 TOKENS_OF_A_SPLIT = 4096
-MAX_SPLITS = 32
+MAX_SPLITS = 16
 LEAST_HELD, MOST_HELD = 128, 16384  # the least is one for each thread of four warps
-ENTRIES_OF_A_WARP = 512
 
 
 def plan_for(rows: int, capacity: int, budget: int) -> Plan:
@@ -74,7 +73,7 @@ def plan_for(rows: int, capacity: int, budget: int) -> Plan:
     number = budget + DEVIATIONS * math.sqrt(budget * tokens) + 3.0 * tokens
     number = min(math.ceil(number), capacity)
     held = min(max(_power_of_two(number + number // 16), LEAST_HELD), MOST_HELD)
-    warps = min(max(held // ENTRIES_OF_A_WARP, 4), 16)
+    warps = 4 if held < 4096 else 8 if held < MOST_HELD else 16
     return Plan(splits, min(3 * number + 512, capacity), held, final_warps=warps)
 
 

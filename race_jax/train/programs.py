@@ -1,7 +1,12 @@
-"""How the programs of a run are compiled: XLA's options for GPUs, and several programs at once."""
+"""How the programs of a run are compiled and started.
+
+XLA has its options for GPUs. Several programs are compiled at once. A program that runs for the
+first time has the devices for itself.
+"""
 
 import concurrent.futures
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -67,3 +72,35 @@ class PerLength:
         if length not in self._compiled:
             self.keep(length, *compile_together([self.lower(*arguments)], self._mesh))
         return self._compiled[length](*arguments)
+
+
+class FirstRuns:
+    """Keeps other threads from the devices while a program runs for the first time.
+
+    A program with cuDNN's attention loads it in its first run. When a thread moved the next batch
+    to the GPU meanwhile, many starts on an H100 failed with "capturing stream has unjoined work"
+    (jax 0.11.2, freshly compiled programs).
+
+    Example:
+        >>> first = FirstRuns()
+        >>> first.run("double", lambda: 2 * 21)
+        42
+    """
+
+    def __init__(self):
+        self._devices = threading.Lock()
+        self._known: set[Hashable] = set()
+
+    def run(self, program: Hashable, call: Callable[[], Any]) -> Any:
+        """Returns `call()`, which runs a program. The first time, it waits for the result."""
+        if program in self._known:
+            return call()
+        with self._devices:
+            result = jax.block_until_ready(call())
+        self._known.add(program)
+        return result
+
+    def move(self, call: Callable[[], Any]) -> Any:
+        """Returns `call()`, which uses the devices in another thread, when no first run goes on."""
+        with self._devices:
+            return jax.block_until_ready(call())

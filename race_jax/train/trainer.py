@@ -1,6 +1,7 @@
 """The parts of a run, and the operations that the loop calls."""
 
 import contextlib
+import functools
 import itertools
 import math
 import time
@@ -35,7 +36,7 @@ from race_jax.train.mesh import (
 from race_jax.train.metrics import MetricsLog, Record
 from race_jax.train.optimizer import make_optimizer, make_schedule
 from race_jax.train.plot import plot_losses
-from race_jax.train.programs import compile_together
+from race_jax.train.programs import FirstRuns, compile_together
 from race_jax.train.progress import Progress
 from race_jax.train.state import init_state
 from race_jax.train.step import (
@@ -85,6 +86,7 @@ class Trainer:
         # If a later line fails, all that was opened is closed, so that no thread is left over.
         with contextlib.ExitStack() as opened:
             self._segments = self._make_segments()
+            self._first_runs = FirstRuns()
             self._batches = read_ahead(task.train, self._place)
             opened.callback(self._batches.close)
             self._checkpoints = Checkpoints(
@@ -139,7 +141,9 @@ class Trainer:
             jax.block_until_ready(self._pending[-1][1])
         batch = self._on_devices(next(self._batches))
         try:
-            self._state, metrics = self._program(batch)(self._state, batch, self._key)
+            program = self._program(batch)
+            step = functools.partial(program, self._state, batch, self._key)
+            self._state, metrics = self._first_runs.run(program, step)
         except FloatingPointError as error:
             self.log()
             raise FloatingPointError(
@@ -289,7 +293,7 @@ class Trainer:
         """Returns the training step for batches of this shape. It is compiled when first needed."""
         if isinstance(self._train_step, DiskStep):
             return self._train_step
-        shapes = tuple(sorted((name, x.shape) for name, x in batch.items()))
+        shapes = _shapes(batch)
         if shapes not in self._programs:
             arrays = batch_shapes(self._mesh, batch)
             lowered = self._train_step.lower(self._state, arrays, self._key)
@@ -352,7 +356,9 @@ class Trainer:
     ) -> dict[str, np.ndarray] | dict[str, jax.Array] | UnreadRows:
         """Moves a batch to the devices before it is needed, unless that would take much memory."""
         size = sum(math.prod(x.shape) * x.dtype.itemsize for x in self._task.batch.values())
-        return batch if size > MOST_AHEAD * self._mesh.size else self._on_devices(batch)
+        if size > MOST_AHEAD * self._mesh.size:
+            return batch
+        return self._first_runs.move(lambda: self._on_devices(batch))
 
     def _on_devices(
         self, batch: dict[str, np.ndarray] | dict[str, jax.Array] | UnreadRows
@@ -384,7 +390,9 @@ class Trainer:
                 if stop():
                     return None
                 batch = self._on_devices(batch)
-                sums = self._eval_step(self._state.params, self._state.fixed, batch)
+                given = self._state.params, self._state.fixed, batch
+                score = functools.partial(self._eval_step, *given)
+                sums = self._first_runs.run(("score", _shapes(batch)), score)
                 for name, value in jax.device_get(sums).items():
                     totals[name] = totals.get(name, 0.0) + float(value)
         record = {"kind": kind, "step": self.step, **self._task.metrics(split, totals)}
@@ -407,6 +415,13 @@ class Trainer:
             f"{stands}; try a lower --config.optimizer.learning_rate, a longer warm-up, or a "
             "smaller clip_norm"
         )
+
+
+def _shapes(batch: dict[str, Any] | UnreadRows) -> tuple:
+    """Returns the names and shapes of a batch, or () if it is read segment by segment."""
+    if isinstance(batch, UnreadRows):
+        return ()
+    return tuple(sorted((name, x.shape) for name, x in batch.items()))
 
 
 FLAGS = ("finite", "bad_segment")  # metrics that are not written

@@ -3,11 +3,13 @@
 Each row has convolutions on queries, keys and values, so that rows differ in the attention only.
 The state is given in numbers a layer, for two heads of 64: F (V + 1) for RACE and linear attention,
 whose F is 2^P L and 64, and H V for the matrices of the gated ones. Fewer or more heads change it.
-All rows have one learning rate.
+All rows have one learning rate. `small` has half of the steps of `configs/recall.py`, half of its
+rows in a batch, and three times its learning rate.
 """
 
 from experiments.methods import PAPER, options, plain, race
 from experiments.table import TINY, Data, Method, Metric, Table
+from experiments.text import short
 
 ACCURACY = Metric("valid.accuracy", "accuracy, %", 1, 100.0, lowest_is_best=False)
 HEADS = 2
@@ -77,7 +79,8 @@ TABLE = Table(
         *race_rows(),
     ),
     budgets={
-        "tiny": TINY | {"recall.vocab_size": 64, "recall.held_out_rows": 8, "recall.num_pairs": 2}
+        "tiny": TINY | {"recall.vocab_size": 64, "recall.held_out_rows": 8, "recall.num_pairs": 2},
+        "small": short(2000) | {"optimizer.learning_rate": 3e-3, "run.batch_size": 128},
     },
     tiny=("pairs_4", "softmax", "race_paper"),
     size_label="pairs",

@@ -10,7 +10,6 @@ import pytest
 from pallas_kernels import sparse
 from pallas_kernels.sparse.select import Plan, plan_for
 from race_jax.sparse import select
-from tests import newest
 
 C = 700  # no multiple of a tile
 POSITIONS = np.array([[C - 2, C - 1], [0, 1], [333, -1]])
@@ -69,7 +68,7 @@ def check(call, kinds, rng, assert_close, **options):
             assert_close(kind, got, tuple(want), kind="rerun")
 
 
-@pytest.mark.parametrize("name", newest.examples(CALLS, ["fits", "list too long", "all"]))
+@pytest.mark.parametrize("name", CALLS)
 def test_interpreted(name, rng, assert_close):
     call = CALLS[name]
     check(call, KINDS, rng, assert_close, plan=call[-1], interpret=True)

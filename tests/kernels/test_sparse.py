@@ -18,7 +18,6 @@ from race_jax import SparseCache, SparseConfig, sparse_decode_attention
 from race_jax.core import dispatch
 from race_jax.core.hashing import init_rotations
 from race_jax.sparse import codes
-from tests import newest
 from tests.sparse.problems import draw_tokens
 
 HOW = [
@@ -166,7 +165,7 @@ KEYS = {  # length, head dim, rotations, bits
 
 
 @pytest.mark.parametrize("interpret", HOW)
-@pytest.mark.parametrize("name", newest.examples(KEYS, ["signs", "four bits"]))
+@pytest.mark.parametrize("name", KEYS)
 def test_codes_are_those_of_xla_and_do_not_depend_on_other_keys(name, interpret):
     length, width, rotations, bits = KEYS[name]
     planes = init_rotations(jax.random.key(1), num_rotations=rotations, head_dim=width)
@@ -215,7 +214,7 @@ def decode(config, implementation, count=3):
     return cache, *run(last, cache, query_mask=mask)
 
 
-@pytest.mark.parametrize("scorer", newest.examples(CONFIGS, ["quantized"]))
+@pytest.mark.parametrize("scorer", CONFIGS)
 def test_decoding_by_interpreted_kernels_is_that_of_xla(scorer, monkeypatch, assert_close):
     config = SparseConfig(
         budget=12, sink=2, window=4, dense_below=0, scorer=scorer, **CONFIGS[scorer]

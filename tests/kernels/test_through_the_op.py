@@ -14,12 +14,12 @@ from flax import nnx
 import pallas_kernels
 import race_jax
 from race_jax.core import dispatch, implementations
-from tests import newest, quick
+from tests import quick
 
 CHOICES = {"pallas": dispatch.PALLAS_ASKED, "by platform": dispatch.BY_PLATFORM}
 
 
-@pytest.fixture(params=newest.examples(CHOICES, ["pallas"]))
+@pytest.fixture(params=CHOICES)
 def choose_kernels(request, monkeypatch):
     """Makes every call choose the interpreted kernels, and records the shapes of z in them."""
     shapes = []

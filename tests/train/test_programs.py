@@ -1,5 +1,6 @@
 """Programs are compiled with XLA's options for their devices, and together."""
 
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -49,3 +50,28 @@ def test_each_length_is_compiled_once(monkeypatch):
     sums = [int(program(0, 0, 0, 0, jnp.ones((2, length), int))) for length in lengths]
     assert sums == [6, 10, 6]
     assert len(made) == 2
+
+
+def test_nothing_is_moved_while_a_program_runs_for_the_first_time():
+    first, events = programs.FirstRuns(), []
+    started = threading.Event()
+
+    def move():
+        started.set()
+        first.move(lambda: events.append("moved"))
+
+    def call():
+        thread.start()
+        assert started.wait(10)
+        thread.join(0.2)
+        events.append("ran")
+        return 1
+
+    thread = threading.Thread(target=move)
+    assert first.run("program", call) == 1
+    thread.join(10)
+    assert events == ["ran", "moved"]
+    assert first.run("program", lambda: first.move(lambda: 2)) == 2  # a later run holds nothing
+    with pytest.raises(FloatingPointError):
+        first.run("other", lambda: (_ for _ in ()).throw(FloatingPointError))
+    assert first.run("third", lambda: 3) == 3  # a failure frees the devices
