@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
 from race_jax.models.decode import Sampling, remaining_positions, stream
 from race_jax.models.heads import TransformerLM
@@ -109,7 +109,6 @@ def main(arguments: Sequence[str]) -> None:
     for output in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a stream that is not a file, as in a test
             output.reconfigure(errors="backslashreplace")  # for characters its encoding lacks
-    logging.set_verbosity(logging.ERROR)  # else Orbax's messages about the restore are shown
     if not _PROMPT.value:
         _fail("--prompt is empty; give a text of at least one token, which the model continues")
     try:

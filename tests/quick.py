@@ -6,8 +6,8 @@ attentions than RACE, benchmarks, and the kernels, whose programs for the CPU ar
 interpreter. So are Linen's and NNX's forms of the layer and its projections, `jax.export` and
 strict promotion, the examples of docstrings and pages, and the commands of the pages.
 Everything else is compiled as a user's programs are, so that the optimizer is part of what is
-tested. Models and runs are too in tests/integration, in `make train`, and in `examples`. So is all on a
-GPU.
+tested. Models and runs are too in tests/integration, in `make train`, and in `examples`. So is all
+on a GPU.
 """
 
 import contextlib

@@ -4,17 +4,19 @@ A checkpoint is either whole, or known not to be. Orbax writes the files, and re
 number of devices. A digest of every file shows whether a checkpoint is damaged.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from flax import nnx
 
 from race_jax.tasks.registry import task_named
@@ -281,23 +283,101 @@ def load_for_inference(directory: str | os.PathLike) -> tuple[nnx.Module, Any, C
 
     Source: beyond the paper.
     """
+    with _opened(directory) as (checkpoints, step):
+        config, record = _origin(checkpoints, step)
+        graph, *shapes = _abstract_model(config, record)
+        found = checkpoints.model(step, dict(zip(("params", "fixed"), shapes, strict=True)))
+    model = nnx.merge(graph, found["params"], found["fixed"])
+    return model, task_named(config.task).companion(record), config
+
+
+def load_parameters(
+    directory: str | os.PathLike, params: nnx.State, fixed: nnx.State, record: dict[str, Any]
+) -> tuple[nnx.State, nnx.State, int]:
+    """Loads the parameters of a run's newest whole checkpoint into a model of the same shapes.
+
+    Args:
+        directory: the run's directory; it may start with `~`.
+        params: the trained variables of the model.
+        fixed: all other variables of the model.
+        record: the record of the task that the model is for.
+
+    Returns:
+        The variables of the checkpoint, on one device, and its step.
+
+    Raises:
+        ValueError: there is no checkpoint in `directory`, a variable has another shape there, or
+            the tokenizers of the two runs differ.
+        RuntimeError: all checkpoints there are damaged.
+
+    Source: beyond the paper.
+    """
+    own = {"params": params, "fixed": fixed}
+    with _opened(directory) as (checkpoints, step):
+        config, record_there = _origin(checkpoints, step)
+        tokenizers = [each.get("tokenizer") for each in (record_there, record)]
+        if None not in tokenizers and tokenizers[0] != tokenizers[1]:
+            raise ValueError(f"{directory} was trained with another tokenizer; give its files")
+        _, *shapes = _abstract_model(config, record_there)
+        there = dict(zip(("params", "fixed"), shapes, strict=True))
+        if difference := _difference(_shapes(there), _shapes(own)):
+            raise ValueError(f"{directory} holds another model: {difference}")
+        found = checkpoints.model(step, own)
+    return found["params"], found["fixed"], step
+
+
+@contextlib.contextmanager
+def _opened(directory: str | os.PathLike) -> Iterator[tuple[Checkpoints, int]]:
+    """Opens the checkpoints of a run to read them, and yields them with the newest whole step."""
     folder = checkpoint_folder(Path(directory).expanduser())
     if not folder.is_dir():
         raise ValueError(f"no checkpoints in {directory}; give the directory of a training run")
-    checkpoints = Checkpoints(folder, read_only=True)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # else Orbax warns that it will not write
     try:
-        step = checkpoints.newest_whole()
-        if step is None:
-            raise ValueError(f"no checkpoint in {directory} yet; wait until the run has saved one")
-        about = checkpoints.about(step)
-        config = Config.from_dict(about["config"])
-        task, record = task_named(config.task), about["task"]
-        model = nnx.eval_shape(lambda: task.make_model(config, record, fresh_rngs(0)))
-        graph, params, fixed = nnx.split(model, nnx.Param, ...)
-        found = checkpoints.model(step, {"params": params, "fixed": fixed})
+        with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
+            step = checkpoints.newest_whole()
+            if step is None:
+                raise ValueError(
+                    f"no checkpoint in {directory} yet; wait until the run has saved one"
+                )
+            yield checkpoints, step
     finally:
-        checkpoints.close()
-    return nnx.merge(graph, found["params"], found["fixed"]), task.companion(record), config
+        logging.set_verbosity(verbosity)
+
+
+def _origin(checkpoints: Checkpoints, step: int) -> tuple[Config, Any]:
+    """Returns the configuration of the run that wrote a checkpoint, and the record of its task."""
+    about = checkpoints.about(step)
+    return Config.from_dict(about["config"]), about["task"]
+
+
+def _abstract_model(config: Config, record: Any) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Returns the graph of a run's model, and its trained and fixed variables without values."""
+    task = task_named(config.task)
+    model = nnx.eval_shape(lambda: task.make_model(config, record, fresh_rngs(0)))
+    return nnx.split(model, nnx.Param, ...)
+
+
+def _shapes(variables: dict[str, nnx.State]) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every variable, by its name."""
+    return {
+        ".".join(map(str, path)): variable.shape
+        for state in variables.values()
+        for path, variable in nnx.to_flat_state(state)
+    }
+
+
+def _difference(there: dict[str, tuple[int, ...]], here: dict[str, tuple[int, ...]]) -> str | None:
+    """Names the first variable that two models do not share, in words, or returns None."""
+    for name in [*here, *(name for name in there if name not in here)]:
+        if name not in there:
+            return f"it has no {name}, which is {here[name]} here"
+        if name not in here:
+            return f"it has {name} {there[name]}, which the model here has not"
+        if there[name] != here[name]:
+            return f"{name} is {there[name]} there, and {here[name]} here"
+    return None
 
 
 def checkpoint_folder(run_directory: Path) -> Path:

@@ -154,6 +154,10 @@ class RunConfig:
         directory: folder of checkpoints, metrics and plots; it may start with `~`. None is
             `runs/NAME`, where NAME is the name of the config file with the overrides that change
             what is learned.
+        start_from: folder of another run, whose parameters and hash planes this run starts with; it
+            may start with `~`. The models must have the same shapes. Data, lengths, losses and the
+            optimizer may differ, so a model can be trained on short sequences first and on long
+            ones later. None draws the parameters from the seed.
         steps: number of optimizer steps.
         batch_size: sequences per optimizer step, over all devices and accumulation parts.
         seed: seed of parameters, planes, data order and dropout.
@@ -172,6 +176,7 @@ class RunConfig:
     """
 
     directory: str | None = None
+    start_from: str | None = None
     steps: int = 1000
     batch_size: int = 32
     seed: int = 0
@@ -317,6 +322,11 @@ class Config:
                 "leave segment_length out, or choose another source"
             )
         run, parts = self.run, self.optimizer.accumulation_steps
+        if run.start_from is not None and self.mesh.coordinator is not None:
+            raise ValueError(
+                "config.run.start_from is read by one process; leave out config.mesh.coordinator, "
+                "stop the run after its first checkpoint, and go on with several processes"
+            )
         if run.batch_size * self.data.sequence_length >= 2**31 and not self.reads_from_disk():
             raise ValueError(
                 "config.run.batch_size times config.data.sequence_length must be < 2**31, "

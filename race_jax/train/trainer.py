@@ -1,6 +1,7 @@
 """The parts of a run, and the operations that the loop calls."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
@@ -19,7 +20,7 @@ from race_jax.data.rows import UnreadRows
 from race_jax.data.workers import read_ahead
 from race_jax.tasks.task import Task
 from race_jax.train import processes, report, summary
-from race_jax.train.checkpoint import Checkpoints, checkpoint_folder
+from race_jax.train.checkpoint import Checkpoints, checkpoint_folder, load_parameters
 from race_jax.train.config import Config
 from race_jax.train.console import decorate, say
 from race_jax.train.disk_step import DiskStep, make_disk_eval_step
@@ -30,6 +31,7 @@ from race_jax.train.mesh import (
     get_whole,
     make_mesh,
     put_batch,
+    put_parameters,
     put_rows,
     put_whole,
 )
@@ -265,6 +267,8 @@ class Trainer:
         if restored is not None:
             self._state = restored.state
             self._batches.set_state(restored.about["data"])
+        elif self._config.run.start_from is not None:
+            self._take_parameters(self._config.run.start_from)
         self.step = int(self._state.step)
         run = self._config.run
         if self.step < run.steps:
@@ -274,6 +278,20 @@ class Trainer:
             more = max(1 + run.keep_checkpoints - len(self._checkpoints.steps()), 1)
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
             check_space(self._directory, size * more)
+
+    def _take_parameters(self, directory: str) -> None:
+        """Starts with the parameters of another run."""
+        given = self._state.params, self._state.fixed, self._task.record
+        try:
+            params, fixed, step = load_parameters(directory, *given)
+        except ValueError as error:
+            raise ValueError(f"config.run.start_from: {error}") from None
+        self._state = dataclasses.replace(
+            self._state,
+            params=put_parameters(self._mesh, params),
+            fixed=put_whole(self._mesh, fixed),
+        )
+        say(f"{'parameters':10} those of step {step} of {directory}")
 
     def _make_step(self, optimizer: optax.GradientTransformation) -> TrainStep | DiskStep:
         schedule = make_schedule(self._config.optimizer, self._config.run.steps)

@@ -1,0 +1,103 @@
+"""A run starts with the parameters of another one."""
+
+import shutil
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from race_jax.train.checkpoint import load_for_inference
+from race_jax.train.config import Config
+from race_jax.train.loop import train
+from tests.train.small import small_config
+
+pytestmark = pytest.mark.once
+
+TEXT = "the cat sees the dog and the dog sees a tree\n" * 60
+
+
+def config_of(folder, name: str, **values) -> Config:
+    """A run of four steps on a text, with fields of other sections as section__field."""
+    (folder / "t.txt").write_text(TEXT)
+    config = small_config()
+    config.data.source, config.data.train_files = "files", (str(folder / "t.txt"),)
+    config.run.directory, config.run.tensorboard = str(folder / name), False
+    config.run.steps, config.run.checkpoint_every = 4, 2
+    for field, value in values.items():
+        section, _, rest = field.partition("__")
+        setattr(getattr(config, section), rest, value)
+    return config
+
+
+def values_of(folder, name: str) -> dict:
+    model, _, _ = load_for_inference(folder / name)
+    state = nnx.to_flat_state(nnx.split(model)[1])
+    return {path: np.asarray(value[...]) for path, value in state}
+
+
+def test_parameters_and_planes_are_those_of_the_other_run(tmp_path, capsys):
+    train(config_of(tmp_path, "short"))
+    longer = {
+        "data__sequence_length": 48,
+        "run__seed": 7,
+        "run__start_from": str(tmp_path / "short"),
+    }
+    steps_that_change_nothing = {
+        "optimizer__learning_rate": 1e-30,
+        "optimizer__end_learning_rate": 0.0,
+    }
+    train(config_of(tmp_path, "long", **longer, **steps_that_change_nothing))
+    assert f"parameters those of step 4 of {tmp_path / 'short'}" in capsys.readouterr().out
+    first, second = values_of(tmp_path, "short"), values_of(tmp_path, "long")
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
+    other = config_of(tmp_path, "other", run__seed=7, **steps_that_change_nothing)
+    train(other)
+    fresh = values_of(tmp_path, "other")
+    assert any((fresh[name] != first[name]).any() for name in first)
+
+
+def test_a_resume_goes_on_without_the_other_run(tmp_path):
+    train(config_of(tmp_path, "short"))
+    options = {"run__start_from": str(tmp_path / "short")}
+    options |= {"optimizer__schedule": "constant", "optimizer__warmup_steps": 1}
+    whole = config_of(tmp_path, "whole", **options)
+    train(whole)
+    train(config_of(tmp_path, "halved", **options, run__steps=2))
+    shutil.rmtree(tmp_path / "short")
+    result = train(config_of(tmp_path, "halved", **options))
+    assert result.step == 4
+    for name, value in values_of(tmp_path, "whole").items():
+        np.testing.assert_array_equal(value, values_of(tmp_path, "halved")[name])
+    with pytest.raises(ValueError, match=r"start_from was .*short and is now None"):
+        train(config_of(tmp_path, "halved", **(options | {"run__start_from": None})))
+
+
+def test_nothing_is_written_to_the_other_run(tmp_path):
+    train(config_of(tmp_path, "short"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "short").rglob("*")}
+    train(config_of(tmp_path, "next", run__start_from=str(tmp_path / "short")))
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "short").rglob("*")}
+    assert before == after
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    train(config_of(tmp_path, "short"))
+    short = str(tmp_path / "short")
+    with pytest.raises(ValueError, match=r"start_from: no checkpoints in .*nothing"):
+        train(config_of(tmp_path, "a", run__start_from=str(tmp_path / "nothing")))
+    wide = config_of(tmp_path, "b", run__start_from=short, model__width=32)
+    with pytest.raises(
+        ValueError, match=r"another model: .* is \(.*16.*\) there, and \(.*32.*\) here"
+    ):
+        train(wide)
+    deep = config_of(tmp_path, "c", run__start_from=short, model__num_layers=2)
+    with pytest.raises(ValueError, match=r"another model: it has no .*blocks.1"):
+        train(deep)
+    words = config_of(tmp_path, "d", run__start_from=short, data__tokenizer="words")
+    with pytest.raises(ValueError, match="was trained with another tokenizer"):
+        train(words)
+    several = config_of(tmp_path, "e", run__start_from=short, mesh__coordinator="auto")
+    with pytest.raises(ValueError, match="start_from is read by one process"):
+        several.validate()
