@@ -3,11 +3,14 @@
 Only the places that are named here are compiled quickly: the oracles, and what is built from the
 operation and its layers, such as models, runs, and programs on several devices. So are other
 attentions than RACE, benchmarks, and the kernels, whose programs for the CPU are those of Pallas's
-interpreter. So are Linen's and NNX's forms of the layer and its projections, `jax.export` and
-strict promotion, the examples of docstrings and pages, and the commands of the pages.
+interpreter. So are the parts that the operation is made of, masks, states cut anywhere, the forms
+of the layer and its projections, `jax.export`, the examples of docstrings and pages, and the
+commands of the pages.
+
 Everything else is compiled as a user's programs are, so that the optimizer is part of what is
-tested. Models and runs are too in tests/integration, in `make train`, and in `examples`. So is all
-on a GPU.
+tested: the operation with every option against its definition, causality, the layer, transforms,
+memory and extremes. Models and runs are too in tests/integration, in `make train`, and in
+`examples`. So is all on a GPU.
 """
 
 import contextlib
@@ -26,10 +29,12 @@ TESTS = pathlib.Path(__file__).parent
 PLACES = (
     *("../race_jax", "../pallas_kernels"),
     *("devices", "diagnostics", "kernels", "models", "sparse", "streaming", "tasks", "train"),
-    *("test_baselines.py", "test_bench.py", "test_bench_decode.py", "test_bench_scaling.py"),
-    *("test_bench_sharding.py", "test_docs.py", "test_linen.py", "test_matrix_state.py"),
-    *("test_nnx.py", "test_projections.py", "test_reference.py", "test_reproduce.py"),
-    *("test_sliding_window.py", "test_strictness.py", "test_study_decoding.py"),
+    *("test_attention_fn.py", "test_attentions.py", "test_baselines.py", "test_bench.py"),
+    *("test_bench_decode.py", "test_bench_scaling.py", "test_bench_sharding.py", "test_docs.py"),
+    *("test_hashing.py", "test_layer_transforms.py", "test_linen.py", "test_masking.py"),
+    *("test_matrix_state.py", "test_nnx.py", "test_passes.py", "test_projections.py"),
+    *("test_reference.py", "test_reproduce.py", "test_sliding_window.py", "test_state.py"),
+    *("test_strictness.py", "test_study_decoding.py"),
 )
 # The options of such a program. jaxlib before 0.11 can also leave out what takes half of the time,
 # and needs less of it where a program is not cut into parts.
