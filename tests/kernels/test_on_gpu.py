@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +138,10 @@ def run_on_nan(function, *arguments):
     return run(*arguments)
 
 
+@pytest.mark.skipif(
+    os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR") == "platform",
+    reason="fresh memory of the platform's allocator is not what was freed before",
+)
 def test_run_on_nan_shows_an_output_that_is_not_written():
     def write_half(refs):
         refs.out[:64] = jnp.zeros((64, 128), jnp.bfloat16)
