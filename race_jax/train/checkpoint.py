@@ -307,7 +307,7 @@ def load_parameters(
 
     Raises:
         ValueError: there is no checkpoint in `directory`, a variable has another shape there, or
-            the tokenizers of the two runs differ.
+            a part that both records have differs, such as the tokenizer.
         RuntimeError: all checkpoints there are damaged.
 
     Source: beyond the paper.
@@ -315,9 +315,9 @@ def load_parameters(
     own = {"params": params, "fixed": fixed}
     with _opened(directory) as (checkpoints, step):
         config, record_there = _origin(checkpoints, step)
-        tokenizers = [each.get("tokenizer") for each in (record_there, record)]
-        if None not in tokenizers and tokenizers[0] != tokenizers[1]:
-            raise ValueError(f"{directory} was trained with another tokenizer; give its files")
+        for part in record_there.keys() & record.keys():
+            if record_there[part] != record[part]:
+                raise ValueError(f"the {part} of {directory} differs; give the same files")
         _, *shapes = _abstract_model(config, record_there)
         there = dict(zip(("params", "fixed"), shapes, strict=True))
         if difference := _difference(_shapes(there), _shapes(own)):
