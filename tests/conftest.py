@@ -47,10 +47,10 @@ class Tolerance(NamedTuple):
 #
 # Both are relative, because rounding errors are proportional to the numbers. The maximum is looser,
 # because the largest of 1e3 to 1e5 errors is well above their RMS. Each bound is at least three
-# times the worst error that was seen on Python 3.11 with jax 0.10.2 and XLA's optimizer, and on
-# 3.12 with jax 0.12.0 without it. These two round the same sums differently, and another machine
-# would differ again. tests/margins.py shows the distances. A looser entry needs a reason of its
-# own, written beside it, as CONTRIBUTING.md says.
+# times the worst error that was seen on Python 3.11 with jax 0.10.2, and in all tests on 3.12 with
+# jax 0.12.0. These two round the same sums differently, and another machine would differ again.
+# tests/margins.py shows the distances. A looser entry needs a reason of its own, written beside it,
+# as CONTRIBUTING.md says.
 TOLERANCES = {
     # A path against the oracle, which gets the rounded inputs in a wider dtype, and kernels against
     # XLA.
