@@ -1,7 +1,7 @@
 """What is run with the newest JAX too: all that depends on its version, by one example each.
 
 .ci/run has the newest JAX run the kernels, which need jax 0.11, the operation and its transforms,
-the layer, devices, and one example of models and of a training run. All other tests are marked
+devices, and examples of the layer, of models, and of a training run. All other tests are marked
 `once`: messages, settings, files, data, reports, pages and commands, other attentions, and masks
 and states, which the tests of the operation have too. A test that some version skips runs with
 both, wherever it lies.
@@ -15,8 +15,11 @@ import pytest
 TESTS = pathlib.Path(__file__).parent
 PLACES = (
     *("devices", "kernels", "test_devices.py"),
-    *("test_attention.py", "test_causality.py", "test_layer.py"),
-    *("test_layer_transforms.py", "test_transforms.py"),
+    *("test_attention.py", "test_transforms.py"),
+    "test_causality.py::test_derivative_with_respect_to_the_future_is_exactly_zero",
+    "test_layer.py::test_layer_is_its_definition",
+    "test_layer_transforms.py::test_export_for_any_batch_and_length",
+    "test_layer_transforms.py::test_vmap_over_layers_and_inputs_equals_a_loop",
     "test_attention_fn.py::test_decoding_with_the_cache_of_linen_attention",
     "test_linen.py::test_parameters_go_both_ways_with_equal_outputs_and_gradients",
     "test_nnx.py::test_prefill_and_decoding_are_one_call",
