@@ -24,8 +24,9 @@ from unittest import mock
 import jax
 import pytest
 
+from tests.newest import TESTS
+
 # The files and folders of which all programs are compiled quickly.
-TESTS = pathlib.Path(__file__).parent
 PLACES = (
     *("../race_jax", "../pallas_kernels"),
     *("devices", "diagnostics", "kernels", "models", "sparse", "streaming", "tasks", "train"),

@@ -285,8 +285,8 @@ def load_for_inference(directory: str | os.PathLike) -> tuple[nnx.Module, Any, C
     """
     with _opened(directory) as (checkpoints, step):
         config, record = _origin(checkpoints, step)
-        graph, *shapes = _abstract_model(config, record)
-        found = checkpoints.model(step, dict(zip(("params", "fixed"), shapes, strict=True)))
+        graph, variables = _abstract_model(config, record)
+        found = checkpoints.model(step, variables)
     model = nnx.merge(graph, found["params"], found["fixed"])
     return model, task_named(config.task).companion(record), config
 
@@ -315,11 +315,12 @@ def load_parameters(
     own = {"params": params, "fixed": fixed}
     with _opened(directory) as (checkpoints, step):
         config, record_there = _origin(checkpoints, step)
-        for part in record_there.keys() & record.keys():
-            if record_there[part] != record[part]:
-                raise ValueError(f"the {part} of {directory} differs; give the same files")
-        _, *shapes = _abstract_model(config, record_there)
-        there = dict(zip(("params", "fixed"), shapes, strict=True))
+        for part in record:
+            if part in record_there and record_there[part] != record[part]:
+                raise ValueError(
+                    f"{directory} differs in its {part}; name a run that has the same {part}"
+                )
+        _, there = _abstract_model(config, record_there)
         if difference := _difference(_shapes(there), _shapes(own)):
             raise ValueError(f"{directory} holds another model: {difference}")
         found = checkpoints.model(step, own)
@@ -352,11 +353,12 @@ def _origin(checkpoints: Checkpoints, step: int) -> tuple[Config, Any]:
     return Config.from_dict(about["config"]), about["task"]
 
 
-def _abstract_model(config: Config, record: Any) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+def _abstract_model(config: Config, record: Any) -> tuple[nnx.GraphDef, dict[str, nnx.State]]:
     """Returns the graph of a run's model, and its trained and fixed variables without values."""
     task = task_named(config.task)
     model = nnx.eval_shape(lambda: task.make_model(config, record, fresh_rngs(0)))
-    return nnx.split(model, nnx.Param, ...)
+    graph, params, fixed = nnx.split(model, nnx.Param, ...)
+    return graph, {"params": params, "fixed": fixed}
 
 
 def _shapes(variables: dict[str, nnx.State]) -> dict[str, tuple[int, ...]]:

@@ -155,9 +155,9 @@ class RunConfig:
             `runs/NAME`, where NAME is the name of the config file with the overrides that change
             what is learned.
         start_from: folder of another run, whose parameters and hash planes this run starts with; it
-            may start with `~`. The models must have the same shapes. Data, lengths, losses and the
-            optimizer may differ, so a model can be trained on short sequences first and on long
-            ones later. None draws the parameters from the seed.
+            may start with `~`. The models must have the same shapes, and the same tokenizer or
+            classes. Texts, lengths, losses and the optimizer may differ, so a model can be trained
+            on short sequences first and on long ones later. None draws parameters from the seed.
         steps: number of optimizer steps.
         batch_size: sequences per optimizer step, over all devices and accumulation parts.
         seed: seed of parameters, planes, data order and dropout.

@@ -77,9 +77,9 @@ class PerLength:
 class FirstRuns:
     """Keeps other threads from the devices while a program runs for the first time.
 
-    A program with cuDNN's attention loads it in its first run. When a thread moved the next batch
-    to the GPU meanwhile, many starts on an H100 failed with "capturing stream has unjoined work"
-    (jax 0.11.2, freshly compiled programs).
+    A program with cuDNN's attention loads it in its first run. Many of these runs on an H100 failed
+    with "capturing stream has unjoined work" (jax 0.11.2, freshly compiled programs). The likely
+    cause is that another thread moved the next batch to the GPU meanwhile.
 
     Example:
         >>> first = FirstRuns()

@@ -7,7 +7,8 @@ import pytest
 from pallas_kernels import backend
 
 FOLDER = pathlib.Path(__file__).parent
-ON_EVERY_VERSION = ("test_blocks.py", "test_supports.py")  # what is said where kernels cannot run
+# Arithmetic, and what is said where kernels cannot run.
+ON_EVERY_VERSION = ("test_blocks.py", "test_supports.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

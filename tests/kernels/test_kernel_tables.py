@@ -9,12 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import backend
 from tests.conftest import ROOT
 from tests.kernels import dense
 from tests.kernels.dense import Case
 
-pytestmark = pytest.mark.skipif(not backend.has_warpgroups(), reason="the kernels need jax >= 0.11")
 KERNELS = "causal_outputs", "causal_query_gradients", "causal_key_value_gradients"
 TIMES = " \N{MULTIPLICATION SIGN} "
 # The first column of a kernel's figures: after the columns "array", "holds", "when" and "type",

@@ -5,7 +5,6 @@ import functools
 import jax
 import pytest
 
-from pallas_kernels import backend
 from tests.kernels import dense
 from tests.kernels.dense import Case
 
@@ -65,7 +64,6 @@ def test_every_kernel_of_programs_lowers_for_cuda(kernels, case, lower):
         assert program.count(f'name = "{name}"') == 1, name
 
 
-@pytest.mark.skipif(not backend.has_warpgroups(), reason="the kernels need jax >= 0.11")
 @pytest.mark.parametrize("case", WARPGROUPS.values(), ids=WARPGROUPS)
 def test_every_kernel_of_warpgroups_lowers_for_cuda(case, lower):
     given, cotangents = dense.draw(case)
@@ -78,7 +76,6 @@ def test_every_kernel_of_warpgroups_lowers_for_cuda(case, lower):
         assert program.count(f'name = "{name}"') == 1, name
 
 
-@pytest.mark.skipif(not backend.has_warpgroups(), reason="the kernels need jax >= 0.11")
 @pytest.mark.parametrize("length", [65, 136], ids=["programs", "warpgroups"])
 def test_kernels_lower_where_jax_has_64_bits(length, lower):
     case = PROGRAMS["everything"]._replace(length=length, value_dim=64)
@@ -100,7 +97,6 @@ def test_float32_products_follow_the_argument_exact(kernels, exact, lower):
     assert ("cvt.rna.tf32" in program) == (not exact)
 
 
-@pytest.mark.skipif(not backend.has_warpgroups(), reason="the kernels need jax >= 0.11")
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda f: f.__name__)
 def test_kernels_lower_inside_shard_map_with_its_defaults(kernels):
     """They lower in the form of programs. Outputs vary over the mesh axes that any input has."""

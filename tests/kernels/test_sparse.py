@@ -320,5 +320,3 @@ def test_a_limit_of_codes_is_named_with_what_was_given():
     assert "codes up to 1024 bits; got 1088" in said(count=272)
     assert "no empty arrays" in said(length=0)
     assert said() == limit() == backend.missing("sparse")
-    if jax.__version_info__ < (0, 11):
-        assert said() == f"the sparse kernels need jax >= 0.11; found {jax.__version__}"

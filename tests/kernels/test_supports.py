@@ -122,6 +122,7 @@ def test_a_call_within_the_limits_depends_on_the_installation():
     assert reason == backend.missing()
     if jax.__version_info__ < (0, 11):
         assert reason == f"the RACE kernels need jax >= 0.11; found {jax.__version__}"
+        assert backend.missing("sparse") == reason.replace("RACE", "sparse")
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 4096, 1_000_001, 1 << 27])

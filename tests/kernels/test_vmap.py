@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import race_jax
-from pallas_kernels import backend
 from tests import quick
 from tests.kernels import dense
 from tests.kernels.dense import Case
@@ -129,7 +128,6 @@ def test_vmap_over_heads_and_over_planes(assert_close):
     assert_close("over planes", got, want, kind="resumed", dtype="bfloat16")
 
 
-@pytest.mark.skipif(not backend.has_warpgroups(), reason="the kernels need jax >= 0.11")
 def test_warpgroups_take_hash_projections_in_whole_chunks(on_h200):
     """Mosaic may copy a chunk of z in one piece, so every sequence is padded to whole chunks."""
     given, cotangents = dense.draw(ALONE)
