@@ -94,7 +94,7 @@ class DiskStep:
         self._finish = jax.jit(finish, donate_argnums=0)
 
     def compile(self, state: TrainState, key: jax.Array) -> jax.stages.Compiled:
-        """Compiles the programs of a segment, and returns the larger one."""
+        """Compiles the programs of a step, and returns the largest one."""
         rows, length = next(iter(self._shapes.values())).shape[:2]
         length = min(self._segments.length * self._mesh.shape[SEQ], length)
         shape = rows // self._parts, length
@@ -104,8 +104,12 @@ class DiskStep:
         keys = key, state.step, np.int32(0)
         d_floats = None if self._segments.truncated else d_floats
         arguments = state.params, state.fixed, keys, carry, segment
-        lowered = self._forward.lower(*arguments), self._backward.lower(*arguments, d_floats, grads)
-        forward, backward = compile_together(lowered, self._mesh)
+        lowered = (
+            self._forward.lower(*arguments),
+            self._backward.lower(*arguments, d_floats, grads),
+            self._finish.lower(state, grads, np.float32(0), np.float32(0)),
+        )
+        forward, backward, self._finish = compile_together(lowered, self._mesh)
         self._forward.keep(length, forward)
         self._backward.keep(length, backward)
         return backward
