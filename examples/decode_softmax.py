@@ -17,7 +17,7 @@ from race_jax.sparse import SparseConfig, kept
 
 TEXT = pathlib.Path(__file__).resolve().parents[1].joinpath("README.md").read_bytes()
 CONFIG = ModelConfig(2, width=64, num_heads=4, attention="softmax", positions="rope")
-STEPS, BATCH, LENGTH, PROMPT, NEW = 300, 16, 64, 1500, 40
+STEPS, BATCH, LENGTH, PROMPT, NEW = 150, 16, 64, 1500, 20
 SPARSE = SparseConfig(budget=150, scorer="quantized", sink=4, window=32, dense_below=0)
 
 

@@ -114,8 +114,8 @@ def measure(devices: int, length: int, options: argparse.Namespace) -> tuple[flo
     return statistics.median(times), bytes_gathered(compiled.as_text())
 
 
-def main(words: Sequence[str]) -> None:
-    """Prints the table."""
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -129,7 +129,12 @@ def main(words: Sequence[str]) -> None:
     add("--planes", type=count, default=4, help="P, planes a table")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of z and values")
     add("--repeats", type=count, default=10, help="runs, of which the median counts")
-    options = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str]) -> None:
+    """Prints the table."""
+    options = parse(words)
     available = jax.device_count()
     numbers = [1 << n for n in range(available.bit_length()) if 1 << n <= available]
     print(f"{available} x {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)

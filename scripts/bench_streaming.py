@@ -125,8 +125,8 @@ def one_length(text: str) -> int:
     return lengths(text)[-1]
 
 
-def main(words: Sequence[str]) -> None:
-    """Prints what was asked for."""
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -141,7 +141,12 @@ def main(words: Sequence[str]) -> None:
     add("--width", type=count, default=64, help="width of the model")
     add("--repeats", type=count, default=3, help="runs, of which the median counts")
     add("--memory", type=positive(float), default=8.0, help="GiB that temporaries may take")
-    options = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str]) -> None:
+    """Prints what was asked for."""
+    options = parse(words)
     (from_file if options.file else compare)(options)
 
 

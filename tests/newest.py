@@ -14,8 +14,9 @@ import pytest
 
 TESTS = pathlib.Path(__file__).parent
 PLACES = (
-    *("devices", "kernels", "test_devices.py"),
-    *("test_attention.py", "test_transforms.py"),
+    *("kernels", "test_devices.py", "test_attention.py", "test_transforms.py"),
+    "devices/test_sequence.py::test_outputs_and_gradients_match_the_oracle",
+    "devices/test_models.py::test_loss_and_gradients_are_those_of_one_device",
     "test_causality.py::test_derivative_with_respect_to_the_future_is_exactly_zero",
     "test_layer.py::test_layer_is_its_definition",
     "test_layer_transforms.py::test_export_for_any_batch_and_length",
@@ -24,7 +25,7 @@ PLACES = (
     "test_linen.py::test_parameters_go_both_ways_with_equal_outputs_and_gradients",
     "test_nnx.py::test_prefill_and_decoding_are_one_call",
     "models/test_transformer.py::test_a_sequence_may_be_split_anywhere",
-    "tasks/test_copy.py",
+    "tasks/test_copy.py::test_copying_learns_and_resumes_to_the_bit",
 )
 
 

@@ -69,7 +69,7 @@ GRID = {
 
 # The newest JAX runs those that have the most options at once.
 NEWEST = (
-    *("65, H=128, L=5", "65, strong gate, unit planes, beta 8", "1000, all", "130, all, bucket"),
+    *("65, strong gate, unit planes, beta 8", "130, all, bucket"),
     *("bidirectional, T=7, S=1000, all", "packed, 70, bucket, no tanh"),
 )
 

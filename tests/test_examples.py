@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 MOST_LINES = 80
 EXPECTED = {
     "decode_with_state.py": r"differs from reading everything again by [0-9.]+e-0[5-9]",
-    "decode_softmax.py": r"the same text without the cache: True\nsparse: 150 of 1540",
+    "decode_softmax.py": r"the same text without the cache: True\nsparse: 150 of 1520",
     "drop_in.py": r"RACE +loss after \d+ steps: 0\.[0-2]",
     "long_documents.py": r"accuracy on new documents: (0\.9|1\.0)",
 }

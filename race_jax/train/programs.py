@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 # Products of matrices by cuBLASLt take biases, GELUs and sums with them. XLA's own products leave
 # each of these to a pass over memory, and are compiled in dozens of forms to find the fastest.
-# The parts of a program are compiled by 16 threads. Every run of kernels, however short, is recorded
-# as a CUDA graph, which shortens the gaps between them.
+# The parts of a program are compiled by 16 threads. Kernels are recorded as CUDA graphs even where
+# only a few follow each other, which shortens the gaps between them.
 GPU_OPTIONS = {
     "xla_gpu_enable_cublaslt": True,
     "xla_gpu_enable_triton_gemm": False,

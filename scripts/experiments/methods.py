@@ -186,5 +186,14 @@ ENCODER_LINEAR_TIME = (
         "RACE, without tanh, P = 2, L = 16",
         options("race", num_planes=2, num_tables=16),
     ),
+    # With convolutions a layer sees the three tokens before each one, whatever its attention.
+    *(
+        method.but(f"{method.name}_conv", f"{method.label}, convolutions", change)
+        for method, change in (
+            (ENCODER_SOFTMAX, options("softmax", short_conv="qkv")),
+            (LINEAR, options("linear", short_conv="qkv")),
+            (ENCODER_RACE_SMOOTH, options("race", short_conv="qkv")),
+        )
+    ),
 )
 ENCODER = (*ENCODER_LINEAR_TIME, SIGMOID, ANGULAR)
