@@ -14,7 +14,7 @@ def running_decay(log_decay: jax.Array, chunk: int) -> jax.Array:
     """Returns γ (B, K, T padded to chunks), the sum of log decay from the chunk's start, inclusive.
 
     It is computed once here, and not in each kernel for each query head. A sum over the whole
-    sequence would lose the differences between neighbours to rounding.
+    sequence would lose the differences between neighbors to rounding.
     """
     batch, length, kv_heads = log_decay.shape
     decay = jnp.pad(log_decay, ((0, 0), (0, -length % chunk), (0, 0)))

@@ -87,7 +87,7 @@ def between(log_decay, visible, mask):
     return jnp.exp(jnp.where(wide(visible), difference, -jnp.inf))
 
 
-def mean(weights, value):
+def weighted_mean(weights, value):
     """Returns the means of the values with weights (B, T, S, N), or zero without weights."""
     mass = weights.sum(axis=2)[..., None]
     return jnp.einsum("btsn,bsnv->btnv", weights, value) / jnp.where(mass > 0, mass, 1.0)
@@ -96,13 +96,13 @@ def mean(weights, value):
 def softmax(pairs, query, key, value):
     """exp(q . k / sqrt(H))."""
     logits = jnp.einsum("btnh,bsnh->btsn", query, key) / query.shape[-1] ** 0.5
-    return mean(jnp.exp(logits) * pairs.decay, value)
+    return weighted_mean(jnp.exp(logits) * pairs.decay, value)
 
 
 def linear(pairs, query, key, value):
     """(elu(q) + 1) . (elu(k) + 1)."""
     phi = lambda x: jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0.0)))  # noqa: E731
-    return mean(jnp.einsum("btnh,bsnh->btsn", phi(query), phi(key)) * pairs.decay, value)
+    return weighted_mean(jnp.einsum("btnh,bsnh->btsn", phi(query), phi(key)) * pairs.decay, value)
 
 
 def performer(pairs, query, key, value):
@@ -113,7 +113,7 @@ def performer(pairs, query, key, value):
         projected = jnp.einsum("btnh,mh->btnm", x, pairs.layer.directions[...])
         return jnp.exp(projected - (x**2).sum(-1, keepdims=True) / 2)
 
-    return mean(jnp.einsum("btnm,bsnm->btsn", phi(query), phi(key)) * pairs.decay, value)
+    return weighted_mean(jnp.einsum("btnm,bsnm->btsn", phi(query), phi(key)) * pairs.decay, value)
 
 
 def sigmoid(pairs, query, key, value):
@@ -133,7 +133,7 @@ def angular(pairs, query, key, value):
     """(1 - theta / pi)^degree."""
     unit = lambda x: x / jnp.sqrt((x**2).sum(-1, keepdims=True) + 1e-12)  # noqa: E731
     theta = jnp.arccos(jnp.einsum("btnh,bsnh->btsn", unit(query), unit(key)))
-    return mean((1 - theta / jnp.pi) ** pairs.layer.config.degree * pairs.decay, value)
+    return weighted_mean((1 - theta / jnp.pi) ** pairs.layer.config.degree * pairs.decay, value)
 
 
 def linformer(pairs, query, key, value):
@@ -143,7 +143,7 @@ def linformer(pairs, query, key, value):
     key = mix(key, pairs.layer.key_mix_kernel[...][:length], pairs.mask)
     value = mix(value, pairs.layer.value_mix_kernel[...][:length], pairs.mask)
     logits = jnp.einsum("btnh,bmnh->btmn", query, key) / query.shape[-1] ** 0.5
-    return mean(jnp.exp(logits), value)
+    return weighted_mean(jnp.exp(logits), value)
 
 
 def gated_linear(pairs, query, key, value):
@@ -192,7 +192,7 @@ def sliding_window(pairs, query, key, value):
     if config.positions == "alibi":
         logits -= alibi_slopes(query.shape[2]) * distance[..., None]
     near = (distance < config.window)[..., None]
-    return mean(jnp.exp(logits) * pairs.decay * near, value)
+    return weighted_mean(jnp.exp(logits) * pairs.decay * near, value)
 
 
 DEFINITIONS: dict[str, Callable] = {

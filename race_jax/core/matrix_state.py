@@ -1,4 +1,4 @@
-"""The state of attention without a normaliser: one matrix a head, read chunk by chunk.
+"""The state of attention without a normalizer: one matrix a head, read chunk by chunk.
 
 With the decay a_t of a token, what it adds u_t, and what the state keeps of the past,
 

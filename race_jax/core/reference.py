@@ -1,6 +1,6 @@
 """Two slow and plain implementations of the definition, with which the fast ones are compared.
 
-`all_pairs` forms the weights w_ts and normalises them. `token_by_token` keeps tables, as the
+`all_pairs` forms the weights w_ts and normalizes them. `token_by_token` keeps tables, as the
 paper's Algorithms 1 and 2 do. Both are written for one key/value head of one sequence and are
 mapped over the others.
 """

@@ -1,4 +1,4 @@
-"""The forms of RACE on language modelling, one change at a time: which part is worth what?
+"""The forms of RACE on language modeling, one change at a time: which part is worth what?
 
 Data and budgets are those of `causal_lm`.
 """

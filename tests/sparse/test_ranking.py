@@ -1,7 +1,7 @@
 """How well each scorer ranks: the share of the true best tokens that it finds, in bands.
 
 Keys are drawn as iso (Gaussian), norms (of unequal lengths), aniso (with a mean and a decaying
-spectrum), needle (around 64 centres) and runs (neighbours share a centre). The bands are those of
+spectrum), needle (around 64 centres) and runs (neighbors share a centre). The bands are those of
 the table of expected recalls, where a band of 0.04 holds for one seed.
 """
 

@@ -82,7 +82,7 @@ def test_windows_longer_than_learned_positions_are_refused():
         config.validate()
 
 
-def test_validation_copies_and_normalises():
+def test_validation_copies_and_normalizes():
     config = Config()
     config.data.source, config.data.train_files = "files", "one.txt, two.txt.xz,"
     config.model.race.forget_gate = "none"
