@@ -1,8 +1,6 @@
 """Train a small softmax model, then decode it densely, sparsely, and by reading everything again.
 
-    .venv/bin/python examples/decode_softmax.py
-
-It prints the rates of all three, and how many tokens are kept.
+.venv/bin/python examples/decode_softmax.py
 """
 
 import pathlib
