@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from race_jax.layers import softmax
 from race_jax.layers.softmax import SoftmaxConfig, softmax_attention
 
 MASK = np.array([[0, 0, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 0, 0], [0] * 7], bool)
@@ -95,6 +96,38 @@ def test_junk_in_padded_slots_changes_neither_outputs_nor_gradients(rng, assert_
     assert np.abs(clean[0][1]).max() > 0
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
+def test_padding_by_lengths_is_padding_by_a_mask(rng, assert_close, monkeypatch, is_causal):
+    """cuDNN gets the tokens at the front of each row and their number; here XLA takes its part."""
+    arrays = [*map(jnp.asarray, draw(rng, value_dim=8)), jnp.asarray(MASK)]
+
+    def outputs_and_gradients(*arrays):
+        def loss(*floats):
+            out = softmax_attention(*floats, is_causal=is_causal, key_value_mask=arrays[3])
+            return (out**2).sum(), out
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays[:3])
+
+    want = jax.jit(outputs_and_gradients)(*arrays)
+    monkeypatch.setattr(softmax, "_choose", lambda *_: "cudnn")
+    attend, given = jax.nn.dot_product_attention, []
+
+    def by_xla(*arrays, implementation, **options):
+        given.append((implementation, options.get("mask"), options["key_value_seq_lengths"].shape))
+        return attend(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    got = jax.jit(lambda *arrays: outputs_and_gradients(*arrays))(*arrays)
+    assert given == [("cudnn", None, (3,))]
+    assert_close("out", got[1], want[1], kind="outputs")
+    for name, one, other in zip(("query", "key", "value"), got[0], want[0], strict=True):
+        assert_close(name, one, other, kind="gradients")
+    mapped = jax.jit(jax.vmap(outputs_and_gradients, in_axes=(0, None, None, None)))
+    for one in jax.tree.leaves(mapped(jnp.stack([arrays[0]] * 2), *arrays[1:])):
+        assert one.shape[0] == 2
+        assert_close("mapped", one[1], one[0], kind="rerun")
+
+
 def test_the_dtype_of_the_values_comes_out(rng, assert_close):
     rounded = [jnp.asarray(x, jnp.bfloat16) for x in draw(rng)]
     got = softmax_attention(*rounded, is_causal=True)
@@ -150,16 +183,22 @@ def test_the_implementation_that_will_run_is_named(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("padded", [False, True])
-def test_cudnn_agrees_with_xla(rng, assert_close, padded):
-    arrays = draw(rng, length=64, head_dim=64, value_dim=64)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("padding", ["none", "behind", "anywhere"])
+@pytest.mark.parametrize("length", [64, 333])
+def test_cudnn_agrees_with_xla(rng, assert_close, padding, is_causal, length):
+    arrays = draw(rng, length=length, head_dim=64, value_dim=64)
     rounded = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
-    mask = jnp.arange(64) < jnp.array([[64], [40], [1]]) if padded else None
+    mask = {
+        "none": None,
+        "behind": jnp.arange(length) < jnp.array([[length], [40], [0]]),
+        "anywhere": jnp.asarray(rng.random((3, length)) < np.array([[0.5], [0.9], [0.02]])),
+    }[padding]
 
     def outputs_and_gradients(implementation):
         def loss(*arrays):
             out = softmax_attention(
-                *arrays, is_causal=True, key_value_mask=mask, implementation=implementation
+                *arrays, is_causal=is_causal, key_value_mask=mask, implementation=implementation
             )
             return (out.astype(jnp.float32) ** 2).sum(), out
 

@@ -41,9 +41,10 @@ def softmax_attention(
         out_t = \sum_s \mathrm{softmax}_s(q_t \cdot k_s / \sqrt{H} + bias_{ts}) \, v_s
 
     The sum runs over the keys that causality, padding and segments leave visible. Time is quadratic
-    in the length, and so is memory, except on cuDNN without masks. A query that sees no key returns
-    zeros. In causal and packed calls, where queries and keys are the same tokens, a padded query
-    returns zeros as well. The softmax is computed in float32, by `jax.nn.dot_product_attention`.
+    in the length, and so is memory, except on cuDNN without a bias and segments. A query that sees
+    no key returns zeros. In causal and packed calls, where queries and keys are the same tokens, a
+    padded query returns zeros as well. The softmax is computed in float32, by
+    `jax.nn.dot_product_attention`.
 
     Args:
         query: shape (B, T, N, H), floating.
@@ -81,7 +82,8 @@ def softmax_attention(
     """
     _refuse(log_decay, initial_state, return_state)
     _check_shapes(query, key, value, is_causal, key_value_mask, segment_ids)
-    implementation = _choose(implementation, query, value, aux, key_value_mask, segment_ids)
+    pairs_differ = aux is not None or segment_ids is not None
+    implementation = _choose(implementation, query, value, pairs_differ)
     out_shape = (*query.shape[:3], value.shape[-1])
     if 0 in (*query.shape, *key.shape, *value.shape):
         return jnp.zeros(out_shape, value.dtype)
@@ -91,21 +93,66 @@ def softmax_attention(
     if same_tokens:
         query = masking.select_tokens(query, key_value_mask)
     query, key, value, scale = _equal_head_dims(query, key, value)
+    options = {"scale": scale, "is_causal": is_causal, "implementation": implementation}
     with jax.named_scope("softmax_attention"):
-        out = jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            bias=aux,
-            mask=_pair_mask(query.shape[1], key.shape[1], key_value_mask, segment_ids),
-            scale=scale,
-            is_causal=is_causal,
-            implementation=implementation,
-        )[..., : out_shape[-1]]
+        if implementation == "cudnn" and key_value_mask is not None and not pairs_differ:
+            out = attend_by_lengths(query, key, value, key_value_mask, **options)
+        else:
+            mask = _pair_mask(query.shape[1], key.shape[1], key_value_mask, segment_ids)
+            out = jax.nn.dot_product_attention(query, key, value, bias=aux, mask=mask, **options)
+    out = out[..., : out_shape[-1]]
     if key_value_mask is None:
         return out
     seeing = key_value_mask if same_tokens else jnp.any(key_value_mask, axis=1, keepdims=True)
     return jnp.where(seeing[:, :, None, None], out, jnp.zeros((), out.dtype))
+
+
+def attend_by_lengths(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    key_value_mask: jax.Array,
+    *,
+    scale: float,
+    is_causal: bool,
+    implementation: str,
+) -> jax.Array:
+    """Computes softmax attention with padding and without a T x T mask.
+
+    The tokens of each row are moved to its front, in their order, so that a length says which keys
+    are visible. cuDNN takes lengths, and does not compute the pairs behind them.
+
+    Args:
+        query: shape (B, T, N, H).
+        key: shape (B, S, K, H), zero where there is no token.
+        value: shape (B, S, K, H), zero where there is no token.
+        key_value_mask: shape (B, S) bool, True where there is a token.
+        scale: a factor of the logits.
+        is_causal: whether a token sees only itself and earlier tokens. Then T == S.
+        implementation: as for `jax.nn.dot_product_attention`.
+
+    Returns:
+        Shape (B, T, N, H). What it holds for a query that sees no key is not defined.
+    """
+    rows = jnp.arange(key.shape[0])[:, None]
+    order = jnp.argsort(~key_value_mask, axis=1, stable=True)
+
+    def moved(x: jax.Array, where: jax.Array) -> jax.Array:
+        return x.at[rows, where].get(unique_indices=True, mode="promise_in_bounds")
+
+    # cuDNN does not say what a row without keys returns. One key of zeros is harmless.
+    lengths = jnp.maximum(jnp.sum(key_value_mask, axis=1, dtype=jnp.int32), 1)
+    out = jax.nn.dot_product_attention(
+        moved(query, order) if is_causal else query,
+        moved(key, order),
+        moved(value, order),
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=lengths if is_causal else None,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
+    )
+    return moved(out, jnp.argsort(order, axis=1)) if is_causal else out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,19 +252,21 @@ def _check_implementation(implementation: str | None) -> None:
         )
 
 
-def _choose(implementation, query, value, aux, key_value_mask, segment_ids) -> str:
+def _choose(implementation: str | None, query: Shaped, value: Shaped, pairs_differ: bool) -> str:
     _check_implementation(implementation)
     if implementation == "xla":
         return "xla"
-    dense = any(x is not None for x in (aux, key_value_mask, segment_ids))
-    obstacle = _cudnn_obstacle(query, value, dense)
+    obstacle = _cudnn_obstacle(query, value, pairs_differ)
     if implementation == "cudnn" and obstacle:
         raise NotImplementedError(f"cuDNN attention {obstacle}; pass implementation='xla'.")
     return "xla" if obstacle else "cudnn"
 
 
-def _cudnn_obstacle(query: Shaped, value: Shaped, dense: bool) -> str | None:
-    """Returns why cuDNN cannot run this call, or None. JAX checks the same limits."""
+def _cudnn_obstacle(query: Shaped, value: Shaped, pairs_differ: bool) -> str | None:
+    """Returns why cuDNN cannot run this call, or None. JAX checks the same limits.
+
+    `pairs_differ` says whether a bias or segments make an array with an entry for each pair.
+    """
     width = max(query.shape[-1], value.shape[-1])
     if jax.default_backend() != "gpu":
         return f"needs an NVIDIA GPU, and JAX's default backend is {jax.default_backend()!r}"
@@ -225,8 +274,8 @@ def _cudnn_obstacle(query: Shaped, value: Shaped, dense: bool) -> str | None:
         return f"needs bfloat16 or float16, got {query.dtype}"
     if width % 8 or width > 128:
         return f"needs a head width of at most 128 in multiples of 8, got {width}"
-    if dense and (query.shape[1] % 2 or value.shape[1] % 2):
-        return "needs even lengths where there is a mask or a bias"
+    if pairs_differ and (query.shape[1] % 2 or value.shape[1] % 2):
+        return "needs even lengths where there are segments or a bias"
     return None
 
 
