@@ -95,7 +95,9 @@ def softmax_attention(
     query, key, value, scale = _equal_head_dims(query, key, value)
     options = {"scale": scale, "is_causal": is_causal, "implementation": implementation}
     with jax.named_scope("softmax_attention"):
-        if implementation == "cudnn" and key_value_mask is not None and not pairs_differ:
+        is_odd = query.shape[1] % 2 == 1 or key.shape[1] % 2 == 1
+        needs_lengths = not pairs_differ and (is_odd or key_value_mask is not None)
+        if implementation == "cudnn" and needs_lengths:
             out = attend_by_lengths(query, key, value, key_value_mask, **options)
         else:
             mask = _pair_mask(query.shape[1], key.shape[1], key_value_mask, segment_ids)
@@ -111,7 +113,7 @@ def attend_by_lengths(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    key_value_mask: jax.Array,
+    key_value_mask: jax.Array | None,
     *,
     scale: float,
     is_causal: bool,
@@ -120,13 +122,14 @@ def attend_by_lengths(
     """Computes softmax attention with padding and without a T x T mask.
 
     The tokens of each row are moved to its front, in their order, so that a length says which keys
-    are visible. cuDNN takes lengths, and does not compute the pairs behind them.
+    are visible. cuDNN takes lengths, and does not compute the pairs behind them. Odd lengths, of
+    which JAX takes no gradient on cuDNN, become even by one empty slot.
 
     Args:
         query: shape (B, T, N, H).
         key: shape (B, S, K, H), zero where there is no token.
         value: shape (B, S, K, H), zero where there is no token.
-        key_value_mask: shape (B, S) bool, True where there is a token.
+        key_value_mask: shape (B, S) bool, True where there is a token, or None for all.
         scale: a factor of the logits.
         is_causal: whether a token sees only itself and earlier tokens. Then T == S.
         implementation: as for `jax.nn.dot_product_attention`.
@@ -135,23 +138,27 @@ def attend_by_lengths(
         Shape (B, T, N, H). What it holds for a query that sees no key is not defined.
     """
     rows = jnp.arange(key.shape[0])[:, None]
-    order = jnp.argsort(~key_value_mask, axis=1, stable=True)
+    visible = jnp.ones(key.shape[:2], bool) if key_value_mask is None else key_value_mask
+    order = jnp.argsort(~visible, axis=1, stable=True)
 
     def moved(x: jax.Array, where: jax.Array) -> jax.Array:
         return x.at[rows, where].get(unique_indices=True, mode="promise_in_bounds")
 
+    def even(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+
     # cuDNN does not say what a row without keys returns. One key of zeros is harmless.
-    lengths = jnp.maximum(jnp.sum(key_value_mask, axis=1, dtype=jnp.int32), 1)
+    lengths = jnp.maximum(jnp.sum(visible, axis=1, dtype=jnp.int32), 1)
     out = jax.nn.dot_product_attention(
-        moved(query, order) if is_causal else query,
-        moved(key, order),
-        moved(value, order),
+        even(moved(query, order) if is_causal else query),
+        even(moved(key, order)),
+        even(moved(value, order)),
         scale=scale,
         is_causal=is_causal,
         query_seq_lengths=lengths if is_causal else None,
         key_value_seq_lengths=lengths,
         implementation=implementation,
-    )
+    )[:, : query.shape[1]]
     return moved(out, jnp.argsort(order, axis=1)) if is_causal else out
 
 

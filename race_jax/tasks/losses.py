@@ -8,8 +8,12 @@ import jax.numpy as jnp
 
 from race_jax.core.shards import TOKENS, vary_alike
 
-# The number of logits of one chunk: 16 MB in float32, whatever the vocabulary.
+# A chunk has about so many logits, 16 MB in float32. A large vocabulary has more, because products
+# of few tokens are slow, and each chunk reads and writes the gradient of the whole table.
 LOGITS_PER_CHUNK = 2**22
+LEAST_CHUNK = 512
+# cuBLAS has its fast kernels only where rows start at multiples of 16 bytes.
+ALIGNMENT = 8
 
 
 def chunked_cross_entropy(
@@ -34,7 +38,7 @@ def chunked_cross_entropy(
         embedding: shape (vocab, D), floating. Its rows are the output vectors.
         targets: shape (B, T), integers in [0, vocab).
         weights: shape (B, T). A token of weight 0 adds nothing to the loss or to its gradients.
-        chunk: tokens per chunk; None takes about 2**22 / vocab.
+        chunk: tokens per chunk; None takes about 2**22 / vocab, and at least 512.
 
     Returns:
         The weighted sum of nats and the sum of weights, float32 scalars. The mean over a whole
@@ -58,7 +62,7 @@ def chunked_cross_entropy(
     arrays = (hidden, embedding, targets, weights)
     hidden, embedding, targets, weights = vary_alike(arrays, (TOKENS,) * 4)
     tokens, (vocab, width) = targets.size, embedding.shape
-    chunk = min(chunk or max(1, LOGITS_PER_CHUNK // vocab), max(1, tokens))
+    chunk = min(chunk or max(LEAST_CHUNK, LOGITS_PER_CHUNK // vocab), max(1, tokens))
     padding = (0, -tokens % chunk)  # of weight 0
     nats = _weighted_nats(
         jnp.pad(hidden.reshape(tokens, width), (padding, (0, 0))).reshape(-1, chunk, width),
@@ -69,11 +73,15 @@ def chunked_cross_entropy(
     return nats, jnp.sum(weights, dtype=jnp.float32)
 
 
-def _logits(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
-    """Computes the logits (C, vocab) in float32 from (C, D) and (vocab, D)."""
-    return jnp.einsum(
-        "cd,vd->cv", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+def _aligned(embedding: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns the table in a dtype, with rows of zeros up to a multiple of `ALIGNMENT`."""
+    return jnp.pad(embedding.astype(dtype), ((0, -embedding.shape[0] % ALIGNMENT), (0, 0)))
+
+
+def _logits(hidden: jax.Array, table: jax.Array, vocab: int) -> jax.Array:
+    """Computes the logits (C, V) in float32 from (C, D) and (V, D). Those from vocab on are -inf."""
+    logits = jnp.einsum("cd,vd->cv", hidden, table, preferred_element_type=jnp.float32)
+    return jnp.where(jnp.arange(table.shape[0]) < vocab, logits, -jnp.inf)
 
 
 def _token_nats(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -89,29 +97,32 @@ def _weigh(nats: jax.Array, weights: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def _weighted_nats(hidden, embedding, targets, weights):
     """Adds up weighted nats. hidden is (chunks, C, D), targets and weights are (chunks, C)."""
+    table = _aligned(embedding, hidden.dtype)
 
     def one_chunk(chunk):
         hidden, targets = chunk
-        return _token_nats(_logits(hidden, embedding), targets)[0]
+        return _token_nats(_logits(hidden, table, embedding.shape[0]), targets)[0]
 
     return jnp.sum(_weigh(jax.lax.map(one_chunk, (hidden, targets)), weights))
 
 
 def _weighted_nats_fwd(hidden, embedding, targets, weights):
-    def one_chunk(d_embedding, chunk):
+    vocab, table = embedding.shape[0], _aligned(embedding, hidden.dtype)
+
+    def one_chunk(d_table, chunk):
         hidden, targets, weights = chunk
-        logits = _logits(hidden, embedding)
+        logits = _logits(hidden, table, vocab)
         nats, log_total = _token_nats(logits, targets)
-        hit = targets[:, None] == jnp.arange(embedding.shape[0])
+        hit = targets[:, None] == jnp.arange(table.shape[0])
         d_logits = jnp.exp(logits - log_total[:, None]) - hit
         d_logits = _weigh(d_logits, weights[:, None]).astype(hidden.dtype)
-        d_hidden = d_logits @ embedding.astype(hidden.dtype)
-        d_embedding += jnp.einsum("cv,cd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
-        return d_embedding, (d_hidden, nats)
+        d_hidden = d_logits @ table
+        d_table += jnp.einsum("cv,cd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        return d_table, (d_hidden, nats)
 
-    zeros = jnp.zeros_like(embedding, jnp.float32)  # it varies over the mesh axes of embedding
-    d_embedding, (d_hidden, nats) = jax.lax.scan(one_chunk, zeros, (hidden, targets, weights))
-    d_embedding = d_embedding.astype(embedding.dtype)
+    zeros = jnp.zeros_like(table, jnp.float32)  # it varies over the mesh axes of the table
+    d_table, (d_hidden, nats) = jax.lax.scan(one_chunk, zeros, (hidden, targets, weights))
+    d_embedding = d_table[:vocab].astype(embedding.dtype)
     return jnp.sum(_weigh(nats, weights)), (d_hidden, d_embedding, nats)
 
 
