@@ -1,5 +1,7 @@
 """Bad arguments raise before any work is done, and the error shows the values and the way out."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +59,25 @@ WRONG = {
         {"sharpness": jnp.ones(N)},
         ValueError,
         ["sharpness", "(4,)", "(2,)", "query head"],
+    ),
+    "sharpness of a list": ({"sharpness": [1.0, 2.0]}, TypeError, ["sharpness", "list", "asarray"]),
+    "mask of a list": ({"key_value_mask": [[True] * T] * B}, TypeError, ["key_value_mask", "list"]),
+    "segments of a list": ({"segment_ids": [[0] * T] * B}, TypeError, ["segment_ids", "list"]),
+    "gate of a list": (CAUSAL | {"log_decay": [[[0.0] * K] * T] * B}, TypeError, ["log_decay"]),
+    "state's segment": (
+        CAUSAL | {"initial_state": dataclasses.replace(state(), segment=jnp.zeros(1, int))},
+        ValueError,
+        ["segment (1,)", "(2,)"],
+    ),
+    "state's segment of floats": (
+        CAUSAL | {"initial_state": dataclasses.replace(state(), segment=jnp.zeros(B))},
+        TypeError,
+        ["segment", "float32"],
+    ),
+    "state's decay": (
+        CAUSAL | {"initial_state": dataclasses.replace(state(), log_decay=jnp.zeros((3, K)))},
+        ValueError,
+        ["log_decay (3, 2)", "(2, 2)"],
     ),
     "sharpness of rank 2": ({"sharpness": jnp.ones((B, K))}, ValueError, ["sharpness", "(2, 2)"]),
     "gate above 0": (CAUSAL | {"log_decay": gate(0.25)}, ValueError, ["log_decay", "0.25"]),

@@ -89,6 +89,16 @@ def test_flax_s_own_low_rank_layers_take_the_place_of_each_projection(assert_clo
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("fold_planes", [False, True])
+@pytest.mark.parametrize(("name", "heads"), [("query", 1), ("key", 1), ("key", 8)])
+def test_a_projection_with_other_heads_is_refused(name, heads, fold_planes):
+    module = layer(fold_planes=fold_planes)
+    size = module.key.kernel.shape
+    setattr(module, name, nnx.LinearGeneral(size[0], (heads, size[-1]), rngs=nnx.Rngs(1)))
+    with pytest.raises(ValueError, match=rf"projection '{name}' .*; the layer needs"):
+        module(jnp.ones((1, 3, size[0])))
+
+
 def test_what_is_not_folded_is_said_once(caplog):
     module = layer(fold_planes=True)
     module.query = Adapter(module.query, WIDTH, (HEADS, WIDTH // HEADS), nnx.Rngs(1))

@@ -331,6 +331,7 @@ def _check_options(z_q: jax.Array | jax.ShapeDtypeStruct, value: jax.Array, give
             f"{reason} needs the whole sequence on every device; leave axis_name out, and gather "
             "the sequence with jax.lax.all_gather"
         )
+    masking.check_array("sharpness", given.sharpness)
     checks.check_sharpness(jnp.asarray(given.sharpness), z_q.shape[2], kv_heads)
     if given.initial_state is not None:
         features = z_q.shape[3] * 2 ** z_q.shape[4]

@@ -131,3 +131,11 @@ def check_state(state: RACEState, batch: int, kv_heads: int, features: int, valu
             f"this call needs (B, K, F, V) = {wanted} and (B, K, F) = {wanted[:3]}; make one with "
             f"RACEState.init{wanted}"
         )
+    if state.log_decay.shape != wanted[:2] or state.segment.shape != wanted[:1]:
+        raise ValueError(
+            f"initial_state has log_decay {state.log_decay.shape} and segment "
+            f"{state.segment.shape}, but this call needs (B, K) = {wanted[:2]} and (B,) = "
+            f"{wanted[:1]}; make one with RACEState.init{wanted}"
+        )
+    if not jnp.issubdtype(state.segment.dtype, jnp.integer):
+        raise TypeError(f"the segment of initial_state must be integers, got {state.segment.dtype}")

@@ -8,6 +8,8 @@ before it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,10 +27,17 @@ def concrete(x: jax.Array | None) -> np.ndarray | None:
     return np.asarray(x)
 
 
-def check_key_value_mask(mask: jax.Array | None, shape: tuple[Size, Size]) -> None:
+def check_array(name: str, x: object) -> None:
+    """Checks that an argument is an array, and not a list of numbers, which JAX does not take."""
+    if isinstance(x, (list, tuple)):
+        raise TypeError(f"{name} must be an array, got a {type(x).__name__}; pass jnp.asarray(...)")
+
+
+def check_key_value_mask(mask: Any, shape: tuple[Size, Size]) -> None:
     """Checks that a mask is one boolean per key."""
     if mask is None:
         return
+    check_array("key_value_mask", mask)
     if mask.ndim > 2:
         raise ValueError(
             f"key_value_mask must be (B, S) = {shape}, got a dense mask of shape {mask.shape}. "
@@ -44,12 +53,11 @@ def check_key_value_mask(mask: jax.Array | None, shape: tuple[Size, Size]) -> No
         )
 
 
-def check_segment_ids(
-    segment_ids: jax.Array | None, shape: tuple[Size, Size], mask: jax.Array | None
-) -> None:
+def check_segment_ids(segment_ids: Any, shape: tuple[Size, Size], mask: jax.Array | None) -> None:
     """Checks the form of segment ids and, if they are concrete, that they are contiguous runs."""
     if segment_ids is None:
         return
+    check_array("segment_ids", segment_ids)
     if segment_ids.shape != shape:
         raise ValueError(f"segment_ids must be (B, T) = {shape}, got shape {segment_ids.shape}")
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
@@ -70,12 +78,11 @@ def check_segment_ids(
             )
 
 
-def check_log_decay(
-    log_decay: jax.Array | None, shape: tuple[Size, Size, Size], mask: jax.Array | None
-) -> None:
+def check_log_decay(log_decay: Any, shape: tuple[Size, Size, Size], mask: jax.Array | None) -> None:
     """Checks the form of a gate and, if it is concrete, that it is finite and not positive."""
     if log_decay is None:
         return
+    check_array("log_decay", log_decay)
     if log_decay.shape != shape:
         raise ValueError(f"log_decay must be (B, S, K) = {shape}, got shape {log_decay.shape}")
     if not jnp.issubdtype(log_decay.dtype, jnp.floating):

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from race_jax.core import masking
 from race_jax.core.attention import race_attention
 
 
@@ -111,6 +112,13 @@ def attention_fn(
             module=module is not None,
             return_residual=return_residual,
         )
+        for name, array in (
+            ("mask", mask),
+            ("query_seq_lengths", query_seq_lengths),
+            ("key_value_seq_lengths", key_value_seq_lengths),
+            ("segment_ids", segment_ids),
+        ):
+            masking.check_array(name, array)
         lead = _leading_axes(query, key, value)
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
         decoding = mask is not None and query.shape[-3] == 1

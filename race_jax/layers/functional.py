@@ -103,6 +103,7 @@ def race_layer(
     if state is not None:
         _check_state(state, settings, batch)
     if mask is not None:
+        masking.check_array("mask", mask)
         mask = key_padding(mask[:, None, None] if mask.ndim == 2 else mask, (batch,), length)
     dtype = settings.dtype
     if dtype is None:

@@ -45,7 +45,8 @@ def hash_and_gate(
       together: whether x are the hidden states of the queries too.
     """
     together = together and settings.folds
-    folded = [_folded(params[name], planes) for name in ("query", "key")] if together else []
+    names = ("query", "key")
+    folded = [_folded(name, params, planes, settings) for name in names] if together else []
     if not folded or None in folded:
         z_q, z_k = (
             _hashed(source, name, params, planes, settings)
@@ -71,7 +72,7 @@ def _hashed(
 
     x are hidden states, or the queries or keys themselves if those have been convolved.
     """
-    folded = _folded(params[name], planes) if settings.folds else None
+    folded = _folded(name, params, planes, settings) if settings.folds else None
     if folded is not None:
         return products.side_by_side(x, [folded], settings.precision)[0]
     heads = x if settings.changes_heads else projected(x, name, params, settings)
@@ -80,14 +81,33 @@ def _hashed(
     return hashing.hash_projections(heads, planes)
 
 
-def _folded(weights: Projection, planes: jax.Array) -> dict[str, jax.Array] | None:
+def _folded(
+    name: str, params: Mapping[str, Any], planes: jax.Array, settings: RACEConfig
+) -> dict[str, jax.Array] | None:
     """Folds planes into a projection's kernel and bias; None if it is a function of its input."""
+    weights: Projection = params[name]
     if not isinstance(weights, Mapping):
         return None
+    wanted, given = _shape(name, settings), weights["kernel"].shape[1:]
+    if given != wanted:
+        raise ValueError(
+            f"the kernel of the projection {name!r} makes heads of shape {given}; the layer needs "
+            f"{wanted}"
+        )
     # This product of weights is small and made once per call, so it is made exactly. TF32, the
     # default on a GPU, would keep only ten bits of each weight.
     with jax.default_matmul_precision("highest"):
         return {part: hashing.fold_planes(array, planes) for part, array in weights.items()}
+
+
+def _shape(name: str, settings: RACEConfig) -> tuple[int, ...]:
+    """Returns the shape of what a projection makes of one token."""
+    return {
+        "query": (settings.num_heads, settings.head_dim),
+        "key": (settings.num_kv_heads, settings.head_dim),
+        "value": (settings.num_kv_heads, settings.value_dim),
+        "out": (settings.out_features,),
+    }[name]
 
 
 def projected(
@@ -95,15 +115,9 @@ def projected(
 ) -> jax.Array:
     """Applies the projection `name` to x, and returns heads or the layer's output in x's dtype."""
     projection: Projection = params[name]
-    shape = {
-        "query": (settings.num_heads, settings.head_dim),
-        "key": (settings.num_kv_heads, settings.head_dim),
-        "value": (settings.num_kv_heads, settings.value_dim),
-        "out": (settings.out_features,),
-    }[name]
     if isinstance(projection, Mapping):
         return _linear(x, projection, settings.precision, axes=2 if name == "out" else 1)
-    out = projection(x)
+    out, shape = projection(x), _shape(name, settings)
     wanted = *x.shape[:2], *shape
     if out.shape == (*x.shape[:2], math.prod(shape)):  # nnx.Linear returns heads side by side
         out = out.reshape(wanted)

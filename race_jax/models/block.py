@@ -66,14 +66,20 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, tuple | None]:
         """Maps x (B, T, D) to (B, T, D) and the next state, which is None without a state."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        shape, x = x.shape, _rows(x)
-        normal = self.attention_norm(x).reshape(shape)
+        # On a GPU, XLA makes one operation of a product and the addition to x, and computes it in
+        # place. It copies x before if a reshape hides that x is needed later, as it is in the
+        # backward pass of LayerNorm. A single row is therefore a matrix here. Several rows stay
+        # apart, because joining two axes that a mesh may split would gather x on every device.
+        single = x.shape[0] == 1
+        x = jnp.squeeze(x, 0) if single else x
+        normal = self.attention_norm(x)
         attended, state = self._attend(
-            normal, positions, key_value_mask, segment_ids, state, dropout_key
+            jnp.expand_dims(normal, 0) if single else normal,
+            *(positions, key_value_mask, segment_ids, state, dropout_key),
         )
-        x += self._drop(_rows(attended), keys[0])
+        x += self._drop(jnp.squeeze(attended, 0) if single else attended, keys[0])
         x += self._drop(self.mlp(self.mlp_norm(x)), keys[1])
-        return x.reshape(shape), state
+        return jnp.expand_dims(x, 0) if single else x, state
 
     def _attend(self, x, positions, key_value_mask, segment_ids, state, dropout_key):
         key = None
@@ -93,16 +99,6 @@ class Block(nnx.Module):
 
     def _drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         return self.dropout(x, deterministic=key is None, rngs=key)
-
-
-def _rows(x: jax.Array) -> jax.Array:
-    """Returns hidden states (B, T, D) as a matrix with one row for each token.
-
-    On a GPU, XLA makes one operation of a product and the addition to x, and computes it in place.
-    Where a reshape hides that x is needed later, as LayerNorm's backward pass needs it, XLA copies
-    x before. Explicit axes of a mesh may not be joined, so there x stays as it is.
-    """
-    return x if any(jax.typeof(x).sharding.spec) else x.reshape(-1, x.shape[-1])
 
 
 def apply(block: Block, *arguments: Any, remat: bool = False) -> tuple:

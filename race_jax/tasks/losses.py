@@ -79,7 +79,7 @@ def _aligned(embedding: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _logits(hidden: jax.Array, table: jax.Array, vocab: int) -> jax.Array:
-    """Computes the logits (C, V) in float32 from (C, D) and (V, D). Those from vocab on are -inf."""
+    """Computes the logits (C, V) in float32 from (C, D) and (V, D), with -inf from vocab on."""
     logits = jnp.einsum("cd,vd->cv", hidden, table, preferred_element_type=jnp.float32)
     return jnp.where(jnp.arange(table.shape[0]) < vocab, logits, -jnp.inf)
 

@@ -220,11 +220,13 @@ class Checkpoints:
 
     def _none_whole(self, damaged: dict[int, str]) -> str:
         reasons = "; ".join(f"step {step}: {damage}" for step, damage in damaged.items())
+        found = f"no whole checkpoint in {self._directory} ({reasons}). Restore a copy of one; or "
+        if self._read_only:
+            return f"{found}name the folder of another run"
         run = self._directory.parent
         return (
-            f"no whole checkpoint in {self._directory} ({reasons}). Restore a copy of one; or "
-            f"train anew beside it with --config.run.directory={unused_path(run)}, or from step 0 "
-            f"here after removing {self._directory}"
+            f"{found}train anew beside it with --config.run.directory={unused_path(run)}, or from "
+            f"step 0 here after removing {self._directory}"
         )
 
     def _folder(self, step: int) -> Path:
@@ -293,7 +295,7 @@ def load_for_inference(directory: str | os.PathLike) -> tuple[nnx.Module, Any, C
 
 def load_parameters(
     directory: str | os.PathLike, params: nnx.State, fixed: nnx.State, record: dict[str, Any]
-) -> tuple[nnx.State, nnx.State, int]:
+) -> tuple[nnx.State, nnx.State, int, Config]:
     """Loads the parameters of a run's newest whole checkpoint into a model of the same shapes.
 
     Args:
@@ -303,7 +305,7 @@ def load_parameters(
         record: the record of the task that the model is for.
 
     Returns:
-        The variables of the checkpoint, on one device, and its step.
+        The variables of the checkpoint, on one device, its step, and the configuration of its run.
 
     Raises:
         ValueError: there is no checkpoint in `directory`, a variable has another shape there, or
@@ -324,7 +326,7 @@ def load_parameters(
         if difference := _difference(_shapes(there), _shapes(own)):
             raise ValueError(f"{directory} holds another model: {difference}")
         found = checkpoints.model(step, own)
-    return found["params"], found["fixed"], step
+    return found["params"], found["fixed"], step, config
 
 
 @contextlib.contextmanager

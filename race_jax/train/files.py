@@ -161,16 +161,33 @@ def claim(path: Path, config: Config, digests: dict[str, str], *, resuming: bool
     """
     record = path / "config.json"
     now = {"config": config.to_dict(), "digests": digests}
+    if config.run.start_from is not None:  # a folder is the same however it is written
+        now["config"]["run"]["start_from"] = str(Path(config.run.start_from).expanduser().resolve())
+    changed = []
     if resuming and record.is_file():
-        then = _read_record(record)
-        changed = [name for name in _differences(then, now) if not is_free(name, config)]
-        if changed:
-            values = "; ".join(_change(name, then, now) for name in changed)
-            raise ValueError(
-                f"{path} holds another run: {values}. Give the same values and files; or, to train "
-                f"with the new ones, add --config.run.directory={unused_path(path)} to the command"
-            )
+        changed = changes(_read_record(record), now, config)
+    if changed:
+        raise ValueError(
+            f"{path} holds another run: {'; '.join(changed)}. Give the same values and files; or, "
+            f"to train with the new ones, add --config.run.directory={unused_path(path)} to the "
+            "command"
+        )
     write_text(record, json.dumps(now, indent=2))
+
+
+def changes(then: dict[str, Any], now: dict[str, Any], config: Config) -> list[str]:
+    """Says what differs between two records, but for the fields that may change.
+
+    Args:
+        then: a record with the parts "config" and "digests", or with some of their fields.
+        now: the same for the run that `config` describes.
+        config: the checked configuration.
+
+    Returns:
+        One sentence for each difference, with the name of the field and both values.
+    """
+    names = (name for name in _differences(then, now) if not is_free(name, config))
+    return [_change(name, then, now) for name in names]
 
 
 def unused_path(path: Path) -> Path:

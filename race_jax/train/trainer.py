@@ -24,7 +24,7 @@ from race_jax.train.checkpoint import Checkpoints, checkpoint_folder, load_param
 from race_jax.train.config import Config
 from race_jax.train.console import decorate, say
 from race_jax.train.disk_step import DiskStep, make_disk_eval_step
-from race_jax.train.files import check_space, claim
+from race_jax.train.files import changes, check_space, claim
 from race_jax.train.mesh import (
     SEQ,
     batch_shapes,
@@ -280,18 +280,26 @@ class Trainer:
             check_space(self._directory, size * more)
 
     def _take_parameters(self, directory: str) -> None:
-        """Starts with the parameters of another run."""
+        """Starts with the parameters of another run, and says what differs in the two models."""
+        if Path(directory).expanduser().resolve() == self._directory.resolve():
+            raise ValueError(
+                f"config.run.start_from={directory} is the folder of this run, which goes on from "
+                "its own checkpoints by itself; leave the field out, or name another run"
+            )
         given = self._state.params, self._state.fixed, self._task.record
         try:
-            params, fixed, step = load_parameters(directory, *given)
-        except ValueError as error:
-            raise ValueError(f"config.run.start_from: {error}") from None
+            params, fixed, step, config = load_parameters(directory, *given)
+        except (ValueError, RuntimeError) as error:
+            raise type(error)(f"config.run.start_from: {error}") from None
         self._state = dataclasses.replace(
             self._state,
             params=put_parameters(self._mesh, params),
             fixed=put_whole(self._mesh, fixed),
         )
         say(f"{'parameters':10} those of step {step} of {directory}")
+        there, here = ({"config": {"model": x.to_dict()["model"]}} for x in (config, self._config))
+        for change in changes(there, here, self._config):
+            say(f"{'':10} {change}")
 
     def _make_step(self, optimizer: optax.GradientTransformation) -> TrainStep | DiskStep:
         schedule = make_schedule(self._config.optimizer, self._config.run.steps)

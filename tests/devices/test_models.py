@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from race_jax import RACEAttention
 from race_jax.models import ModelConfig, TransformerLM
+from race_jax.models.transformer import Transformer
 
 RACE = {
     "num_tables": 2,
@@ -44,6 +45,58 @@ def test_loss_and_gradients_are_those_of_one_device(packed, assert_close):
         batch = jax.device_put(batch, P("data", "seq"))
         got = jax.device_get(step(params, fixed, batch))
     assert_close("language model", got, want, kind="gradients")
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("attention", ["race", "linear", "sliding_window"])
+def test_a_mesh_may_split_the_sequence_of_any_model(rows, attention, assert_close):
+    config = ModelConfig(num_layers=1, width=16, num_heads=2, attention=attention)
+    model = TransformerLM(config, vocab_size=20, rngs=nnx.Rngs(0))
+    tokens = jnp.arange(16 * rows, dtype=jnp.int32).reshape(rows, 16) * 7 % 20
+    want = model(tokens)
+    with jax.set_mesh(jax.make_mesh((4,), ("seq",), devices=jax.devices()[:4])):
+        got = jax.device_get(model(jax.device_put(tokens, P(None, "seq"))))
+    assert_close(attention, got, want, kind="outputs")
+
+
+@pytest.mark.parametrize("name", ["embedding", "out"])
+def test_a_mesh_may_split_a_parameter(name, assert_close):
+    config = ModelConfig(num_layers=1, width=16, num_heads=2)
+    model = Transformer(config, 20, is_causal=True, rngs=nnx.Rngs(0))
+    tokens = jnp.arange(32, dtype=jnp.int32).reshape(2, 16) * 7 % 20
+    want = model(tokens)
+    graph, variables = nnx.split(model)
+
+    def placed(path, x):
+        path = jax.tree_util.keystr(path)
+        split = f"'{name}'" in path and "bias" not in path
+        return jax.device_put(x, P(*[None] * (x.ndim - 1), "fsdp") if split else P())
+
+    with jax.set_mesh(jax.make_mesh((2,), ("fsdp",), devices=jax.devices()[:2])):
+        variables = jax.tree_util.tree_map_with_path(placed, variables)
+        got = jax.device_get(nnx.merge(graph, variables)(jax.device_put(tokens, P())))
+    assert_close(name, got, want, kind="outputs")
+
+
+def test_each_device_computes_its_share_of_the_tokens():
+    """XLA would compute everything on every device if a block joined rows and tokens."""
+    config = ModelConfig(num_layers=1, width=32, num_heads=2)
+    model = TransformerLM(config, vocab_size=20, rngs=nnx.Rngs(0))
+    graph, variables = nnx.split(model)
+
+    def flops(devices: int) -> float:
+        mesh = jax.make_mesh(
+            (devices,), ("seq",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+        )
+        split, whole = (jax.NamedSharding(mesh, spec) for spec in (P(None, "seq"), P()))
+        tokens = jax.ShapeDtypeStruct((2, 2048), jnp.int32, sharding=split)
+        given = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), variables
+        )
+        run = jax.jit(lambda v, tokens: nnx.merge(graph, v)(tokens), out_shardings=split)
+        return run.lower(given, tokens).compile().cost_analysis()["flops"]
+
+    assert flops(4) < 0.4 * flops(1)
 
 
 def test_stretches_of_a_layer_drop_different_entries():

@@ -72,8 +72,28 @@ def test_a_resume_goes_on_without_the_other_run(short, tmp_path):
     assert result.step == 4
     for name, value in values_of(tmp_path, "whole").items():
         np.testing.assert_array_equal(value, values_of(tmp_path, "halved")[name])
+    same = str(tmp_path / "halved" / ".." / "short")  # another way to write the same folder
+    assert train(config_of(tmp_path, "halved", **(options | {"run__start_from": same}))).step == 4
     with pytest.raises(ValueError, match=r"start_from was .*short and is now None"):
         train(config_of(tmp_path, "halved", **(options | {"run__start_from": None})))
+
+
+def test_a_form_of_the_model_that_changes_is_named(short, tmp_path, capsys):
+    other = config_of(tmp_path, "other", run__start_from=str(short))
+    other.model.race.use_tanh = not other.model.race.use_tanh
+    train(other)
+    was, now = not other.model.race.use_tanh, other.model.race.use_tanh
+    assert f"config.model.race.use_tanh was {was} and is now {now}" in capsys.readouterr().out
+
+
+def test_damage_and_the_own_folder_are_told_in_words(short, tmp_path):
+    with pytest.raises(ValueError, match=r"start_from=.*own is the folder of this run"):
+        train(config_of(tmp_path, "own", run__start_from=str(tmp_path / "own")))
+    shutil.copytree(short, tmp_path / "damaged")
+    for path in (tmp_path / "damaged" / "checkpoints").rglob("digests.json"):
+        path.write_text("junk")
+    with pytest.raises(RuntimeError, match=r"start_from: no whole .* name the folder of another"):
+        train(config_of(tmp_path, "from", run__start_from=str(tmp_path / "damaged")))
 
 
 def test_what_cannot_be_is_refused(short, tmp_path):
