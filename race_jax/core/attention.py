@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from race_jax.core import checks, hashing, implementations, masking, sequence, shards
 from race_jax.core.shapes import Axis
-from race_jax.core.state import RACEState, check_normalization
+from race_jax.core.state import RACEState
 from race_jax.core.xla import bidirectional, causal, rescan
 from race_jax.core.xla.chunk import Sums
 
@@ -95,8 +95,20 @@ def race_attention(
     Source: arXiv 2510.04008, Algorithms 1 and 2. The gate, packing, the state and the form
     without tanh go beyond the paper.
     """
-    checks.check_inputs(query, key, value, planes)
-    masking.check_key_value_mask(key_value_mask, key.shape[:2])
+    options = Options(
+        sharpness=sharpness,
+        use_tanh=use_tanh,
+        is_causal=is_causal,
+        log_decay=log_decay,
+        key_value_mask=key_value_mask,
+        segment_ids=segment_ids,
+        normalization=normalization,
+        initial_state=initial_state,
+        return_state=return_state,
+        axis_name=axis_name,
+        implementation=implementation,
+    )
+    checks.check_inputs(query, key, value, planes, options)
     query, key, value, planes = map(jnp.asarray, (query, key, value, planes))
     # Padded slots may hold NaN. They are cleared before any product, because the gradient of the
     # planes would otherwise contain 0 * NaN.
@@ -111,19 +123,6 @@ def race_attention(
 
     dtype = jnp.promote_types(jnp.result_type(query, key, planes), jnp.float32)
     shape = lambda x: jax.ShapeDtypeStruct((*x.shape[:3], *planes.shape[-3:-1]), dtype)  # noqa: E731
-    options = Options(
-        sharpness=sharpness,
-        use_tanh=use_tanh,
-        is_causal=is_causal,
-        log_decay=log_decay,
-        key_value_mask=key_value_mask,
-        segment_ids=segment_ids,
-        normalization=normalization,
-        initial_state=initial_state,
-        return_state=return_state,
-        axis_name=axis_name,
-        implementation=implementation,
-    )
     return attend(project, (shape(query), shape(key)), value, options)
 
 
@@ -194,6 +193,7 @@ def race_attention_from_projections(
         axis_name=axis_name,
         implementation=implementation,
     )
+    checks.check_projections(*given, value, options)
     return attend(lambda columns: given, given, value, options)
 
 
@@ -247,6 +247,8 @@ def attend(
 ) -> jax.Array | tuple[jax.Array, RACEState]:
     """Computes RACE attention with hash projections in the form that the implementation wants.
 
+    The arguments are those that `checks` has let pass.
+
     Args:
       project: ``project(columns)`` returns z of the queries and z of the keys. If ``columns`` is
         None, they have the shapes ``(..., L, P)`` that ``shapes`` gives. If it is a number, they
@@ -259,8 +261,6 @@ def attend(
     Returns:
       What ``race_attention`` returns.
     """
-    checks.check_projections(*shapes, value)
-    _check_options(shapes[0], value, options)
     plan = implementations.choose_plan(shapes, value, options)
     z_q, z_k = project(plan.columns)
     kv_heads = value.shape[2]
@@ -292,17 +292,8 @@ def attend(
         out_axes,
         kv_heads=kv_heads,
         axis_name=options.axis_name,
-        splits_sequence=_whole_sequence_only(options) is None,
+        splits_sequence=checks.whole_sequence_only(options) is None,
     )
-
-
-def _whole_sequence_only(options: Options) -> str | None:
-    """Returns what keeps the sequence of a call from being split over devices, or None."""
-    if options.normalization != "global":
-        return f"normalization={options.normalization!r}"
-    if options.segment_ids is not None and not options.is_causal:
-        return "segment_ids with is_causal=False"
-    return None
 
 
 def _dtype_of_sums(arrays: _Arrays, sharpness: jax.typing.ArrayLike) -> jnp.dtype:
@@ -310,32 +301,6 @@ def _dtype_of_sums(arrays: _Arrays, sharpness: jax.typing.ArrayLike) -> jnp.dtyp
     given = jax.tree.leaves(arrays._replace(sharpness=None))
     floating = [x for x in given if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.result_type(*floating, sharpness, jnp.float32)
-
-
-def _check_options(z_q: jax.Array | jax.ShapeDtypeStruct, value: jax.Array, given: Options) -> None:
-    batch, length, kv_heads = value.shape[:3]
-    checks.check_modes(
-        is_causal=given.is_causal,
-        lengths=(z_q.shape[1], length),
-        gated=given.log_decay is not None,
-        packed=given.segment_ids is not None,
-        stateful=given.return_state or given.initial_state is not None,
-    )
-    mask = given.key_value_mask
-    masking.check_key_value_mask(mask, (batch, length))
-    masking.check_segment_ids(given.segment_ids, (batch, z_q.shape[1]), mask)
-    masking.check_log_decay(given.log_decay, (batch, length, kv_heads), mask)
-    check_normalization(given.normalization)
-    if given.axis_name is not None and (reason := _whole_sequence_only(given)):
-        raise NotImplementedError(
-            f"{reason} needs the whole sequence on every device; leave axis_name out, and gather "
-            "the sequence with jax.lax.all_gather"
-        )
-    masking.check_array("sharpness", given.sharpness)
-    checks.check_sharpness(jnp.asarray(given.sharpness), z_q.shape[2], kv_heads)
-    if given.initial_state is not None:
-        features = z_q.shape[3] * 2 ** z_q.shape[4]
-        checks.check_state(given.initial_state, batch, kv_heads, features, value.shape[3])
 
 
 def _run(

@@ -5,16 +5,23 @@ Each check returns nothing, or raises an error that shows the value given and ho
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from race_jax.core import hashing, masking
 from race_jax.core.hashing import check_floating
-from race_jax.core.state import RACEState
+from race_jax.core.shapes import Size
+from race_jax.core.state import RACEState, check_normalization
+
+Shaped = jax.Array | jax.ShapeDtypeStruct
 
 
-def check_inputs(query: jax.Array, key: jax.Array, value: jax.Array, planes: jax.Array) -> None:
-    """Checks the ranks, dtypes and head dims of queries, keys, values and planes."""
+def check_inputs(
+    query: jax.Array, key: jax.Array, value: jax.Array, planes: jax.Array, options: Any
+) -> None:
+    """Checks queries, keys, values, planes and the ``attention.Options`` of a call."""
     check_floating(query=query, key=key, value=value, planes=planes)
     named = {"query": (query, "(B, T, N, H)"), "key": (key, "(B, S, K, H)")}
     named["value"] = (value, "(B, S, K, V)")
@@ -34,10 +41,17 @@ def check_inputs(query: jax.Array, key: jax.Array, value: jax.Array, planes: jax
             f"has {key.shape[2]}; pass (L, P, H) planes, or one set per key/value head"
         )
     _check_heads(query, key, value)
+    _check_tables(planes.shape[-3:-1])
+    _check_options(query, key, value.shape[3], planes.shape[-3:-1], options)
 
 
-def check_projections(z_q: jax.Array, z_k: jax.Array, value: jax.Array) -> None:
-    """Checks the ranks, dtypes and table sizes of hash projections and values."""
+def check_projections(
+    z_q: Shaped,
+    z_k: Shaped,
+    value: jax.Array,
+    options: Any,
+) -> None:
+    """Checks hash projections, values and the ``attention.Options`` of a call."""
     check_floating(query_projections=z_q, key_projections=z_k, value=value)
     named = {"query_projections": (z_q, "(B, T, N, L, P)")}
     named["key_projections"] = (z_k, "(B, S, K, L, P)")
@@ -51,15 +65,20 @@ def check_projections(z_q: jax.Array, z_k: jax.Array, value: jax.Array) -> None:
             f"query_projections {z_q.shape} and key_projections {z_k.shape} must share tables and "
             "planes, their last two axes (L, P)"
         )
-    if min(z_q.shape[3:]) < 1 or z_q.shape[4] > hashing.MAX_PLANES:
+    _check_tables(z_q.shape[3:])
+    _check_heads(z_q, z_k, value)
+    _check_options(z_q, z_k, value.shape[3], z_q.shape[3:], options)
+
+
+def _check_tables(sizes: tuple[Size, Size]) -> None:
+    if min(sizes) < 1 or sizes[1] > hashing.MAX_PLANES:
         raise ValueError(
-            f"tables and planes (L, P) = {z_q.shape[3:]}: L must be at least 1 and P in "
+            f"tables and planes (L, P) = {sizes}: L must be at least 1 and P in "
             f"1..{hashing.MAX_PLANES}; use more tables instead of more planes"
         )
-    _check_heads(z_q, z_k, value)
 
 
-def _check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+def _check_heads(query: Shaped, key: Shaped, value: jax.Array) -> None:
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
     if key.shape[:3] != value.shape[:3]:
         raise ValueError(f"key and value must agree in (B, S, K); got {shapes}")
@@ -73,7 +92,44 @@ def _check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
         )
 
 
-def check_modes(
+def _check_options(
+    query: Shaped, key: Shaped, value_dim: Size, tables: tuple[Size, Size], options: Any
+) -> None:
+    batch, length, kv_heads = key.shape[:3]
+    _check_modes(
+        is_causal=options.is_causal,
+        lengths=(query.shape[1], length),
+        gated=options.log_decay is not None,
+        packed=options.segment_ids is not None,
+        stateful=options.return_state or options.initial_state is not None,
+    )
+    check_normalization(options.normalization)
+    if options.axis_name is not None and (reason := whole_sequence_only(options)):
+        raise NotImplementedError(
+            f"{reason} needs the whole sequence on every device; leave axis_name out, and gather "
+            "the sequence with jax.lax.all_gather"
+        )
+    masking.check_array("sharpness", options.sharpness)
+    _check_sharpness(jnp.asarray(options.sharpness), query.shape[2], kv_heads)
+    if options.initial_state is not None:
+        features = tables[0] * 2 ** tables[1]
+        _check_state(options.initial_state, batch, kv_heads, features, value_dim)
+    mask = options.key_value_mask
+    masking.check_key_value_mask(mask, (batch, length))
+    masking.check_segment_ids(options.segment_ids, (batch, query.shape[1]), mask)
+    masking.check_log_decay(options.log_decay, (batch, length, kv_heads), mask)
+
+
+def whole_sequence_only(options: Any) -> str | None:
+    """Returns what keeps the sequence of a call from being split over devices, or None."""
+    if options.normalization != "global":
+        return f"normalization={options.normalization!r}"
+    if options.segment_ids is not None and not options.is_causal:
+        return "segment_ids with is_causal=False"
+    return None
+
+
+def _check_modes(
     *,
     is_causal: bool,
     lengths: tuple[int, int],
@@ -100,7 +156,7 @@ def check_modes(
         )
 
 
-def check_sharpness(sharpness: jax.Array, heads: int, kv_heads: int) -> None:
+def _check_sharpness(sharpness: jax.Array, heads: int, kv_heads: int) -> None:
     """Checks that sharpness is a positive scalar, or one positive number per key/value head."""
     if sharpness.shape not in ((), (kv_heads,)):
         hint = ""
@@ -120,7 +176,9 @@ def check_sharpness(sharpness: jax.Array, heads: int, kv_heads: int) -> None:
         raise ValueError(f"sharpness must be > 0, got {values.min()}; train its logarithm instead")
 
 
-def check_state(state: RACEState, batch: int, kv_heads: int, features: int, value_dim: int) -> None:
+def _check_state(
+    state: RACEState, batch: Size, kv_heads: Size, features: Size, value_dim: Size
+) -> None:
     """Checks that a state has the shapes of this call."""
     if not isinstance(state, RACEState):
         raise TypeError(f"initial_state must be a race_jax.RACEState, got {type(state).__name__}")

@@ -30,7 +30,9 @@ def concrete(x: jax.Array | None) -> np.ndarray | None:
 def check_array(name: str, x: object) -> None:
     """Checks that an argument is an array, and not a list of numbers, which JAX does not take."""
     if isinstance(x, (list, tuple)):
-        raise TypeError(f"{name} must be an array, got a {type(x).__name__}; pass jnp.asarray(...)")
+        raise TypeError(
+            f"{name} must be an array, got a {type(x).__name__}; pass jnp.asarray of it"
+        )
 
 
 def check_key_value_mask(mask: Any, shape: tuple[Size, Size]) -> None:

@@ -112,19 +112,12 @@ def attention_fn(
             module=module is not None,
             return_residual=return_residual,
         )
-        for name, array in (
-            ("mask", mask),
-            ("query_seq_lengths", query_seq_lengths),
-            ("key_value_seq_lengths", key_value_seq_lengths),
-            ("segment_ids", segment_ids),
-        ):
-            masking.check_array(name, array)
         lead = _leading_axes(query, key, value)
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
         decoding = mask is not None and query.shape[-3] == 1
         batch = math.prod(lead)
         if segment_ids is not None:
-            segment_ids = segment_ids.reshape(batch, query.shape[-3])
+            segment_ids = jnp.reshape(segment_ids, (batch, query.shape[-3]))
         out = race_attention(
             *(x.astype(dtype).reshape(batch, *x.shape[-3:]) for x in (query, key, value)),
             planes,
@@ -160,6 +153,7 @@ def key_padding(mask: jax.Array | None, lead: tuple[int, ...], length: int) -> j
     """
     if mask is None:
         return None
+    masking.check_array("mask", mask)
     shape = (*lead, 1, 1, length)
     if mask.ndim != len(shape) or any(
         given not in (1, size) for given, size in zip(mask.shape, shape, strict=True)
@@ -214,4 +208,5 @@ def _visible_keys(
 
 def _present(lengths: jax.Array, length: int) -> jax.Array:
     """Turns lengths ``(B,)`` into a mask ``(B, length)``, True below each length."""
+    masking.check_array("a length", lengths)
     return jnp.arange(length)[None] < lengths.reshape(lengths.size, 1)

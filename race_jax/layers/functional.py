@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from race_jax.core import hashing, masking
+from race_jax.core import checks, hashing, masking
 from race_jax.core.attention import Options, attend
 from race_jax.core.implementations import choose_plan
 from race_jax.core.shapes import Axis
@@ -105,12 +105,7 @@ def race_layer(
     if mask is not None:
         masking.check_array("mask", mask)
         mask = key_padding(mask[:, None, None] if mask.ndim == 2 else mask, (batch,), length)
-    dtype = settings.dtype
-    if dtype is None:
-        if isinstance(params["query"], Mapping):
-            kernel_dtype = params["query"]["kernel"].dtype
-        dtype = jnp.result_type(*inputs, kernel_dtype or settings.param_dtype)
-
+    dtype = settings.dtype or _promoted(inputs, params, kernel_dtype or settings.param_dtype)
     with jax.named_scope("race_layer/inputs"):
         x_q, x_k, x_v = (x.astype(dtype) for x in inputs)
         x_k, x_v = masking.select_tokens(x_k, mask), masking.select_tokens(x_v, mask)
@@ -142,6 +137,7 @@ def race_layer(
         implementation=settings.implementation,
     )
     shapes = _shapes(x_q, x_k, settings)
+    checks.check_projections(*shapes, value, options)
     columns = choose_plan(shapes, value, options).columns
     planes, together = hashing.flat_planes(planes, columns), is_self and (is_causal or mask is None)
     *z, gate = hash_and_gate(x_k, sources, params, planes, settings, together=together)
@@ -219,6 +215,15 @@ def _check_call(
             f"short_conv={settings.short_conv!r} runs along one sequence; leave inputs_k and "
             "inputs_v out, or build the layer with short_conv=None for cross-attention"
         )
+
+
+def _promoted(
+    inputs: tuple[jax.Array, ...], params: Mapping[str, Any], kernel_dtype: jax.typing.DTypeLike
+) -> jnp.dtype:
+    """Returns the dtype of inputs and kernels together; `kernel_dtype` if query is a function."""
+    if isinstance(params["query"], Mapping):
+        kernel_dtype = params["query"]["kernel"].dtype
+    return jnp.result_type(*inputs, kernel_dtype)
 
 
 def _check_state(state: LayerState, settings: RACEConfig, batch: int) -> None:
