@@ -23,11 +23,9 @@ def check_inputs(
 ) -> None:
     """Checks queries, keys, values, planes and the ``attention.Options`` of a call."""
     check_floating(query=query, key=key, value=value, planes=planes)
-    named = {"query": (query, "(B, T, N, H)"), "key": (key, "(B, S, K, H)")}
-    named["value"] = (value, "(B, S, K, V)")
-    for name, (array, letters) in named.items():
-        if array.ndim != 4:
-            raise ValueError(f"{name} must have 4 axes {letters}, got shape {array.shape}")
+    _check_rank("query", query, "(B, T, N, H)")
+    _check_rank("key", key, "(B, S, K, H)")
+    _check_rank("value", value, "(B, S, K, V)")
     if planes.ndim not in (3, 4):
         raise ValueError(f"planes must be (L, P, H) or (K, L, P, H), got shape {planes.shape}")
     if not query.shape[3] == key.shape[3] == planes.shape[-1]:
@@ -53,13 +51,9 @@ def check_projections(
 ) -> None:
     """Checks hash projections, values and the ``attention.Options`` of a call."""
     check_floating(query_projections=z_q, key_projections=z_k, value=value)
-    named = {"query_projections": (z_q, "(B, T, N, L, P)")}
-    named["key_projections"] = (z_k, "(B, S, K, L, P)")
-    for name, (array, letters) in named.items():
-        if array.ndim != 5:
-            raise ValueError(f"{name} must have 5 axes {letters}, got shape {array.shape}")
-    if value.ndim != 4:
-        raise ValueError(f"value must have 4 axes (B, S, K, V), got shape {value.shape}")
+    _check_rank("query_projections", z_q, "(B, T, N, L, P)")
+    _check_rank("key_projections", z_k, "(B, S, K, L, P)")
+    _check_rank("value", value, "(B, S, K, V)")
     if z_q.shape[3:] != z_k.shape[3:]:
         raise ValueError(
             f"query_projections {z_q.shape} and key_projections {z_k.shape} must share tables and "
@@ -68,6 +62,12 @@ def check_projections(
     _check_tables(z_q.shape[3:])
     _check_heads(z_q, z_k, value)
     _check_options(z_q, z_k, value.shape[3], z_q.shape[3:], options)
+
+
+def _check_rank(name: str, array: Shaped, letters: str) -> None:
+    axes = letters.count(",") + 1
+    if array.ndim != axes:
+        raise ValueError(f"{name} must have {axes} axes {letters}, got shape {array.shape}")
 
 
 def _check_tables(sizes: tuple[Size, Size]) -> None:
