@@ -137,12 +137,12 @@ def attend_by_lengths(
     Returns:
         Shape (B, T, N, H). What it holds for a query that sees no key is not defined.
     """
-    rows = jnp.arange(key.shape[0])[:, None]
     visible = jnp.ones(key.shape[:2], bool) if key_value_mask is None else key_value_mask
     order = jnp.argsort(~visible, axis=1, stable=True)
 
+    @jax.vmap  # so that a mesh may split the rows
     def moved(x: jax.Array, where: jax.Array) -> jax.Array:
-        return x.at[rows, where].get(unique_indices=True, mode="promise_in_bounds")
+        return x.at[where].get(unique_indices=True, mode="promise_in_bounds")
 
     def even(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
