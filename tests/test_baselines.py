@@ -188,11 +188,11 @@ def test_the_implementation_that_will_run_is_named(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
 @pytest.mark.parametrize("padding", ["none", "behind", "anywhere"])
-@pytest.mark.parametrize("length", [64, 333])
+@pytest.mark.parametrize("length", [64, 65])
 def test_cudnn_agrees_with_xla(rng, assert_close, padding, is_causal, length):
     query, key, value = draw(rng, length=length, head_dim=64, value_dim=64)
     # A longer query weighs few keys, so that outputs do not shrink to a mean near zero.
-    rounded = [jnp.asarray(x, jnp.bfloat16) for x in (3 * query, key, value)]
+    rounded = [jnp.asarray(x, jnp.bfloat16) for x in (2 * query, key, value)]
     mask = {
         "none": None,
         "behind": jnp.arange(length) < jnp.array([[length], [40], [0]]),
