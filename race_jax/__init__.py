@@ -23,7 +23,8 @@ from race_jax.sparse.sparse_attention import sparse_decode_attention
 
 if TYPE_CHECKING:
     from race_jax import linen
-    from race_jax.layers.race import HashPlanes, RACEAttention
+    from race_jax.layers.planes import HashPlanes
+    from race_jax.layers.race import RACEAttention
 
 __version__ = "0.1.0"
 
@@ -54,5 +55,6 @@ def __getattr__(name: str) -> Any:
     if name == "linen":
         return importlib.import_module("race_jax.linen")
     if name in ("HashPlanes", "RACEAttention"):
-        return getattr(importlib.import_module("race_jax.layers.race"), name)
+        file = "planes" if name == "HashPlanes" else "race"
+        return getattr(importlib.import_module(f"race_jax.layers.{file}"), name)
     raise AttributeError(f"module 'race_jax' has no attribute {name!r}")

@@ -5,6 +5,7 @@ output norm. Each function of `DEFINITIONS` computes the heads of one method.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -160,12 +161,40 @@ def gated_linear(pairs, query, key, value):
 
 
 def gated_delta(pairs, query, key, value):
+    """The delta rule on queries and keys of length 1."""
+    unit = lambda x: x / jnp.sqrt((x**2).sum(-1, keepdims=True) + 1e-6)  # noqa: E731
+    return delta_rule(pairs, unit(query), unit(key), value)
+
+
+def race_delta(pairs, query, key, value):
+    """The delta rule on the features of RACE, as a softmax over corners, of length 1."""
+    layer, config = pairs.layer, pairs.layer.config
+    beta = jnp.exp(layer.log_sharpness[...]) if config.learn_sharpness else config.sharpness
+    beta = repeat(layer, jnp.broadcast_to(beta, config.num_kv_heads), 0)[:, None, None]
+    corners = jnp.array(list(itertools.product((-1.0, 1.0), repeat=config.num_planes)))
+
+    def phi(x):
+        z = jnp.einsum("btnh,lph->btnlp", x, layer.planes[...])
+        u = jnp.tanh(z) if config.use_tanh else z
+        weights = jnp.exp(beta * jnp.einsum("btnlp,rp->btnlr", u, corners))
+        shares = weights / weights.sum(-1, keepdims=True)
+        shares = shares.reshape(*x.shape[:3], -1)
+        return shares / jnp.sqrt((shares**2).sum(-1, keepdims=True))
+
+    return delta_rule(pairs, phi(query), phi(key), value)
+
+
+def delta_rule(pairs, query, key, value):
     """Token by token: the matrix decays, and then moves to the new value for the key."""
-    layer, unit = pairs.layer, lambda x: x / jnp.sqrt((x**2).sum(-1, keepdims=True) + 1e-6)
-    query, key = unit(query), unit(key)
+    layer = pairs.layer
     rate = repeat(layer, jax.nn.sigmoid(pairs.x @ layer.rate_kernel[...]), 2)
-    steps = jnp.log1p(jnp.exp(pairs.x @ layer.gate_kernel[...] + layer.gate_bias[...]))
-    decay = repeat(layer, jnp.exp(-jnp.exp(layer.gate_log_rate[...]) * steps), 2)
+    decay = jnp.ones_like(rate)
+    if layer.config.forget_gate == "softplus":
+        steps = jnp.log1p(jnp.exp(pairs.x @ layer.gate_kernel[...] + layer.gate_bias[...]))
+        decay = repeat(layer, jnp.exp(-jnp.exp(layer.gate_log_rate[...]) * steps), 2)
+    elif layer.config.forget_gate == "data":
+        logits = pairs.x @ layer.gate_kernel[...] + layer.gate_bias[...]
+        decay = repeat(layer, jax.nn.sigmoid(logits), 2)
     batch, length, heads, width = key.shape
     matrix, rows = jnp.zeros((batch, heads, width, value.shape[-1])), []
     for t in range(length):
@@ -199,6 +228,6 @@ DEFINITIONS: dict[str, Callable] = {
     function.__name__: function
     for function in (
         *(softmax, linear, performer, sigmoid, angular, linformer),
-        *(gated_linear, gated_delta, sliding_window),
+        *(gated_linear, gated_delta, race_delta, sliding_window),
     )
 }

@@ -34,8 +34,9 @@ PLACES = (
     *("test_bench_decode.py", "test_bench_scaling.py", "test_bench_sharding.py", "test_docs.py"),
     *("test_hashing.py", "test_layer_transforms.py", "test_leak.py", "test_linen.py"),
     *("test_masking.py", "test_matrix_state.py", "test_nnx.py", "test_passes.py"),
-    *("test_processes.py", "test_projections.py", "test_reference.py", "test_reproduce.py"),
-    *("test_sliding_window.py", "test_state.py", "test_strictness.py", "test_study_decoding.py"),
+    *("test_processes.py", "test_projections.py", "test_race_delta.py", "test_reference.py"),
+    *("test_reproduce.py", "test_sliding_window.py", "test_state.py", "test_strictness.py"),
+    "test_study_decoding.py",
 )
 # The options of such a program. jaxlib before 0.11 can also leave out what takes half of the time,
 # and needs less of it where a program is not cut into parts.

@@ -152,6 +152,9 @@ def cases() -> dict[str, Callable[[], Case]]:
         "model of the gated delta net": lambda: language_model(
             PACKED | drawn_state(attention="gated_delta"), attention="gated_delta"
         ),
+        "model of the delta rule on RACE's features": lambda: language_model(
+            PACKED | drawn_state(attention="race_delta"), attention="race_delta"
+        ),
         "model of sliding windows": lambda: language_model(
             PACKED | drawn_state(attention="sliding_window", positions="alibi"),
             attention="sliding_window",

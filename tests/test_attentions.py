@@ -35,6 +35,23 @@ CASES = {
     "gated linear": ("gated_linear", {"gate_rank": 2}, True),
     "gated linear, one gate a head": ("gated_linear", {"forget_gate": "data", **BEFORE}, True),
     "gated delta": ("gated_delta", {}, True),
+    "race delta": ("race_delta", {"num_tables": 3}, True),
+    "race delta, gate": (
+        "race_delta",
+        {"num_tables": 2, "num_planes": 3, "use_tanh": True, "forget_gate": "data", **BEFORE},
+        True,
+    ),
+    "race delta, learned planes": (
+        "race_delta",
+        {
+            "num_tables": 4,
+            "num_planes": 1,
+            "learn_planes": True,
+            "shared_sharpness": True,
+            "forget_gate": "softplus",
+        },
+        True,
+    ),
     "sliding window": ("sliding_window", {"window": 3, **PARTS}, True),
     "sliding window, rope": (
         "sliding_window",
@@ -59,7 +76,7 @@ def make(name, is_causal, **options):
 # The newest JAX runs each attention once.
 NEWEST = (
     *("softmax, gate", "linear", "performer, gate", "sigmoid", "angular, gate", "linformer"),
-    *("gated linear", "gated delta", "sliding window, rope"),
+    *("gated linear", "gated delta", "race delta", "sliding window, rope"),
 )
 
 
@@ -101,7 +118,7 @@ def test_every_attention_but_race_has_its_definition():
     assert set(DEFINITIONS) == {name for name, _, _ in CASES.values()}
 
 
-@pytest.mark.parametrize("name", ["gated_linear", "gated_delta", "sliding_window"])
+@pytest.mark.parametrize("name", ["gated_linear", "gated_delta", "race_delta", "sliding_window"])
 def test_a_method_that_reads_in_order_refuses_an_encoder(name):
     with pytest.raises(ValueError, match=f"{name} attention reads tokens in their order"):
         Transformer(ModelConfig(attention=name), 5, is_causal=False, rngs=nnx.Rngs(0))
@@ -178,6 +195,9 @@ def test_a_state_of_another_kind_is_refused():
         ("gated_linear", {"gate_rank": 0}, "gate_rank must be at least 1, got 0"),
         ("gated_linear", {"forget_gate": "softplus"}, "one of 'channel', None, 'fixed'"),
         ("gated_delta", {"forget_gate": "channel"}, "one of 'softplus', None, 'fixed'"),
+        ("race_delta", {"num_planes": 11}, "num_planes must be at most 10, got 11; use more tab"),
+        ("race_delta", {"num_tables": 0}, "num_tables must be an integer and at least 1, got 0"),
+        ("race_delta", {"sharpness": -1.0}, "sharpness must be > 0 and finite, got -1.0"),
         ("linear", {"short_conv": "k"}, "short_conv must be one of None, 'before', 'qkv'"),
         ("linear", {"forget_gate": "fixed"}, "needs half_life"),
         ("gated_linear", {"half_life": 64.0}, "no effect with forget_gate='channel'"),

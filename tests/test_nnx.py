@@ -10,7 +10,8 @@ from flax import nnx
 
 import race_jax
 from race_jax.core import reference
-from race_jax.layers.race import HashPlanes, RACEAttention
+from race_jax.layers.planes import HashPlanes
+from race_jax.layers.race import RACEAttention
 
 BATCH, LENGTH, WIDTH = 2, 8, 16
 

@@ -280,8 +280,14 @@ def soft_hash(
         raise ValueError(f"sharpness of shape {beta.shape} does not broadcast to {lead}")
     if not isinstance(beta, jax.core.Tracer) and not (beta > 0).all():
         raise ValueError(f"sharpness must be > 0, got {beta.min()}; train its logarithm instead")
-    beta = beta.reshape(*(1,) * (len(lead) - beta.ndim), *beta.shape, 1, 1, 1)
-    return soft_buckets(projections.astype(dtype)[..., None], beta, use_tanh)[..., 0]
+    beta = beta.reshape(*(1,) * (len(lead) - beta.ndim), *beta.shape, 1, 1)
+    if not lead:
+        return soft_buckets(projections.astype(dtype)[..., None], beta[..., None], use_tanh)[..., 0]
+    # The longest axis goes last. With a last axis of size one, jaxlib 0.10.2 crashes on a CPU in a
+    # fusion of the gradient.
+    longest = lead.index(max(lead))
+    z, beta = (jnp.moveaxis(x, longest, -1) for x in (projections.astype(dtype), beta))
+    return jnp.moveaxis(soft_buckets(z, beta, use_tanh), -1, longest)
 
 
 def soft_buckets(projections: jax.Array, sharpness: jax.Array, use_tanh: bool) -> jax.Array:

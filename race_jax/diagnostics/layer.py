@@ -129,7 +129,7 @@ def heads_of(layer: Any, x: jax.Array) -> Heads:
         num_kv_heads=settings.num_kv_heads,
         precision=settings.precision,
     )
-    beta = jnp.exp(params["log_sharpness"]) if settings.learn_sharpness else settings.sharpness
+    beta = settings.current_sharpness(params)
     beta = jnp.broadcast_to(jnp.asarray(beta, jnp.float32), (settings.num_kv_heads,))
     return Heads(query, key, value, layer.planes[...], beta, log_decay)
 

@@ -129,7 +129,7 @@ def race_layer(
             (*sources, value), taps = parts.convolve_heads(heads, params, settings, taps, span)
 
     options = Options(
-        sharpness=_sharpness(params, settings),
+        sharpness=settings.current_sharpness(params),
         use_tanh=settings.use_tanh,
         is_causal=is_causal,
         key_value_mask=mask,
@@ -246,10 +246,6 @@ def _shapes(x_q: jax.Array, x_k: jax.Array, settings: RACEConfig) -> tuple:
         jax.ShapeDtypeStruct((*x.shape[:2], number, *tables), dtype)
         for x, number in zip((x_q, x_k), heads, strict=True)
     )
-
-
-def _sharpness(params: Mapping[str, Any], settings: RACEConfig) -> jax.Array | float:
-    return jnp.exp(params["log_sharpness"]) if settings.learn_sharpness else settings.sharpness
 
 
 def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

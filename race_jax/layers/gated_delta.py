@@ -50,6 +50,11 @@ class GatedDeltaConfig(AttentionConfig):
     output_norm: str | None = "rms"
     output_gate: str | None = "silu"
 
+    @property
+    def key_width(self) -> int:
+        """The number of rows of a head's matrix."""
+        return self.head_dim
+
     def own_parameters(self) -> dict[str, Callable[[jax.Array], jax.Array]]:
         """Returns the initializers of the parameters besides the projections."""
         shape = self.in_features, self.num_kv_heads
@@ -84,8 +89,8 @@ class GatedDeltaAttention(SelfAttention):
 
     def init_memory(self, batch: int) -> MatrixState:
         """Returns the matrices before any token."""
-        width = self.config.head_dim
-        return MatrixState.init(batch, self.config.num_kv_heads, width, width)
+        config = self.config
+        return MatrixState.init(batch, config.num_kv_heads, config.key_width, config.value_dim)
 
     def log_decay(self, x: jax.Array, params: dict[str, jax.Array]) -> jax.Array | None:
         """Returns the gate (B, T, K), or None without a gate."""
@@ -96,13 +101,16 @@ class GatedDeltaAttention(SelfAttention):
         )
         return -jnp.exp(log_rate) * jax.nn.softplus(_logits(x, params["gate_kernel"]) + bias)
 
+    def vectors(self, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the vectors of length 1 that read the matrices, and those that write them."""
+        return unit_vectors(query), unit_vectors(key)
+
     def attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, call: Call
     ) -> jax.Array | tuple[jax.Array, MatrixState]:
         """Returns the heads' outputs, and the matrices if the call has some."""
         return gated_delta_attention(
-            unit_vectors(query),
-            unit_vectors(key),
+            *self.vectors(query, key),
             value,
             jax.nn.sigmoid(_logits(call.x, self.rate_kernel[...])),
             call.log_decay,

@@ -21,26 +21,12 @@ from flax import nnx
 import race_jax.layers.serialization  # noqa: F401  (flax.serialization of states)
 from race_jax.core.shapes import Axis
 from race_jax.layers.functional import LayerState, check_static, init_state, race_layer
-from race_jax.layers.race_config import PAPER, RACEConfig, warn_of_shared_planes
+from race_jax.layers.planes import make_planes
+from race_jax.layers.race_config import PAPER, RACEConfig
 
 _log = logging.getLogger("race_jax")
 default_kernel_init = nnx.initializers.lecun_normal()
 default_bias_init = nnx.initializers.zeros_init()
-
-
-class HashPlanes(nnx.Variable):
-    """Fixed hash planes, which are saved and restored with a model but not trained.
-
-    ``nnx.state(model, HashPlanes)`` selects them, and ``nnx.state(model, nnx.Param)`` leaves them
-    out.
-
-    Example:
-      >>> import race_jax
-      >>> from flax import nnx
-      >>> layer = race_jax.RACEAttention(2, 16, rngs=nnx.Rngs(0))
-      >>> list(nnx.state(layer, race_jax.HashPlanes))
-      ['planes']
-    """
 
 
 class RACEAttention(nnx.Module):
@@ -248,10 +234,7 @@ class RACEAttention(nnx.Module):
             self.key_ln = norm(config.head_dim, rngs=rngs)
         for name, init in config.own_parameters().items():
             setattr(self, name, nnx.Param(init(rngs.params())))
-        key = _planes_stream(rngs)()
-        warn_of_shared_planes(rngs.params.key[...], key)
-        planes = config.draw_planes(key)
-        self.planes = nnx.Param(planes) if learn_planes else HashPlanes(planes)
+        self.planes = make_planes(config, rngs)
         self.rngs = rngs.dropout.fork() if keep_rngs else None
 
     @classmethod
@@ -451,10 +434,6 @@ def _check_streams(rngs: nnx.Rngs, *names: str) -> None:
             f"rngs lacks the stream {missing[0]!r} and has only {sorted(rngs)}; pass "
             "nnx.Rngs(0), or nnx.Rngs(params=0, planes=1, dropout=2)"
         )
-
-
-def _planes_stream(rngs: nnx.Rngs) -> nnx.RngStream:
-    return rngs.planes if "planes" in rngs or "default" in rngs else rngs.params
 
 
 def _foldable(name: str, module: Callable) -> Mapping[str, jax.Array] | Callable:

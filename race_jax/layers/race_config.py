@@ -7,20 +7,16 @@ initial values of the parameters that Flax's own attention does not have.
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
-import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from race_jax.core import dispatch, hashing, state
+from race_jax.core import dispatch, state
 from race_jax.layers import gates
+from race_jax.layers.hash_options import HashOptions, check_size
 from race_jax.layers.parts import Parts
-
-PLANES = 0x9A7E5  # an arbitrary constant that is folded into the keys of planes
 
 # These options give exactly the paper's Algorithms 1 and 2, with one trained sharpness.
 PAPER = {
@@ -41,12 +37,13 @@ PAPER = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RACEConfig(Parts):
+class RACEConfig(HashOptions, Parts):
     """Options of RACE attention, and the sizes of a layer.
 
     The NNX layer, the Linen layer and the models use this one record. The fields have the names of
     the layers' arguments. Sizes that are None are filled in as Flax fills them in. The parts that
-    every attention can take are those of `race_jax.layers.parts.Parts`.
+    every attention can take are those of `race_jax.layers.parts.Parts`, and the options of the hash
+    are those of `race_jax.layers.hash_options.HashOptions`.
 
     Attributes:
         num_heads: the number of query heads N.
@@ -64,14 +61,6 @@ class RACEConfig(Parts):
         precision: the precision of the projections.
         use_bias: whether the projections have biases.
         normalize_qk: whether queries and keys go through a LayerNorm. It excludes ``fold_planes``.
-        num_tables: the number of hash tables L.
-        num_planes: the number of planes per table P, 1 to 10.
-        planes_scale: the standard deviation of the planes. None means ``1 / sqrt(head_dim)``.
-        learn_planes: whether the planes are trained instead of kept as they were drawn.
-        sharpness: the initial sharpness beta, positive.
-        learn_sharpness: whether beta is trained, through its logarithm.
-        shared_sharpness: whether the layer has one beta, instead of one per key/value head.
-        use_tanh: whether hash projections go through tanh before they are sharpened.
         fold_planes: whether the hash is computed straight from the hidden state, without queries
             and keys. It has no effect if a convolution or an activation stands between the two.
         normalization: "global" or "bucket".
@@ -113,14 +102,6 @@ class RACEConfig(Parts):
     precision: Any = None
     use_bias: bool = True
     normalize_qk: bool = False
-    num_tables: int = 4
-    num_planes: int = 4
-    planes_scale: float | None = None
-    learn_planes: bool = False
-    sharpness: float = 2.0
-    learn_sharpness: bool = True
-    shared_sharpness: bool = False
-    use_tanh: bool = True
     fold_planes: bool = False
     normalization: str = "global"
     implementation: str | None = None
@@ -144,7 +125,7 @@ class RACEConfig(Parts):
         self._check_sizes()
         self._fill_head_dim()
         self._fill("value_dim", self.head_dim)
-        self._fill("planes_scale", self.head_dim**-0.5)
+        self.complete_hash()
         self._check_choices()
 
     def _fill_head_dim(self) -> None:
@@ -173,18 +154,10 @@ class RACEConfig(Parts):
     def _check_sizes(self) -> None:
         for name in (
             *("num_heads", "num_kv_heads", "in_features", "in_kv_features", "out_features"),
-            *("qkv_features", "head_dim", "value_dim", "num_tables", "num_planes"),
+            *("qkv_features", "head_dim", "value_dim"),
         ):
-            size = getattr(self, name)
-            if size is None:
-                continue
-            if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
-                raise ValueError(f"{name} must be an integer and at least 1, got {size}")
-        if self.num_planes > hashing.MAX_PLANES:
-            raise ValueError(
-                f"num_planes must be at most {hashing.MAX_PLANES}, got {self.num_planes}; use more "
-                "tables instead"
-            )
+            if getattr(self, name) is not None:
+                check_size(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be divisible by num_kv_heads={self.num_kv_heads}"
@@ -194,9 +167,6 @@ class RACEConfig(Parts):
         self.check_parts()
         _check_among("implementation", self.implementation, dispatch.IMPLEMENTATIONS)
         state.check_normalization(self.normalization)
-        for name in ("sharpness", "planes_scale"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be > 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate must lie in [0, 1), got {self.dropout_rate}")
         if self.decode:
@@ -250,54 +220,14 @@ class RACEConfig(Parts):
         """Whether the planes are folded into the projections."""
         return self.fold_planes and not self.changes_heads
 
-    @property
-    def features(self) -> int:
-        """The number of features F of one hashed token."""
-        return self.num_tables * 2**self.num_planes
-
-    def draw_planes(self, key: jax.Array) -> jax.Array:
-        """Draws the hash planes ``(L, P, H)``.
-
-        A constant is folded into the key, so that planes and parameters that are drawn from the
-        same seed are made of different numbers.
-        """
-        return hashing.init_planes(
-            jax.random.fold_in(key, PLANES),
-            num_tables=self.num_tables,
-            num_planes=self.num_planes,
-            head_dim=self.head_dim,
-            scale=self.planes_scale,
-            dtype=self.param_dtype,
-        )
-
     def own_parameters(self) -> dict[str, Callable[[jax.Array], jax.Array]]:
         """Returns the initializers of the parameters that Flax's own attention does not have.
 
         They are ``log_sharpness`` ``(K,)`` or ``()``, if it is learned, and those of the parts.
         """
-        shape = () if self.shared_sharpness else (self.num_kv_heads,)
-        start = math.log(self.sharpness)
-        own = {"log_sharpness": lambda key: jnp.full(shape, start, self.param_dtype)}
-        return (own if self.learn_sharpness else {}) | self.part_parameters()
+        return self.hash_parameters() | self.part_parameters()
 
 
 def _check_among(name: str, value: Any, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
-
-
-def warn_of_shared_planes(key_of_parameters: jax.Array, key_of_planes: jax.Array) -> None:
-    """Warns if layers that are made together, by a scan or vmap, get one set of planes.
-
-    In that case the key of the parameters is traced and the key of the planes is not. Inside
-    ``jax.jit``, and under ``nn.scan`` in some versions of Flax, both keys are traced, and the case
-    cannot be detected.
-    """
-    traced = isinstance(key_of_parameters, jax.core.Tracer)
-    if traced and not isinstance(key_of_planes, jax.core.Tracer):
-        warnings.warn(
-            "several layers are being made with the same hash planes, so their hashing errors add "
-            "up; split the stream 'planes' as 'params' is split, or leave it out: in Linen with "
-            "nn.scan(..., split_rngs={'params': True, 'planes': True}), in NNX with nnx.split_rngs",
-            stacklevel=3,
-        )

@@ -19,7 +19,8 @@ from flax import linen as nn
 import race_jax.layers.serialization  # noqa: F401  (flax.serialization of states)
 from race_jax.core.shapes import Axis
 from race_jax.layers.functional import LayerState, check_static, init_state, race_layer
-from race_jax.layers.race_config import PAPER, RACEConfig, warn_of_shared_planes
+from race_jax.layers.hash_options import warn_of_shared_planes
+from race_jax.layers.race_config import PAPER, RACEConfig
 
 Initializer = Callable[..., Any]
 

@@ -45,6 +45,7 @@ ATTENTIONS = {
     "linformer": "race_jax.layers.linformer.LinformerAttention",
     "gated_linear": "race_jax.layers.gated_linear.GatedLinearAttention",
     "gated_delta": "race_jax.layers.gated_delta.GatedDeltaAttention",
+    "race_delta": "race_jax.layers.race_delta.RACEDeltaAttention",
     "sliding_window": "race_jax.layers.sliding_window.SlidingWindowAttention",
 }
 SHARED = (

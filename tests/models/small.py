@@ -52,6 +52,11 @@ CONFIGS = {
     },
     "gated linear": {"attention": "gated_linear", "num_kv_heads": 2},
     "gated delta": {"attention": "gated_delta", "num_kv_heads": 2},
+    "race delta": {
+        "attention": "race_delta",
+        "num_kv_heads": 2,
+        "race_delta": {"num_tables": 3, "forget_gate": "data"},
+    },
     "sliding window": {
         "attention": "sliding_window",
         "num_kv_heads": 2,
@@ -98,7 +103,7 @@ CONFIGS = {
 STATEFUL = (
     *("race", "race with everything", "race, convolutions on q, k, v"),
     *("linear", "linear with every part", "performer", "gated linear", "gated delta"),
-    *("sliding window", "race and sliding windows"),
+    *("race delta", "sliding window", "race and sliding windows"),
 )
 
 # What .ci/run tries with both versions of JAX. The others differ by their attention, and the tests

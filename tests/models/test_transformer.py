@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from race_jax.layers.race import HashPlanes
+from race_jax.layers.planes import HashPlanes
 from race_jax.models import Transformer, TransformerLM, parameter_count
 from race_jax.models.block import Block
 from race_jax.models.decode import Sampling, generate

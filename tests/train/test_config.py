@@ -225,7 +225,8 @@ def test_the_command_of_every_config_is_right(file, monkeypatch):
     assert config.run.directory.startswith(f"runs/{file.stem}")
 
 
-GATED = ("gated_linear", "gated_delta", "sliding_window")  # they read tokens in their order
+# They read tokens in their order.
+GATED = ("gated_linear", "gated_delta", "race_delta", "sliding_window")
 ENCODERS = ("linformer",)  # it mixes all tokens
 
 
