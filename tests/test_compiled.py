@@ -93,3 +93,22 @@ def test_gradients_of_a_batch_do_not_end_the_process(is_causal, run_python):
         """
     )
     assert printed.strip() == "True"
+
+
+def test_gradients_of_the_delta_rule_do_not_end_the_process(run_python):
+    """jaxlib 0.10.2 crashed in the gradient of an earlier form of soft_hash."""
+    printed = run_python(
+        """
+        import jax, jax.numpy as jnp
+        from flax import nnx
+        from race_jax.layers.race_delta import RACEDeltaAttention, RACEDeltaConfig
+        sizes = dict(num_heads=2, num_kv_heads=2, head_dim=64, in_features=128)
+        layer = RACEDeltaAttention(RACEDeltaConfig(**sizes), rngs=nnx.Rngs(0))
+        graph, variables = nnx.split(layer)
+        total = lambda v, x: (nnx.merge(graph, v)(x, is_causal=True) ** 2).sum()
+        x = jax.random.normal(jax.random.key(0), (2, 64, 128))
+        gradients = jax.jit(jax.grad(total, argnums=(0, 1)))(variables, x)
+        print(all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradients)))
+        """
+    )
+    assert printed.strip() == "True"

@@ -169,4 +169,4 @@ def test_shard_map_over_batch_and_heads_on_four_devices(run_python):
 def test_layers_and_models_on_two_devices(run_python):
     script = "from tests import quick, sharded_layers as layers\n"
     printed = run_python(f"{script}with quick.everywhere(): layers.main()", devices=2)
-    assert printed.count(": equal") == 16
+    assert printed.count(": equal") == 17

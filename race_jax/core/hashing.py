@@ -283,8 +283,8 @@ def soft_hash(
     beta = beta.reshape(*(1,) * (len(lead) - beta.ndim), *beta.shape, 1, 1)
     if not lead:
         return soft_buckets(projections.astype(dtype)[..., None], beta[..., None], use_tanh)[..., 0]
-    # The longest axis goes last. Besides the time, jaxlib 0.10.2 crashes on a CPU in the gradient
-    # if the last axis is short.
+    # The longest axis goes last. With a last axis of size one, jaxlib 0.10.2 crashes on a CPU in a
+    # fusion of the gradient.
     longest = lead.index(max(lead))
     z, beta = (jnp.moveaxis(x, longest, -1) for x in (projections.astype(dtype), beta))
     return jnp.moveaxis(soft_buckets(z, beta, use_tanh), -1, longest)

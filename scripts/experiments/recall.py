@@ -3,8 +3,9 @@
 Each row has convolutions on queries, keys and values, so that rows differ in the attention only.
 The state is given in numbers a layer, for two heads of 64: F (V + 1) for RACE and linear attention,
 whose F is 2^P L and 64, F V for the delta rule on RACE's features, and H V for the matrices of the
-gated ones. Fewer or more heads change it. The rows of the delta rule on RACE's features have
-neither the output norm nor the output gate, as those of RACE.
+gated ones. Fewer or more heads change it. The gated methods and the delta rule on RACE's features
+have the output norm and the output gate, which are there by default. The rows of RACE and one of
+the delta rule have neither.
 All rows have one learning rate. `small` has half of the steps of `configs/recall.py`, half of its
 rows in a batch, and three times its learning rate.
 """
@@ -65,13 +66,13 @@ def race_rows() -> tuple[Method, ...]:
 
 
 def delta_rows() -> tuple[Method, ...]:
-    """Returns the delta rule on the features of `race_64`, without a gate and with a data gate."""
-    bare = {"output_norm": None, "output_gate": None, "num_planes": 2, "num_tables": 16}
+    """Returns the delta rule on the features of `race_64`, with its own parts and with RACE's."""
     label = f"delta rule on RACE's features, P = 2, L = 16: {HEADS * 64 * 64:,}"
+    sizes = options("race_delta", num_planes=2, num_tables=16)
     first = convolved(plain("race_delta", label))
-    first = first.but("race_delta", label, options("race_delta", **bare))
-    gated = options("race_delta", forget_gate="data")
-    return (first, first.but("race_delta_gate", f"{label}, data gate", gated))
+    first = Method(first.name, label, {**first.settings, **sizes})
+    bare = options("race_delta", output_norm=None, output_gate=None)
+    return (first, first.but("race_delta_bare", f"{label}, no output norm and gate", bare))
 
 
 GATED = [convolved(plain(name, label)) for name, label in (
