@@ -69,7 +69,7 @@ SOURCES = {
     "layers.cached": "layers.positions sparse",
     "layers.softmax": "layers.cached",
     "layers.linear": "core.linear layers.self_attention",
-    "layers.performer": "core.favor core.linear layers.self_attention",
+    "layers.performer": "core.favor core.linear layers.planes layers.self_attention",
     "layers.sigmoid": "core.pairs layers.cached",
     "layers.angular": "core.pairs layers.cached",
     "layers.linformer": "layers.softmax",

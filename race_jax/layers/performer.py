@@ -18,6 +18,7 @@ from flax import nnx
 from race_jax.core import favor
 from race_jax.core.linear import linear_attention
 from race_jax.core.state import RACEState
+from race_jax.layers.planes import planes_stream
 from race_jax.layers.self_attention import AttentionConfig, Call, SelfAttention
 
 
@@ -67,9 +68,9 @@ class PerformerAttention(SelfAttention):
 
     def __init__(self, config: PerformerConfig, *, rngs: nnx.Rngs, **initializers: Any):
         super().__init__(config, rngs=rngs, **initializers)
-        stream = rngs.planes if "planes" in rngs or "default" in rngs else rngs.params
+        key = planes_stream(rngs)()
         self.directions = RandomDirections(
-            favor.draw_directions(stream(), config.num_features, config.head_dim)
+            favor.draw_directions(key, config.num_features, config.head_dim)
         )
 
     @property

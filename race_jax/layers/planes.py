@@ -22,19 +22,22 @@ class HashPlanes(nnx.Variable):
     """
 
 
+def planes_stream(rngs: nnx.Rngs) -> nnx.RngStream:
+    """Returns the stream "planes" if there is one, else the default, else "params"."""
+    return rngs.planes if "planes" in rngs or "default" in rngs else rngs.params
+
+
 def make_planes(config: HashOptions, rngs: nnx.Rngs) -> nnx.Variable:
     """Draws the planes of a layer.
 
     Args:
       config: the options of the hash.
-      rngs: random streams. Planes are drawn from the stream "planes" if there is one, else from the
-        default, else from "params". They differ from layer to layer.
+      rngs: random streams. Planes are drawn from `planes_stream`, and differ from layer to layer.
 
     Returns:
       `HashPlanes` ``(L, P, H)``, or a parameter of this shape if the planes are learned.
     """
-    has_own = "planes" in rngs or "default" in rngs
-    key = rngs.planes() if has_own else rngs.params()
+    key = planes_stream(rngs)()
     warn_of_shared_planes(rngs.params.key[...], key)
     planes = config.draw_planes(key)
     return nnx.Param(planes) if config.learn_planes else HashPlanes(planes)
