@@ -115,4 +115,4 @@ class AnswerTask(Task):
 
 def _nats(model, hidden: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     table = model.embedding[...]
-    return chunked_cross_entropy(hidden, table, batch["targets"], batch["weights"])
+    return chunked_cross_entropy(hidden, table, batch["targets"], batch["weights"], sparse=True)

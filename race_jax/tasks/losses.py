@@ -3,6 +3,9 @@
 Equation: sum_t w_t (log sum_v exp(h_t · e_v) - h_t · e_target(t)), computed chunk by chunk.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -23,6 +26,7 @@ def chunked_cross_entropy(
     weights: jax.Array,
     *,
     chunk: int | None = None,
+    sparse: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the weighted cross-entropy of tied logits, chunk by chunk.
 
@@ -39,6 +43,9 @@ def chunked_cross_entropy(
         targets: shape (B, T), integers in [0, vocab).
         weights: shape (B, T). A token of weight 0 adds nothing to the loss or to its gradients.
         chunk: tokens per chunk; None takes about 2**22 / vocab, and at least 512.
+        sparse: whether few tokens have a weight other than 0. They are moved to the front then, and
+            no logits are computed for the chunks behind them. The gradient with respect to a weight
+            of 0 is then 0.
 
     Returns:
         The weighted sum of nats and the sum of weights, float32 scalars. The mean over a whole
@@ -63,14 +70,20 @@ def chunked_cross_entropy(
     hidden, embedding, targets, weights = vary_alike(arrays, (TOKENS,) * 4)
     tokens, (vocab, width) = targets.size, embedding.shape
     chunk = min(chunk or max(LEAST_CHUNK, LOGITS_PER_CHUNK // vocab), max(1, tokens))
+    rows = [hidden.reshape(tokens, width), targets.reshape(tokens), weights.reshape(tokens)]
+    used = None
+    if sparse:
+        order = jnp.argsort(rows[2] == 0, stable=True)
+        rows = [jnp.take(x, order, axis=0, unique_indices=True, mode="clip") for x in rows]
+        used = -(-jnp.sum(rows[2] != 0, dtype=jnp.int32) // chunk)
     padding = (0, -tokens % chunk)  # of weight 0
-    nats = _weighted_nats(
-        jnp.pad(hidden.reshape(tokens, width), (padding, (0, 0))).reshape(-1, chunk, width),
-        embedding,
-        jnp.pad(targets.reshape(tokens), padding).reshape(-1, chunk),
-        jnp.pad(weights.astype(jnp.float32).reshape(tokens), padding).reshape(-1, chunk),
+    chunks = (
+        jnp.pad(x, [padding] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
+        for x in rows
     )
-    return nats, jnp.sum(weights, dtype=jnp.float32)
+    hidden, targets, weights = chunks
+    weights = weights.astype(jnp.float32)
+    return _weighted_nats(hidden, embedding, targets, weights, used), jnp.sum(weights)
 
 
 def _aligned(embedding: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -94,19 +107,36 @@ def _weigh(nats: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.where(weights != 0, nats, 0.0) * weights
 
 
+def _scan(step: Callable, carry: Any, chunks: Any, outputs: Any, used: jax.Array | None) -> Any:
+    """Calls `jax.lax.scan`, or goes over the first chunks only and leaves the other outputs."""
+    if used is None:
+        return jax.lax.scan(step, carry, chunks)
+
+    def one_chunk(i, state):
+        carry, outputs = state
+        carry, found = step(carry, jax.tree.map(lambda x: x[i], chunks))
+        return carry, jax.tree.map(lambda x, y: x.at[i].set(y), outputs, found)
+
+    return jax.lax.fori_loop(0, used, one_chunk, (carry, outputs))
+
+
 @jax.custom_vjp
-def _weighted_nats(hidden, embedding, targets, weights):
-    """Adds up weighted nats. hidden is (chunks, C, D), targets and weights are (chunks, C)."""
+def _weighted_nats(hidden, embedding, targets, weights, used):
+    """Adds up weighted nats. hidden is (chunks, C, D), targets and weights are (chunks, C).
+
+    Only the first `used` chunks have weights, if it is not None.
+    """
     table = _aligned(embedding, hidden.dtype)
 
-    def one_chunk(chunk):
+    def one_chunk(carry, chunk):
         hidden, targets = chunk
-        return _token_nats(_logits(hidden, table, embedding.shape[0]), targets)[0]
+        return carry, _token_nats(_logits(hidden, table, embedding.shape[0]), targets)[0]
 
-    return jnp.sum(_weigh(jax.lax.map(one_chunk, (hidden, targets)), weights))
+    _, nats = _scan(one_chunk, (), (hidden, targets), jnp.zeros_like(weights), used)
+    return jnp.sum(_weigh(nats, weights))
 
 
-def _weighted_nats_fwd(hidden, embedding, targets, weights):
+def _weighted_nats_fwd(hidden, embedding, targets, weights, used):
     vocab, table = embedding.shape[0], _aligned(embedding, hidden.dtype)
 
     def one_chunk(d_table, chunk):
@@ -120,15 +150,19 @@ def _weighted_nats_fwd(hidden, embedding, targets, weights):
         d_table += jnp.einsum("cv,cd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
         return d_table, (d_hidden, nats)
 
-    zeros = jnp.zeros_like(table, jnp.float32)  # it varies over the mesh axes of the table
-    d_table, (d_hidden, nats) = jax.lax.scan(one_chunk, zeros, (hidden, targets, weights))
+    # What starts as zeros varies over the mesh axes of what it is made like.
+    zeros, outputs = jnp.zeros_like(table, jnp.float32), (hidden, weights)
+    d_table, (d_hidden, nats) = _scan(
+        one_chunk, zeros, (hidden, targets, weights), jax.tree.map(jnp.zeros_like, outputs), used
+    )
     d_embedding = d_table[:vocab].astype(embedding.dtype)
-    return jnp.sum(_weigh(nats, weights)), (d_hidden, d_embedding, nats)
+    d_weights = nats if used is None else jnp.where(weights != 0, nats, 0.0)
+    return jnp.sum(_weigh(nats, weights)), (d_hidden, d_embedding, d_weights)
 
 
 def _weighted_nats_bwd(residuals, cotangent):
-    d_hidden, d_embedding, nats = ((cotangent * x).astype(x.dtype) for x in residuals)
-    return d_hidden, d_embedding, None, nats
+    d_hidden, d_embedding, d_weights = ((cotangent * x).astype(x.dtype) for x in residuals)
+    return d_hidden, d_embedding, None, d_weights, None
 
 
 _weighted_nats.defvjp(_weighted_nats_fwd, _weighted_nats_bwd)

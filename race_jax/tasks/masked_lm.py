@@ -96,7 +96,7 @@ class MaskedLM(Task):
             rngs=rngs,
         )
         table = model.embedding[...]
-        return chunked_cross_entropy(hidden, table, batch["targets"], batch["weights"])
+        return chunked_cross_entropy(hidden, table, batch["targets"], batch["weights"], sparse=True)
 
     def metrics(self, split, sums):
         """Computes the loss and the perplexity of the chosen tokens."""

@@ -38,18 +38,38 @@ def mean_loss(loss, **options):
     return jax.jit(jax.value_and_grad(mean, argnums=(0, 1, 2)))
 
 
+@pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("vocab", [16, VOCAB], ids=["aligned", "odd"])
 @pytest.mark.parametrize("chunk", [1, 5, 26, 100, None])
-def test_value_and_every_gradient_equal_the_plain_loss(problem, chunk, vocab, assert_close):
+def test_value_and_every_gradient_equal_the_plain_loss(problem, chunk, vocab, sparse, assert_close):
     hidden, embedding, targets, weights = problem
     embedding, targets = embedding[:vocab], targets % vocab
-    got = mean_loss(chunked_cross_entropy, chunk=chunk)(hidden, embedding, weights, targets)
+    loss = mean_loss(chunked_cross_entropy, chunk=chunk, sparse=sparse)
+    got = loss(hidden, embedding, weights, targets)
     want = mean_loss(plain_cross_entropy)(hidden, embedding, weights, targets)
     assert_close("loss", got[0], want[0], kind="outputs")
     for name, gradient, expected in zip(
         ("hidden", "embedding", "weights"), got[1], want[1], strict=True
     ):
-        assert_close(name, gradient, expected, kind="gradients")
+        # A sparse loss computes no nats of tokens without weight.
+        seen = weights != 0 if sparse and name == "weights" else 1.0
+        assert_close(name, seen * gradient, seen * expected, kind="gradients")
+
+
+@pytest.mark.parametrize("vocab", [16, VOCAB], ids=["aligned", "odd"])
+def test_chunks_without_weights_are_left_out(problem, vocab, assert_close):
+    """Their targets are no ids, and their hidden states would make the loss infinite."""
+    hidden, embedding, targets, weights = problem
+    embedding, targets = embedding[:vocab], targets % vocab
+    last = jnp.arange(LENGTH) >= LENGTH - 3
+    weights = jnp.where(last, weights + 1, 0.0)
+    huge = jnp.where(last[:, None], hidden, 1e30)
+    run = mean_loss(chunked_cross_entropy, chunk=3, sparse=True)
+    got = run(huge, embedding, weights, jnp.where(last, targets, 10**6))
+    want = mean_loss(plain_cross_entropy)(hidden, embedding, weights, targets)
+    assert_close("loss", got[0], want[0], kind="outputs")
+    assert_close("hidden", got[1][0], want[1][0], kind="gradients")
+    assert_close("embedding", got[1][1], want[1][1], kind="gradients")
 
 
 def test_bfloat16_keeps_float32_sums(problem, assert_close):
