@@ -208,5 +208,5 @@ def _visible_keys(
 
 def _present(lengths: jax.Array, length: int) -> jax.Array:
     """Turns lengths ``(B,)`` into a mask ``(B, length)``, True below each length."""
-    masking.check_array("a length", lengths)
+    masking.check_array("sequence lengths", lengths)
     return jnp.arange(length)[None] < lengths.reshape(lengths.size, 1)

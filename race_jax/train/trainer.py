@@ -290,7 +290,8 @@ class Trainer:
         try:
             params, fixed, step, config = load_parameters(directory, *given)
         except (ValueError, RuntimeError) as error:
-            raise type(error)(f"config.run.start_from: {error}") from None
+            kind = ValueError if isinstance(error, ValueError) else RuntimeError
+            raise kind(f"config.run.start_from: {error}") from None
         self._state = dataclasses.replace(
             self._state,
             params=put_parameters(self._mesh, params),

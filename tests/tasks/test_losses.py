@@ -89,7 +89,8 @@ def test_bfloat16_keeps_float32_sums(problem, assert_close):
         assert_close(name, gradient, expected, kind="gradients", dtype=jnp.bfloat16)
 
 
-def test_gradients_inside_shard_map_equal_those_outside(problem, assert_close):
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gradients_inside_shard_map_equal_those_outside(problem, assert_close, sparse):
     """JAX checks what varies over devices on a mesh of one device as on a larger one."""
     hidden, embedding, targets, weights = problem
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
@@ -100,7 +101,10 @@ def test_gradients_inside_shard_map_equal_those_outside(problem, assert_close):
     )
     def gradients(hidden, embedding, targets, weights):
         def nats(hidden, embedding):
-            return chunked_cross_entropy(hidden, embedding, targets, weights, chunk=5)[0]
+            loss = chunked_cross_entropy(
+                hidden, embedding, targets, weights, chunk=5, sparse=sparse
+            )
+            return loss[0]
 
         return jax.grad(nats, argnums=(0, 1))(hidden, embedding)
 
@@ -110,6 +114,22 @@ def test_gradients_inside_shard_map_equal_those_outside(problem, assert_close):
     )
     for name, gradient, expected in zip(("hidden", "embedding"), got, want, strict=True):
         assert_close(name, gradient, expected, kind="gradients")
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_vmap_is_a_loop(problem, assert_close, sparse):
+    """Rows have different numbers of tokens with weights, so a sparse loss has chunks to spare."""
+    hidden, embedding, targets, weights = problem
+    weights = jnp.stack([weights, jnp.zeros_like(weights).at[0, 3].set(1.0)])
+
+    def one(hidden, weights):
+        run = mean_loss(chunked_cross_entropy, chunk=5, sparse=sparse)
+        return run(hidden, embedding, weights, targets)
+
+    got = jax.jit(jax.vmap(one, in_axes=(None, 0)))(hidden, weights)
+    for i, row in enumerate(weights):
+        want = one(hidden, row)
+        assert_close(f"row {i}", jax.tree.map(lambda x, i=i: x[i], got), want, kind="gradients")
 
 
 def test_a_token_of_weight_zero_leaves_no_trace(problem):
