@@ -30,7 +30,7 @@ def get_config() -> Config:
     config = Config()
     config.task = "lookup"
     config.lookup.share = 0.9
-    config.lookup.num_questions = 128
+    config.lookup.most_questions = 128
     config.lookup.answer_weight = 4
 
     config.model.attention = "softmax"

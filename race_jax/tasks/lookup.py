@@ -41,8 +41,12 @@ class LookupConfig(LanguageModelConfig):
         most_lines: the largest number. Every number between them is equally likely.
         name_length: the small letters of a name. The names of a window are distinct.
         value_length: the digits of a value.
-        num_questions: the number of lines that are repeated at the end of a training window. If it
-            has fewer lines, they come again in another order. A held-out window repeats one.
+        least_questions: the smallest number of lines that are repeated at the end of a training
+            window. A held-out window repeats one.
+        most_questions: the largest number. Every number between them is equally likely. If a window
+            has fewer lines, they come again in another order. Where every window has many
+            questions, no line that is asked for the first time is a whole window away, and a model
+            does not learn to find such lines.
         answer_weight: the weight of a digit of a repeated value in training, where others have 1.
         compare_xz: also print the bits per byte that xz -9e needs for the held-out text.
         sample_length: tokens of the sample that the trained model draws; 0 draws none.
@@ -54,7 +58,8 @@ class LookupConfig(LanguageModelConfig):
     most_lines: int = 32
     name_length: int = 3
     value_length: int = 4
-    num_questions: int = 1
+    least_questions: int = 1
+    most_questions: int = 1
     answer_weight: int = 1
 
     def validate(self) -> None:
@@ -66,9 +71,10 @@ class LookupConfig(LanguageModelConfig):
         super().validate()
         if not 0 <= self.share <= 1:
             raise ValueError(f"share must lie in [0, 1], got {self.share}")
-        for name in ("least_lines", "name_length", "value_length", "num_questions"):
+        for name in ("least_lines", "name_length", "value_length", "least_questions"):
             at_least(name, getattr(self, name), 1)
         at_least("most_lines", self.most_lines, self.least_lines)
+        at_least("most_questions", self.most_questions, self.least_questions)
         if self.most_lines > len(_LETTERS) ** self.name_length:
             raise ValueError(
                 f"most_lines must be <= {len(_LETTERS) ** self.name_length}, the number of names "
@@ -203,7 +209,9 @@ def _with_lines(
         rng = np.random.default_rng((seed, zlib.crc32(ids.tobytes())))
         if not batch["weights"][row].all() or rng.random() >= share:
             continue
-        questions = 1 if is_held_out else options.num_questions
+        questions = 1
+        if not is_held_out:
+            questions = rng.integers(options.least_questions, options.most_questions + 1)
         ids, asked, _ = with_lookups(rng, ids, options, questions)
         batch["inputs"][row], batch["targets"][row] = ids[:-1], ids[1:]
         batch["asked"][row] = asked[1:]
@@ -223,9 +231,9 @@ def _check(config, options: LookupConfig) -> None:
         raise ValueError(
             'config.task="lookup" runs in one process; leave out config.mesh.coordinator'
         )
-    least = (options.most_lines + options.num_questions) * options.line_bytes
+    least = (options.most_lines + options.most_questions) * options.line_bytes
     if config.data.sequence_length < least:
         raise ValueError(
             f"config.data.sequence_length must be >= {least}, the bytes of {options.most_lines} "
-            f"lines and {options.num_questions} questions, got {config.data.sequence_length}"
+            f"lines and {options.most_questions} questions, got {config.data.sequence_length}"
         )
