@@ -6,9 +6,8 @@ overlap. `--config.model.attention=softmax` trains the same model with softmax a
 
 Command:  RACE_JAX_DATA=FOLDER .venv/bin/python scripts/train_lm.py --config configs/lm_wikitext2.py
 Data:     wikitext/wikitext-2.{train,valid,test}.txt.xz under FOLDER
-Hardware: one NVIDIA H200, under three minutes with two others beside it
-Result:   with a data gate and no other part, and learned positions: perplexity 101.8 on the
-          validation split, 97.5 on the test split. The form of today has not been measured
+Hardware: one NVIDIA H200, four and a half minutes with two others beside it
+Result:   perplexity 97.1 on the validation split, 93.4 on the test split
 """
 
 from race_jax.train.config import Config

@@ -72,7 +72,8 @@ PAPER = {
 }
 
 SOFTMAX = plain("softmax", "softmax, learned positions", positions="learned")
-SOFTMAX_ROPE = SOFTMAX.but("softmax_rope", "softmax, RoPE", {"model.positions": "rope"})
+ROPE = {"model.positions": "rope"}
+SOFTMAX_ROPE = SOFTMAX.but("softmax_rope", "softmax, RoPE", ROPE)
 SOFTMAX_ALIBI = SOFTMAX.but("softmax_alibi", "softmax, ALiBi", {"model.positions": "alibi"})
 SOFTMAX_ROPE_FULL = with_parts(SOFTMAX_ROPE, "softmax, RoPE, all parts")
 SOFTMAX_FULL = with_parts(SOFTMAX_ALIBI, "softmax, ALiBi, with convolutions, norm and output gate")
@@ -126,6 +127,10 @@ RACE_WINDOW = hybrid(
     window=256,
 )
 RACE_HYBRID = hybrid(RACE_BEST, "race_hybrid", "RACE, every 4th block softmax, ALiBi", "softmax")
+RACE_WINDOW_ROPE = RACE_WINDOW.but(
+    "race_window_rope", "RACE, every 4th block a window of 256 tokens, RoPE", ROPE
+)
+RACE_HYBRID_ROPE = RACE_HYBRID.but("race_hybrid_rope", "RACE, every 4th block softmax, RoPE", ROPE)
 
 # What the parts of RACE are worth: each differs from RACE_FULL or RACE_BEST by one change.
 RACE_FORMS = (
@@ -168,6 +173,7 @@ CAUSAL = (
     *(LINEAR, LINEAR_GATE, LINEAR_FULL, LINEAR_BEST, GATED_LINEAR, GATED_LINEAR_SIGMOID),
     *(GATED_DELTA, GATED_DELTA_SIGMOID),
     *(RACE_PAPER, RACE_PLAIN, RACE, RACE_FULL, RACE_WIDE, RACE_BEST, RACE_WINDOW, RACE_HYBRID),
+    *(RACE_WINDOW_ROPE, RACE_HYBRID_ROPE),
 )
 
 # Models that see all tokens. They take the positions, and RACE the P and L, of the configuration.
