@@ -12,7 +12,6 @@ file of the same name that ends in .svg. The same command goes on where it was s
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from benchmarks.scaling import (
     in_own_process,
     ladder,
     look,
+    read_points,
     series_of,
 )
 
@@ -129,10 +129,7 @@ def measure(options: argparse.Namespace) -> dict:
     if "stopped" in found:
         sys.exit(f"JAX does not start: {found['stopped']}")
     machine, setting, facts = (found[part] for part in ("machine", "setting", "facts"))
-    try:
-        record = Record(options.out, machine, setting, facts, fresh=options.fresh)
-    except ValueError as error:
-        sys.exit(str(error))
+    record = Record(options.out, machine, setting, facts, fresh=options.fresh)
     limits = Limits(options.seconds, options.memory or found["memory"], options.repeats)
     series = series_of(options.methods, options.forms or setting.FORMS)
     if not series:
@@ -146,8 +143,10 @@ def measure(options: argparse.Namespace) -> dict:
 def main(words: Sequence[str]) -> None:
     """Measures, prints a markdown table and draws the figure."""
     options = parse(words)
-    old = options.draw and json.loads(options.out.read_text("utf-8"))
-    content = old or measure(options)
+    try:
+        content = read_points(options.out) if options.draw else measure(options)
+    except ValueError as error:
+        sys.exit(str(error))
     print(scaling_figure.table(content))
     figure: pathlib.Path = options.out.with_suffix(".svg")
     scaling_figure.draw(content, figure)

@@ -186,6 +186,8 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if min(options.context) < 0 or options.segment_length < 1:
         parser.error("--context must be at least 0, and --segment_length at least 1")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json: there is no folder {options.json.parent}")
     try:
         sums = score(options)
     except (ValueError, RuntimeError) as error:

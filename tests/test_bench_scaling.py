@@ -261,6 +261,18 @@ def test_the_time_left_counts_what_is_not_known_yet(tmp_path):
     assert left(1024) == (start + 2 + 6) + (start + 8 + 20)
 
 
+@pytest.mark.parametrize("content", ['{"a": 1}', "xx", "[1]", b"\xff\xfe"])
+def test_a_file_of_something_else_is_refused_and_kept(content, tmp_path):
+    path = tmp_path / "scaling.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match="does not hold points of this command; give another"):
+        Record(path, MACHINE, SETTING)
+    with pytest.raises(SystemExit, match="does not hold points of this command"):
+        bench_scaling.main(["--draw", "--out", str(path)])
+    assert path.stat().st_size == len(content)
+    assert Record(path, MACHINE, SETTING, fresh=True).content["points"] == []
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

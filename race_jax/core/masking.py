@@ -35,22 +35,22 @@ def check_array(name: str, x: object) -> None:
         )
 
 
-def check_key_value_mask(mask: Any, shape: tuple[Size, Size]) -> None:
+def check_key_value_mask(mask: Any, shape: tuple[Size, Size], name: str = "key_value_mask") -> None:
     """Checks that a mask is one boolean per key."""
     if mask is None:
         return
-    check_array("key_value_mask", mask)
+    check_array(name, mask)
     if mask.ndim > 2:
         raise ValueError(
-            f"key_value_mask must be (B, S) = {shape}, got a dense mask of shape {mask.shape}. "
+            f"{name} must be (B, S) = {shape}, got a dense mask of shape {mask.shape}. "
             "RACE never forms the weight matrix; use is_causal=True for causality, key_value_mask "
             "(B, S) for padding and segment_ids (B, T) for packing"
         )
     if mask.shape != shape:
-        raise ValueError(f"key_value_mask must be (B, S) = {shape}, got shape {mask.shape}")
+        raise ValueError(f"{name} must be (B, S) = {shape}, got shape {mask.shape}")
     if mask.dtype != jnp.bool_:
         raise TypeError(
-            f"key_value_mask must be bool (True where there is a token), got {mask.dtype}; "
+            f"{name} must be bool (True where there is a token), got {mask.dtype}; "
             "pass mask.astype(bool)"
         )
 

@@ -241,8 +241,8 @@ def _checked_prompt(model, prompt, key_value_mask, max_tokens) -> tuple[np.ndarr
         )
     if not np.issubdtype(prompt.dtype, np.integer):
         raise TypeError(f"prompt must be token ids, integers; got {prompt.dtype}.")
-    if max_tokens < 1:
-        raise ValueError(f"{max_tokens=} must be at least 1.")
+    if not isinstance(max_tokens, int | np.integer) or max_tokens < 1:
+        raise ValueError(f"{max_tokens=} must be an integer of at least 1.")
     mask = np.ones(prompt.shape, bool) if key_value_mask is None else np.asarray(key_value_mask)
     if mask.shape != prompt.shape or mask.dtype != np.bool_:
         raise ValueError(
@@ -331,13 +331,15 @@ def sparse_state(
     """Returns the state with the tokens of all caches coded, so that further tokens are sparse.
 
     Args:
-        state: a state of a softmax model, which has read any number of tokens.
+        state: a state of a softmax model, which has read any number of tokens. If caches have codes
+            already, they are made anew.
         config: what each query reads.
         key: a key of `jax.random`. Every layer draws rotations or planes of its own from it.
         dense_layers: the number of first layers that stay dense.
 
     Raises:
-        ValueError: if the state keeps no tokens, or their number does not fit the configuration.
+        ValueError: if the state keeps no tokens, their number does not fit the configuration, or
+            there are fewer layers than ``dense_layers``.
 
     Example:
         >>> import jax, race_jax
@@ -352,17 +354,20 @@ def sparse_state(
     """
 
     def is_cache(x: object) -> bool:
-        return isinstance(x, KVCache)
+        return isinstance(x, KVCache | SparseCache)
 
+    def coded(cache: KVCache | SparseCache, layer: int) -> KVCache | SparseCache:
+        kv = cache.kv if isinstance(cache, SparseCache) else cache
+        if layer < dense_layers:
+            return kv
+        return SparseCache.of(jax.random.fold_in(key, layer), kv, config)
+
+    _check_dense_layers(dense_layers, len(state.layers))
     if not any(map(is_cache, jax.tree.leaves(state, is_leaf=is_cache))):
         raise ValueError(_NO_TOKENS)
     layers = [
         jax.tree.map(
-            lambda x, i=i: (
-                SparseCache.of(jax.random.fold_in(key, i), x, config)
-                if is_cache(x) and i >= dense_layers
-                else x
-            ),
+            lambda x, i=i: coded(x, i) if is_cache(x) else x,
             layer,
             is_leaf=is_cache,
         )
@@ -371,15 +376,20 @@ def sparse_state(
     return state._replace(layers=tuple(layers))
 
 
+def _check_dense_layers(dense_layers: int, layers: int) -> None:
+    if not isinstance(dense_layers, int) or not 0 <= dense_layers <= layers:
+        raise ValueError(
+            f"{dense_layers=} must be an integer from 0 to the {layers} layers of the model."
+        )
+
+
 def _check_sparse(model: TransformerLM, config: SparseConfig, dense_layers: int) -> None:
     """Raises what a step would raise, before anything is drawn."""
     if not isinstance(config, SparseConfig):
         raise TypeError(f"sparse must be a SparseConfig or None; got {type(config).__name__}.")
     if not model.trunk.keeps_tokens:
         raise ValueError(_NO_TOKENS)
-    layers = len(model.trunk.blocks)
-    if not 0 <= dense_layers <= layers:
-        raise ValueError(f"{dense_layers=} must lie from 0 to the {layers} layers of the model.")
+    _check_dense_layers(dense_layers, len(model.trunk.blocks))
 
     def step() -> object:
         state = model.init_state(1, room_for(1, config))

@@ -56,7 +56,8 @@ def dense_decode_attention(
 
     Raises:
         ValueError: if shapes do not fit, or a row is known to hold fewer tokens than its queries.
-        TypeError: if the query is not floating, or the mask is not bool.
+        TypeError: if the query is not floating, the mask is not bool, or the cache is of another
+            kind.
         NotImplementedError: if the implementation is "pallas" and the kernels do not support the
             call, or a gradient is taken.
 
@@ -69,6 +70,9 @@ def dense_decode_attention(
 
     Source: Vaswani et al. 2017, section 3.2.1, with the keys and values kept.
     """
+    if not isinstance(cache, KVCache):
+        hint = " with codes; pass cache.kv" if hasattr(cache, "kv") else ""
+        raise TypeError(f"cache must be a KVCache; got a {type(cache).__name__}{hint}.")
     check_query(query, cache, query_mask)
     kv_heads = cache.key.shape[2]
     choice = choose_dense(implementation, query, cache, rule)
@@ -76,6 +80,7 @@ def dense_decode_attention(
     arrays = {"query": query, "cache": cache, "mask": query_mask, "slopes": None}
     kinds = {"query": shards.TOKENS, "cache": kinds_of(cache), "mask": shards.SLOTS}
     if slopes is not None:
+        slopes = jnp.asarray(slopes)
         if slopes.shape != query.shape[2:3]:
             raise ValueError(f"slopes must be (N,) = {query.shape[2:3]}; got {slopes.shape}.")
         kinds["slopes"] = shards.HEADS
@@ -92,6 +97,7 @@ def dense_decode_attention(
         )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _dense(choice: Choice, rule: exact.Rule, query, cache, mask=None, slopes=None) -> jax.Array:
     positions, wrong = query_positions(query.shape[1], cache, mask)
     return guarded(over_all(choice, query, cache, positions, slopes, rule), wrong)
@@ -193,7 +199,7 @@ def check_query(query: jax.Array, cache: KVCache, mask: jax.Array | None) -> Non
         raise TypeError(f"query must be floating; got {query.dtype}.")
     if shape[1] == 0:
         raise ValueError("query has no token; append the keys of at least one first.")
-    masking.check_key_value_mask(mask, shape[:2])
+    masking.check_key_value_mask(mask, shape[:2], name="query_mask")
     held, kept = masking.concrete(cache.length), masking.concrete(mask)
     if held is None or (mask is not None and kept is None):
         return

@@ -11,6 +11,8 @@ With a forget gate, the running sum of its logarithm up to each token lies besid
 from __future__ import annotations
 
 import dataclasses
+import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,15 +80,21 @@ class KVCache:
           has_decay: whether the tokens have a forget gate.
 
         Raises:
-          ValueError: if the capacity is out of range.
+          ValueError: if the capacity is out of range, or there are no heads.
+          TypeError: if the dtype is not floating.
 
         Example:
           >>> import race_jax
           >>> race_jax.KVCache.init(2, 16, kv_heads=4, head_dim=8).key.shape
           (2, 16, 4, 8)
         """
+        capacity = whole_number("capacity", capacity)
         if not 1 <= capacity < CAPACITY_LIMIT:
             raise ValueError(f"{capacity=} must be at least 1 and below 2**31, as slots are int32.")
+        if kv_heads < 1 or head_dim < 1:
+            raise ValueError(f"{kv_heads=} and {head_dim=} must be at least 1.")
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"dtype must be floating, such as jnp.bfloat16; got {dtype}.")
         value_dim = head_dim if value_dim is None else value_dim
         return cls(
             jnp.zeros((batch, capacity, kv_heads, head_dim), dtype),
@@ -148,9 +156,14 @@ class KVCache:
         """Returns the cache cut back to ``length`` ``(B,)`` tokens. Nothing is copied or cleared.
 
         Raises:
-          ValueError: if a row is known to hold fewer tokens than that.
+          ValueError: if a row is known to hold fewer tokens than that, or a length is below 0. In
+            traced code a length is brought into this range instead.
+          TypeError: if lengths are not integers.
         """
-        length = jnp.asarray(length, jnp.int32)
+        length = jnp.asarray(length)
+        if not jnp.issubdtype(length.dtype, jnp.integer):
+            raise TypeError(f"length must hold integers; got {length.dtype}.")
+        length = length.astype(jnp.int32)
         if length.shape != self.length.shape:
             raise ValueError(f"length must have shape {self.length.shape}; got {length.shape}.")
         wanted, held = masking.concrete(length), masking.concrete(self.length)
@@ -159,20 +172,41 @@ class KVCache:
                 raise ValueError(
                     f"length={wanted[row]} is not from 0 to the {held[row]} tokens of row {row}."
                 )
-        return dataclasses.replace(self, length=jnp.minimum(length, self.length))
+        return dataclasses.replace(self, length=jnp.clip(length, 0, self.length))
 
     def reset(self, rows: jax.Array) -> KVCache:
-        """Returns the cache with the rows emptied where ``rows`` ``(B,)`` bool is True."""
-        return dataclasses.replace(self, length=jnp.where(jnp.asarray(rows), 0, self.length))
+        """Returns the cache with the rows emptied where ``rows`` ``(B,)`` bool is True.
+
+        Raises:
+          ValueError: if there is not one entry a row.
+          TypeError: if the entries are not bool, such as the numbers of rows.
+        """
+        rows = jnp.asarray(rows)
+        if rows.shape != self.length.shape:
+            raise ValueError(
+                f"rows must have shape {self.length.shape}, True where a row is emptied; "
+                f"got {rows.shape}."
+            )
+        if rows.dtype != jnp.bool_:
+            raise TypeError(f"rows must be bool, True where a row is emptied; got {rows.dtype}.")
+        return dataclasses.replace(self, length=jnp.where(rows, 0, self.length))
 
     def grow(self, capacity: int) -> KVCache:
         """Returns a copy with room for ``capacity`` tokens a row. Programs compile anew for it.
 
+        Tokens that had no room are lost, so a row that has passed its capacity is no longer whole.
+        In traced code it goes on giving NaN.
+
         Raises:
-          ValueError: if the cache has that room already.
+          ValueError: if the cache has that room already, or a row is known to have lost tokens.
         """
+        held = masking.concrete(self.length)
+        for row in () if held is None else np.flatnonzero(held > self.capacity):
+            raise ValueError(_lost(row, held[row], self.capacity))
+        lost = self.length > self.capacity
         return dataclasses.replace(
             self,
+            length=jnp.where(lost, jnp.maximum(self.length, capacity + 1), self.length),
             key=grown(self.key, capacity, axis=1),
             value=grown(self.value, capacity, axis=1),
             decay=None if self.decay is None else grown(self.decay, capacity, axis=1),
@@ -187,11 +221,27 @@ def kinds_of(cache: KVCache) -> KVCache:
 
 def grown(x: jax.Array, capacity: int, *, axis: int) -> jax.Array:
     """Returns an array with zeros behind it, so that ``axis`` has ``capacity`` slots."""
+    capacity = whole_number("capacity", capacity)
     if not x.shape[axis] < capacity < CAPACITY_LIMIT:
         raise ValueError(f"{capacity=} must be above the present {x.shape[axis]} and below 2**31.")
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, capacity - x.shape[axis])
     return jnp.pad(x, widths)
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Returns an integer of Python, whatever kind of integer it is."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r} must be an integer.") from None
+
+
+def _lost(row: int, held: int, capacity: int) -> str:
+    return (
+        f"row {row} was given {held:,} tokens and has room for {capacity:,}, so the last ones are "
+        "lost; go on from an earlier cache, or empty the row with reset."
+    )
 
 
 def new_slots(length: jax.Array, mask: jax.Array | None, count: int, capacity: int) -> jax.Array:
@@ -250,10 +300,17 @@ def check_append(cache: KVCache, key, value, mask: jax.Array | None, log_decay=N
             f"has_decay={cache.decay is None}."
         )
     masking.check_log_decay(log_decay, key.shape[:3], mask)
+    check_room(cache, key.shape[1], mask)
+
+
+def check_room(cache: KVCache, count: int, mask: jax.Array | None) -> None:
+    """Raises if ``count`` more slots ``(B, T)`` are known not to fit into a row."""
     held, kept = masking.concrete(cache.length), masking.concrete(mask)
     if held is None or (mask is not None and kept is None):
         return
-    added = np.full(held.shape, key.shape[1]) if kept is None else kept.sum(axis=1)
+    added = np.full(held.shape, count) if kept is None else kept.sum(axis=1)
+    for row in np.flatnonzero(held > cache.capacity):
+        raise ValueError(_lost(row, held[row], cache.capacity))
     for row in np.flatnonzero(held + added > cache.capacity):
         room = 1 << int(held[row] + added[row] - 1).bit_length()
         raise ValueError(

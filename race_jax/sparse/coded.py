@@ -105,6 +105,7 @@ class SparseCache:
 
         Raises:
           ValueError: as `init`.
+          TypeError: if `kv` is not a `KVCache`, or `config` not a `SparseConfig`.
           NotImplementedError: if the tokens have a forget gate.
 
         Example:
@@ -115,6 +116,12 @@ class SparseCache:
           >>> race_jax.SparseCache.of(jax.random.key(0), kv, config).length.tolist()
           [3]
         """
+        if isinstance(kv, SparseCache):
+            raise TypeError("this cache has codes already; pass cache.kv to code it anew.")
+        if not isinstance(kv, KVCache):
+            raise TypeError(f"kv must be a KVCache; got {type(kv).__name__}.")
+        if not isinstance(config, SparseConfig):
+            raise TypeError(f"config must be a SparseConfig; got {type(config).__name__}.")
         if kv.decay is not None:
             raise NotImplementedError(
                 "sparse scores know nothing of a forget gate; use decode_attention='dense'."

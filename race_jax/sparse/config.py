@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import operator
 from typing import Any, NamedTuple
 
 from race_jax.core.hashing import MAX_PLANES
@@ -69,9 +71,15 @@ def socket_sharpness(temperature: float, head_dim: int) -> float:
 
     Source: arXiv 2602.06283 divides tanh by sqrt(H) and the logits by the temperature.
     """
-    if not temperature > 0:
-        raise ValueError(f"{temperature=} must be positive.")
+    if not _is_positive(temperature):
+        raise ValueError(f"{temperature=} must be a finite number above 0.")
+    if head_dim < 1:
+        raise ValueError(f"{head_dim=} must be at least 1.")
     return 1.0 / (temperature * math.sqrt(head_dim))
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and 0 < value < math.inf
 
 
 def budget_for(context: int, ratio: float) -> int:
@@ -157,7 +165,7 @@ class SparseConfig:
         )
 
     def __post_init__(self) -> None:
-        if self.scorer not in SCORERS:
+        if not isinstance(self.scorer, str) or self.scorer not in SCORERS:
             raise ValueError(f"scorer={self.scorer!r} is unknown; choose one of {list(SCORERS)}.")
         if self.selection not in SELECTIONS:
             raise ValueError(
@@ -184,14 +192,23 @@ class SparseConfig:
 
     def _check_sizes(self) -> None:
         for name, least in (("budget", 1), ("window", 1), ("sink", 0), ("dense_below", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
+            self._make_integer(name, least)
         if self.sink + self.window > self.budget:
             raise ValueError(
                 f"budget={self.budget} must hold sink={self.sink} and window={self.window}; give "
                 f"at least {self.sink + self.window}, or smaller ones."
             )
+
+    def _make_integer(self, name: str, least: int) -> None:
+        """Replaces an integer of any kind by one of Python."""
+        value = getattr(self, name)
+        try:
+            number = least - 1 if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            number = least - 1
+        if number < least:
+            raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
+        object.__setattr__(self, name, number)
 
     def _check_scorer(self) -> None:
         defaults = SCORERS[self.scorer]
@@ -203,11 +220,12 @@ class SparseConfig:
                 raise ValueError(
                     f"{name}={value} has no effect with scorer={self.scorer!r}; leave it out."
                 )
+        for name in ("num_rotations", "code_bits", "num_tables", "num_planes", "page_size"):
+            if getattr(self, name) is not None:
+                self._make_integer(name, 1)
+        if not isinstance(self.value_weighting, bool | None):
+            raise ValueError(f"value_weighting={self.value_weighting!r} must be True or False.")
         coding = self.coding()
-        for name in ("num_rotations", "num_tables", "num_planes", "page_size"):
-            value = getattr(coding, name)
-            if name in uses and (isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name}={value} must be at least 1.")
         allowed = CODE_BITS.get(self.scorer)
         if allowed and coding.code_bits not in allowed:
             raise ValueError(
@@ -216,8 +234,8 @@ class SparseConfig:
             )
         if coding.num_planes is not None and coding.num_planes > MAX_PLANES:
             raise ValueError(f"num_planes={coding.num_planes} must be at most {MAX_PLANES}.")
-        if self.sharpness is not None and not self.sharpness > 0:
-            raise ValueError(f"sharpness={self.sharpness} must be positive.")
+        if self.sharpness is not None and not _is_positive(self.sharpness):
+            raise ValueError(f"sharpness={self.sharpness!r} must be a finite number above 0.")
         if coding.page_size is not None and coding.page_size > self.window:
             raise ValueError(
                 f"page_size={coding.page_size} must be at most window={self.window}, so that "

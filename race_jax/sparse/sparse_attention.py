@@ -106,7 +106,17 @@ def sparse_decode_attention(
     dense_asked = None if implementation == "pallas" else implementation
     dense_choice = attention.choose_dense(dense_asked, query, cache.kv)
     query, cache = attention.inference_only((query, cache))
-    positions, wrong = attention.query_positions(query.shape[1], cache.kv, query_mask)
+    with jax.named_scope("sparse_decode_attention"):
+        out, report = _attend(choice, dense_choice, config, query, cache, query_mask)
+    return (out, report) if return_report else out
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _attend(
+    choice: Choice, dense_choice: Choice, config: SparseConfig, query, cache: SparseCache, mask
+) -> tuple[jax.Array, Report]:
+    """Attends to all tokens or to the best of them. It is compiled once, also outside of a jit."""
+    positions, wrong = attention.query_positions(query.shape[1], cache.kv, mask)
 
     def sparse(query: jax.Array) -> tuple[jax.Array, Report]:
         kernels = steps.of_kernels(query, cache, config)
@@ -121,14 +131,12 @@ def sparse_decode_attention(
         indices += 0 * count[..., None]  # varies over the axes of a shard_map as the others do
         return out, Report(indices, count, jnp.bool_(True))
 
-    with jax.named_scope("sparse_decode_attention"):
-        if config.dense_below == 0:
-            out, report = sparse(query)
-        else:
-            short = cache.length.max(initial=0) < config.dense_below
-            out, report = jax.lax.cond(short, dense, sparse, query)
-        out = attention.guarded(out, wrong)
-    return (out, report) if return_report else out
+    if config.dense_below == 0:
+        out, report = sparse(query)
+    else:
+        short = cache.length.max(initial=0) < config.dense_below
+        out, report = jax.lax.cond(short, dense, sparse, query)
+    return attention.guarded(out, wrong), report
 
 
 def _sparse(take: Steps, config: SparseConfig, query, cache: SparseCache, positions):
@@ -169,7 +177,10 @@ def score(query: jax.Array, cache: SparseCache, config: SparseConfig | None = No
     """
     config = _checked(query, cache, config, None)
     positions, _ = attention.query_positions(query.shape[1], cache.kv, None)
-    return scores.by_name(query, cache, config, positions)
+    return _scores(query, cache, config, positions)
+
+
+_scores = jax.jit(scores.by_name, static_argnums=2)
 
 
 def explain(query: jax.Array, cache: SparseCache, config: SparseConfig | None = None) -> Choice:

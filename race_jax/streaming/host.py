@@ -19,6 +19,7 @@ from race_jax.streaming.segments import read_ahead
 from race_jax.streaming.step import Step, ValueAndGrad
 
 Progress = Callable[[int, int], object]
+_is_finite = jax.jit(step.is_finite)
 
 
 def host_fold(
@@ -198,7 +199,7 @@ class ThereAndBack:
         walk = self._walk([*range(len(self._segments))])
         for segment in walk:
             state, sums, _, grads = self._programs.backward(params, state, segment, None, grads)
-            walk.computed(sums)
+            walk.computed(sums, _is_finite(state))
         return walk.totals(), state, grads
 
     def forward(self, params: Any, state: Any, states_on_host: bool = False) -> Any:

@@ -40,7 +40,7 @@ def fold(f: Step, *, segment_length: int, axis: int = 1) -> Callable[..., tuple[
     Returns:
       A function ``(params, state, sequence) -> (state, sums)``. ``sequence`` is a pytree of arrays
       of equal length along ``axis``. Sums are accumulated with compensation, in float32 or, if they
-      are float64, in float64. Integers stay integers.
+      are float64, in float64. Integers stay integers, of 32 bits or more.
 
     Raises:
       ValueError: ``segment_length`` is below 1. In the call: the arrays have no axis of time, or

@@ -103,11 +103,12 @@ def pull_back(
 
 
 def zeros(like: Any) -> Running:
-    """Returns empty totals for arrays like these: float32 or wider, and integers as they are."""
+    """Returns empty totals for arrays like these: float32, int32 or wider."""
 
     def zero(x: Any) -> jax.Array:
         is_integer = jnp.issubdtype(x.dtype, jnp.integer)
-        dtype = x.dtype if is_integer else jnp.promote_types(x.dtype, "float32")
+        wider = jnp.zeros(0, x.dtype).sum().dtype  # of integers: 32 bits or more
+        dtype = wider if is_integer else jnp.promote_types(x.dtype, "float32")
         axes = jax.typeof(x).manual_axis_type.varying  # over which it differs in jax.shard_map
         return jax.lax.pcast(jnp.zeros(x.shape, dtype), tuple(axes), to="varying")
 

@@ -151,6 +151,27 @@ def series_of(methods: Sequence[str], forms: Sequence[str]) -> list[Series]:
     return [series for series in found if series.causal or series.method != "race_streamed"]
 
 
+def read_points(path: pathlib.Path) -> dict:
+    """Reads a file that `Record` has written.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        content = None
+    parts = {"machine": dict, "setting": dict, "points": list}
+    if not isinstance(content, dict) or any(
+        not isinstance(content.get(name), kind) for name, kind in parts.items()
+    ):
+        raise ValueError(
+            f"{path} does not hold points of this command; give another --out, or --fresh to write "
+            "over it"
+        )
+    return content
+
+
 class Record:
     """The points of one machine and one setting, in a JSON file that is written after each point.
 
@@ -180,7 +201,7 @@ class Record:
         self.content |= {"facts": facts or {}, "points": []}
         if fresh or not path.exists():
             return
-        old = json.loads(path.read_text("utf-8"))
+        old = read_points(path)
         for part in ("machine", "setting"):
             for name, value in self.content[part].items():
                 if old[part].get(name) != value:

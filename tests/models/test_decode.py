@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from race_jax.models import decode
-from race_jax.models.decode import Sampling, generate, sample, stream
+from race_jax.models.decode import Sampling, generate, sample, sparse_state, stream
 from race_jax.sparse import SparseConfig
 from tests.models.small import CONFIGS, STATEFUL, VOCAB, build, compiled, each
 
@@ -231,7 +231,8 @@ def test_learned_positions_end_the_continuation():
         ([[1.0]], {}, TypeError, "prompt must be token ids"),
         ([[VOCAB]], {}, ValueError, "from 11 to 11; the vocabulary is 0 to 10"),
         ([[-1]], {}, ValueError, "from -1 to -1"),
-        ([[1]], {"max_tokens": 0}, ValueError, "max_tokens=0 must be at least 1"),
+        ([[1]], {"max_tokens": 2.5}, ValueError, "max_tokens=2.5 must be an integer of at least 1"),
+        ([[1]], {"max_tokens": 0}, ValueError, "max_tokens=0 must be an integer of at least 1"),
         ([[1]], {"key_value_mask": [[1]]}, ValueError, "key_value_mask must be bool"),
         ([[1]], {"key_value_mask": [[False]]}, ValueError, "every prompt needs at least one token"),
     ],
@@ -258,6 +259,21 @@ def test_sparse_decoding_of_all_tokens_is_dense_and_of_few_is_not(prompts):
     np.testing.assert_array_equal(first, dense)
 
 
+@pytest.mark.once
+def test_a_sparse_state_is_coded_anew(assert_close):
+    model, key = compiled("softmax rope").model, jax.random.key(3)
+    state = model.init_state(1, 64)
+    _, state = model(jnp.array([[1, 2, 3]]), state=state, deterministic=True)
+    once = sparse_state(state, SPARSE, key)
+    other = dataclasses.replace(SPARSE, scorer="hamming")
+    again = sparse_state(sparse_state(state, other, key), SPARSE, key)
+    assert_close("states", again, once, kind="rerun")
+    back = sparse_state(once, SPARSE, key, dense_layers=len(state.layers))
+    assert_close("dense states", back, state, kind="rerun")
+    with pytest.raises(ValueError, match="dense_layers=9 must be an integer from 0 to the"):
+        sparse_state(state, SPARSE, key, dense_layers=9)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "kind", "words"),
     [
@@ -265,7 +281,12 @@ def test_sparse_decoding_of_all_tokens_is_dense_and_of_few_is_not(prompts):
         ("softmax alibi", {}, NotImplementedError, "sparse scores know nothing of a distance bias"),
         ("softmax with every part", {}, NotImplementedError, "know nothing of a forget gate"),
         ("sigmoid", {}, NotImplementedError, "know nothing of a"),
-        ("softmax", {"dense_layers": 2}, ValueError, "dense_layers=2 must lie from 0 to the 1"),
+        (
+            "softmax",
+            {"dense_layers": 2},
+            ValueError,
+            "dense_layers=2 must be an integer from 0 to the 1",
+        ),
         ("softmax", {"sparse": 64}, TypeError, "sparse must be a SparseConfig or None; got int"),
     ],
 )

@@ -73,3 +73,10 @@ def test_the_table_has_the_mean_of_every_bucket(model, tmp_path, capsys, monkeyp
 def test_what_cannot_be_scored_is_said(tmp_path, capsys):
     assert score_positions.main([str(tmp_path / "a"), "--checkpoint", str(tmp_path)]) == 2
     assert "no checkpoints in" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
+    words = [str(tmp_path / "a"), "--checkpoint", str(tmp_path), "--json", "nowhere/sums.json"]
+    with pytest.raises(SystemExit):
+        score_positions.main(words)
+    assert "--json: there is no folder nowhere" in capsys.readouterr().err

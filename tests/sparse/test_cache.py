@@ -210,6 +210,52 @@ def test_it_works_under_vmap_scan_and_shard_map(rng, assert_close):
         jax.grad(lambda q: dense_decode_attention(q, cache).sum())(query)
 
 
+def test_a_row_that_has_lost_tokens_gives_nan_in_a_larger_cache(rng):
+    query, key, value = tokens(rng, 6)
+    mask = np.array([[True] * 6, [True] * 5 + [False], [False] * 3 + [True] * 3])
+    larger = quick.jit(lambda cache: cache.grow(9))(
+        append(empty(5), key, value, key_value_mask=mask)
+    )
+    lost = np.isnan(jitted()(query[:, -1:], larger)).all(axis=(1, 2, 3))
+    assert lost.tolist() == [True, False, False]
+    again = append(larger, key, value)
+    assert np.isnan(jitted()(query[:, -1:], again)).all(axis=(1, 2, 3))[0]
+
+
+def test_a_cut_below_zero_empties_a_row_in_traced_code(rng, assert_close):
+    query, key, value = tokens(rng, 4)
+    cut = quick.jit(KVCache.truncate)(append(empty(8), key, value), jnp.array([-1, 0, 99]))
+    assert cut.length.tolist() == [0, 0, 4]
+    got = jitted()(query, append(cut, key, value))
+    want = jitted()(query, append(empty(8), key, value))
+    assert_close("emptied rows", got[:2], want[:2], kind="rerun")
+
+
+@pytest.mark.parametrize("sparse", [None, "quantized", "socket"])
+def test_nothing_is_compiled_again_outside_of_jit(rng, sparse):
+    query, key, value = (jnp.asarray(x) for x in tokens(rng, 5))
+    cache, attend = empty(8), dense_decode_attention
+    if sparse is not None:
+        config = SparseConfig(budget=3, sink=1, window=1, scorer=sparse, dense_below=3)
+        cache = SparseCache.init(jax.random.key(0), B, 8, K, H, V, jnp.float32, config=config)
+        attend = race_jax.sparse_decode_attention
+    programs = []
+
+    def note(name, *_, **__):
+        programs.extend([name] * ("backend_compile" in name))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        for i in range(5):
+            token = slice(i, i + 1)
+            cache = cache.append(key[:, token], value[:, token])
+            attend(query[:, token], cache)
+            programs.clear() if i == 1 else None
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert not programs
+
+
 def cases():
     cache = empty(8)
     x, v = jnp.ones((B, 3, K, H)), jnp.ones((B, 3, K, V))
@@ -262,8 +308,46 @@ def cases():
     }  # fmt: skip
 
 
+def wrong_kinds():
+    """Arguments of another kind, and rows that have lost tokens."""
+    cache = empty(8)
+    x, v, q = jnp.ones((B, 3, K, H)), jnp.ones((B, 3, K, V)), jnp.ones((B, 1, N, H))
+    held, dense = append(cache, x, v), dense_decode_attention
+    return {
+        "cut by numbers": (lambda: held.truncate(jnp.array([1.5, 0, 0])), TypeError,
+                           "length must hold integers; got float32"),
+        "reset by index": (lambda: held.reset(jnp.array([1])), ValueError,
+                           "rows must have shape (3,), True where a row is emptied; got (1,)"),
+        "reset by numbers": (lambda: held.reset(jnp.array([0, 1, 0])), TypeError,
+                             "rows must be bool, True where a row is emptied; got int32"),
+        "lost": (lambda: append(held, x.repeat(2, 1), v.repeat(2, 1)).append(x, v), ValueError,
+                 "row 0 was given 9 tokens and has room for 8, so the last ones are lost; go on"),
+        "lost and grown": (lambda: append(held, x.repeat(2, 1), v.repeat(2, 1)).grow(16),
+                           ValueError, "row 0 was given 9 tokens and has room for 8"),
+        "no heads": (lambda: KVCache.init(1, 8, 0, 4), ValueError, "kv_heads=0 and head_dim=4"),
+        "dtype of a cache": (lambda: KVCache.init(1, 8, 1, 4, dtype=int), TypeError,
+                             "dtype must be floating"),
+        "capacity of a fraction": (lambda: KVCache.init(1, 8.0, 1, 4), TypeError,
+                                   "capacity=8.0 must be an integer"),
+        "growth of a fraction": (lambda: cache.grow(16.0), TypeError, "capacity=16.0 must be an"),
+        "no cache": (lambda: dense(q, (x, v)), TypeError, "cache must be a KVCache; got a tuple."),
+        "codes": (lambda: dense(q, SparseCache.of(jax.random.key(0), held, SparseConfig())),
+                  TypeError, "must be a KVCache; got a SparseCache with codes; pass cache.kv"),
+        "codes again": (
+            lambda: SparseCache.of(
+                jax.random.key(0), SparseCache.of(jax.random.key(0), held, SparseConfig()),
+                SparseConfig()), TypeError, "this cache has codes already; pass cache.kv"),
+        "no config": (lambda: SparseCache.of(jax.random.key(0), held, None), TypeError,
+                      "config must be a SparseConfig; got NoneType"),
+        "query mask": (lambda: dense(q, held, query_mask=jnp.ones((B, 1), int)), TypeError,
+                       "query_mask must be bool"),
+        "list of slopes": (lambda: dense(q, held, slopes=[1.0, 2.0]), ValueError,
+                           "slopes must be (N,) = (4,); got (2,)"),
+    }  # fmt: skip
+
+
 def test_bad_calls_are_refused_in_words():
-    for name, (call, kind, words) in cases().items():
+    for name, (call, kind, words) in (cases() | wrong_kinds()).items():
         with pytest.raises(kind) as caught:
             call()
         assert words in str(caught.value), name

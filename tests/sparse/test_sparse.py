@@ -278,7 +278,15 @@ def errors():
                  "code_bits=3 is not supported by scorer='quantized'; it takes 2 or 4"),
         "rotations": (lambda: make(num_rotations=0), ValueError, "num_rotations=0 must be"),
         "planes": (lambda: make(scorer="socket", num_planes=11), ValueError, "at most 10"),
-        "sharpness": (lambda: make(scorer="socket", sharpness=0.0), ValueError, "must be positive"),
+        "sharpness": (lambda: make(scorer="socket", sharpness=0.0), ValueError,
+                      "sharpness=0.0 must be a finite number above 0"),
+        "infinite": (lambda: make(scorer="socket", sharpness=np.inf), ValueError, "sharpness=inf"),
+        "half a rotation": (lambda: make(num_rotations=1.5), ValueError,
+                            "num_rotations=1.5 must be an integer of at least 1"),
+        "words": (lambda: make(scorer="socket", num_tables="2"), ValueError, "num_tables='2' must"),
+        "weighting": (lambda: make(scorer="socket", value_weighting="no"), ValueError,
+                      "value_weighting='no' must be True or False"),
+        "list": (lambda: make(scorer=["socket"]), ValueError, "scorer=['socket'] is unknown"),
         "no effect": (lambda: make(num_tables=60), ValueError,
                       "num_tables=60 has no effect with scorer='quantized'; leave it out"),
         "pages": (lambda: make(scorer="quest", window=8), ValueError,
@@ -308,6 +316,12 @@ def test_bad_calls_are_refused_in_words():
         with pytest.raises(kind) as caught:
             call()
         assert words in str(caught.value), name
+
+
+def test_integers_of_any_kind_are_sizes():
+    config = SparseConfig(budget=np.int64(512), num_rotations=np.int32(2))
+    assert config == SparseConfig(budget=512, num_rotations=2)
+    assert hash(config) == hash(SparseConfig(budget=512, num_rotations=2))
 
 
 def test_the_paper_s_setting_is_600_bits():

@@ -96,6 +96,28 @@ def test_a_segment_that_is_not_finite_is_named(bad):
             run(2.0, (), segments)
 
 
+def test_a_last_state_that_is_not_finite_is_named_in_every_form():
+    def f(scale, state, x):
+        return state * scale + jnp.log(8 - x.max()), (scale * x.sum(),)
+
+    segments = streaming.Segments(np.arange(10, dtype=np.float32)[None], 4)
+    for options in ({}, {"truncated": True}):
+        with pytest.raises(FloatingPointError, match="state after segment 2 "):
+            streaming.host_value_and_grad(f, **options)(1.0, jnp.float32(0), segments)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32])
+def test_narrow_integers_are_added_in_32_bits(dtype):
+    def f(scale, state, x):
+        return state, (scale * x.sum(), jnp.asarray(100, dtype))
+
+    x = np.ones((1, 10), np.float32)
+    here = streaming.value_and_grad(f, segment_length=2)(1.0, (), x).sums[1]
+    there = streaming.host_value_and_grad(f)(1.0, (), streaming.Segments(x, 2)).sums[1]
+    assert int(here) == int(there) == int(streaming.fold(f, segment_length=2)(1.0, (), x)[1][1])
+    assert int(here) == 500
+
+
 def run_toy(f=scaled, params=2.0, state=(), x=ROW, d_state=None, **options):
     options = {"segment_length": 2} | options
     return streaming.value_and_grad(f, **options)(params, state, x, d_state)
