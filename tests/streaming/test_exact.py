@@ -10,6 +10,7 @@ from flax import nnx
 from race_jax import streaming
 from race_jax.tasks.losses import chunked_cross_entropy
 from tests import quick
+from tests.gradients import with_biases_as_rows
 from tests.models.small import VOCAB, build
 from tests.streaming.toy import FORMS, LENGTH, in_memory, on_host, toy, toy_arguments, toy_whole
 
@@ -141,20 +142,6 @@ def test_a_language_model_gets_its_exact_gradient(form, segment_length, assert_c
     assert_close("state", got.state, state, kind="streamed")
     got, want = with_biases_as_rows(got.d_params), with_biases_as_rows(d_params)
     assert_close("d_params", got, want, kind="streamed")
-
-
-def with_biases_as_rows(gradients):
-    """Joins every bias to its kernel, as the row of an input that is 1.
-
-    A bias alone has two to four numbers here, which may nearly cancel.
-    """
-    flat = {path: np.asarray(x[...]) for path, x in nnx.to_flat_state(gradients)}
-    for *path, name in list(flat):
-        kernel = (*path, str(name).replace("bias", "kernel"))
-        if str(name).endswith("bias") and kernel in flat:
-            bias = flat.pop((*path, name)).reshape(1, -1)
-            flat[kernel] = np.concatenate([flat[kernel].reshape(-1, bias.size), bias])
-    return {".".join(map(str, path)): x for path, x in flat.items()}
 
 
 def test_in_bfloat16_the_cut_matters_less_than_the_dtype():
