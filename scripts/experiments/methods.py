@@ -131,6 +131,9 @@ RACE_WINDOW_ROPE = RACE_WINDOW.but(
     "race_window_rope", "RACE, every 4th block a window of 256 tokens, RoPE", ROPE
 )
 RACE_HYBRID_ROPE = RACE_HYBRID.but("race_hybrid_rope", "RACE, every 4th block softmax, RoPE", ROPE)
+RACE_HYBRID2_ROPE = RACE_HYBRID_ROPE.but(
+    "race_hybrid2_rope", "RACE, every 2nd block softmax, RoPE", {"model.hybrid_every": 2}
+)
 
 # What the parts of RACE are worth: each differs from RACE_FULL or RACE_BEST by one change.
 RACE_FORMS = (
@@ -173,7 +176,7 @@ CAUSAL = (
     *(LINEAR, LINEAR_GATE, LINEAR_FULL, LINEAR_BEST, GATED_LINEAR, GATED_LINEAR_SIGMOID),
     *(GATED_DELTA, GATED_DELTA_SIGMOID),
     *(RACE_PAPER, RACE_PLAIN, RACE, RACE_FULL, RACE_WIDE, RACE_BEST, RACE_WINDOW, RACE_HYBRID),
-    *(RACE_WINDOW_ROPE, RACE_HYBRID_ROPE),
+    *(RACE_WINDOW_ROPE, RACE_HYBRID_ROPE, RACE_HYBRID2_ROPE),
 )
 
 # Models that see all tokens. They take the positions, and RACE the P and L, of the configuration.
