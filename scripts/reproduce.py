@@ -7,6 +7,11 @@ Writes TABLE.json with every run, TABLE.md with means and deviations, and TABLE.
 finished runs are kept, the others continue from their last checkpoint, and failed ones are tried
 again. Ctrl-C, SIGTERM and SIGHUP stop the runs after their current step.
 
+--config.FIELD=VALUE changes a field of the configuration in every run, as in scripts/train_lm.py.
+Such a table needs a folder of its own:
+
+    scripts/reproduce.py causal_lm --config.model.dropout_rate=0.3 --out runs/dropout
+
 Exit status:
     0    every run is finished
     1    a run failed; the table names it and its log
@@ -15,6 +20,7 @@ Exit status:
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import sys
@@ -29,7 +35,7 @@ from experiments.table import BUDGETS, Table
 from race_jax.train.console import say, warn
 from race_jax.train.progress import duration
 from reproduction import figure, miniature, results
-from reproduction.plan import Run, check_files, make_runs
+from reproduction.plan import OWN_FIELDS, Run, check_files, make_runs
 from reproduction.work import environments, is_finished, visible_cards, work
 
 FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75
@@ -54,8 +60,16 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--data", type=pathlib.Path, help="folder of the data; without it: RACE_JAX_DATA")
     add("--keep", action="store_true", help="keep the checkpoints of finished runs")
     add("--show", action="store_true", help="train nothing: write the table of what is there")
-    options = parser.parse_args(words)
-    options.table = experiments.find(options.table)
+    options, others = parser.parse_known_args(words)
+    try:
+        changes = dict(_field(word) for word in others)
+    except ValueError as error:
+        parser.error(str(error))
+    if changes and options.out is None:
+        parser.error(
+            "--config changes what is compared; give the table a folder of its own (--out)"
+        )
+    options.table = dataclasses.replace(experiments.find(options.table), changes=changes)
     tiny = options.table.tiny if options.budget == "tiny" else ()
     for name, parts in (("methods", options.table.methods), ("data_sets", options.table.data)):
         known = [part.name for part in parts]
@@ -70,6 +84,23 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if options.data and not options.data.is_dir():
         parser.error(f"--data: there is no folder {options.data}")
     return options
+
+
+def _field(word: str) -> tuple[str, str]:
+    """Returns the field and the value of a word such as --config.model.width=64.
+
+    Raises:
+        ValueError: the word is not of this form, or the field is not free.
+    """
+    flag, found, value = word.partition("=")
+    field = flag.removeprefix("--config.")
+    if not found or field in ("", flag):
+        raise ValueError(f"unknown argument {word!r}; a change is written --config.FIELD=VALUE")
+    if field in (*OWN_FIELDS, "run.directory"):
+        raise ValueError(
+            f"{field} is not free, because each run has its own; see --seeds and --out"
+        )
+    return field, value
 
 
 class Progress:

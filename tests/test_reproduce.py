@@ -365,11 +365,27 @@ def test_a_command_line_that_cannot_be_is_refused(tmp_path, capsys):
         (["causal_lm", "--data-sets", "ptb,x"], "--data-sets: there is no 'x'"),
         (["causal_lm", "--data", str(tmp_path / "none")], "--data: there is no folder"),
         (["none"], "invalid choice: 'none'"),
+        (["causal_lm", "--job", "2"], "unknown argument '--job'"),
+        (["causal_lm", "--config.model.width=8"], "a folder of its own (--out)"),
+        (["causal_lm", "--config.=8"], "unknown argument '--config.=8'"),
+        (["causal_lm", "--config.run.seed=8"], "run.seed is not free"),
     ):
         with pytest.raises(SystemExit) as stop:
             reproduce.parse(words)
         assert stop.value.code == 2
         assert text in capsys.readouterr().err
+
+
+def test_fields_of_the_command_line_change_every_run_and_are_shown(tmp_path, capsys):
+    words = ["listops", "--budget", "tiny", "--show", "--out", str(tmp_path)]
+    changes = ["--config.model.dropout_rate=0.25", "--config.run.steps=7"]
+    assert reproduce.main([*words, *changes]) == 75
+    assert "Changed in every run: `model.dropout_rate=0.25`" in capsys.readouterr().out
+    runs = json.loads((tmp_path / "listops.json").read_text())["runs"]
+    assert {run["config"]["model"]["dropout_rate"] for run in runs} == {0.25}
+    assert {run["config"]["run"]["steps"] for run in runs} == {7}
+    assert reproduce.main([*words, "--config.model.widht=3"]) == 2
+    assert "did you mean width" in capsys.readouterr().err
 
 
 def test_missing_data_is_named_before_anything_runs(tmp_path, capsys, monkeypatch):

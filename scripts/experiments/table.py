@@ -114,6 +114,7 @@ class Table:
         budgets: the settings of each budget, for all data sets. Those of a data set come on top.
         tiny: the names of the data sets and of the methods that the budget "tiny" runs.
         size_label: the name of the figure's axis, if the data sets form a series.
+        changes: what the command line sets in every run.
     """
 
     name: str
@@ -123,8 +124,9 @@ class Table:
     budgets: Mapping[str, Settings] = dataclasses.field(default_factory=dict)
     tiny: tuple[str, ...] = ()
     size_label: str = ""
+    changes: Settings = dataclasses.field(default_factory=dict)
 
     def settings(self, data: Data, method: Method, budget: str) -> dict[str, Any]:
-        """Returns everything that a run sets; the method has the last word."""
+        """Returns everything that a run sets. The command line has the last word."""
         common, own = self.budgets.get(budget, {}), data.budgets.get(budget, {})
-        return {**data.settings, **common, **own, **method.settings}
+        return {**data.settings, **common, **own, **method.settings, **self.changes}

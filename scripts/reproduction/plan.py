@@ -20,6 +20,7 @@ from race_jax.train.flags import parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "scripts/train_lm.py"
+OWN_FIELDS = ("run.seed", "run.tensorboard", "run.compilation_cache")  # that a run gets by itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +99,8 @@ def make_runs(
 
 
 def _make_run(settings: dict[str, Any], data: Data, method: Method, seed: int, out: Path) -> Run:
-    settings = settings | {
-        "run.seed": seed,
-        "run.tensorboard": False,
-        "run.compilation_cache": str(out / "compiled"),
-    }
+    own_values = seed, False, str(out / "compiled")
+    settings = settings | dict(zip(OWN_FIELDS, own_values, strict=True))
     own = [f"--config.{field}={as_word(value)}" for field, value in settings.items()]
     try:
         config = parse_config(["--config", str(ROOT / data.config), *own])

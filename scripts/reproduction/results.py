@@ -136,6 +136,8 @@ def markdown(table: Table, content: dict[str, Any]) -> str:
     """
     records = content["runs"]
     parts = [f"# {table.title}", _conditions(content)]
+    if table.changes:
+        parts.append(f"Changed in every run: {_settings(table.changes)}.")
     for data in table.data:
         own = [record for record in records if record["data"] == data.name]
         if own:
@@ -242,10 +244,13 @@ def _changes(methods: Sequence[Method]) -> str:
     for method in methods:
         shown = method.parent in labels
         settings = method.change if shown else method.settings
-        words = ", ".join(f"`{name}={as_word(value)}`" for name, value in settings.items())
         start = f"as “{labels[method.parent]}”, with " if shown else ""
-        lines.append(f"- **{method.label}** (`{method.name}`): {start}{words}")
+        lines.append(f"- **{method.label}** (`{method.name}`): {start}{_settings(settings)}")
     return "\n".join(lines)
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{name}={as_word(value)}`" for name, value in settings.items())
 
 
 def _one_of(texts: Any) -> str:
