@@ -57,4 +57,6 @@ def __getattr__(name: str) -> Any:
     if name in ("HashPlanes", "RACEAttention"):
         file = "planes" if name == "HashPlanes" else "race"
         return getattr(importlib.import_module(f"race_jax.layers.{file}"), name)
+    if name in ("data", "diagnostics", "layers", "models", "streaming", "tasks", "train"):
+        raise AttributeError(f"race_jax does not load {name!r} by itself: import race_jax.{name}")
     raise AttributeError(f"module 'race_jax' has no attribute {name!r}")

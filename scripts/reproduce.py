@@ -176,12 +176,12 @@ def main(words: Sequence[str]) -> int:
             options.data_sets,
             options.out,
         )
-        options.out.mkdir(parents=True, exist_ok=True)
         if options.budget == "tiny" and not options.data:
             options.data = options.out / "miniature"
             miniature.write(options.data)
         if not options.show:
             check_files(runs, options.data)
+        options.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         warn(f"reproduce: {error}")
         return REFUSED

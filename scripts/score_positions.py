@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.text import progress_bar
 from race_jax.data.documents import Document
 from race_jax.data.sources import read_file
 from race_jax.data.tokenizer import ByteTokenizer, Tokenizer
@@ -157,18 +158,15 @@ def score(options: argparse.Namespace) -> dict[int, dict[int, tuple[float, int]]
         is_bytes = isinstance(tokenizer, ByteTokenizer)
         ids = tokenizer.encode(data if is_bytes else Document(str(path), data).text())
         for context, totals in sums.items():
-            tell = lambda done, end="": print(  # noqa: E731
-                f"\r{path.name}: {done:,} of {len(ids):,} tokens",  # noqa: B023
-                end=end,
-                file=sys.stderr,
-                flush=True,
-            )
+            name = f"{path.name}, {f'windows of {context:,}' if context else 'as one context'}"
+            print(f"{name}: {len(ids):,} tokens", file=sys.stderr, flush=True)
             length = options.segment_length
-            pieces = book_nats(model, ids, segment_length=length, context=context, tell=tell)
-            for bucket, (nats, count) in by_position(pieces).items():
-                before = totals.get(bucket, (0.0, 0))
-                totals[bucket] = before[0] + nats, before[1] + count
-            tell(len(ids), end="\n")
+            with progress_bar(len(ids) - 1) as bar:
+                tell = lambda done, bar=bar: bar.update(done - bar.n)  # noqa: E731
+                pieces = book_nats(model, ids, segment_length=length, context=context, tell=tell)
+                for bucket, (nats, count) in by_position(pieces).items():
+                    before = totals.get(bucket, (0.0, 0))
+                    totals[bucket] = before[0] + nats, before[1] + count
     return sums
 
 
@@ -193,6 +191,7 @@ def main(argv: list[str]) -> int:
     except (ValueError, RuntimeError) as error:
         print(f"score_positions: {error}", file=sys.stderr)
         return 2
+    print("The mean loss in bits a token, by the position in the book and the context:\n")
     print("\n".join(table_lines(sums)))
     if options.json is not None:
         rows = [

@@ -108,3 +108,5 @@ def test_public_names():
         assert getattr(race_jax, name).__doc__, name
     with pytest.raises(AttributeError, match="no_such_name"):
         race_jax.no_such_name  # noqa: B018
+    with pytest.raises(AttributeError, match="import race_jax"):
+        race_jax.__getattr__("train")

@@ -411,6 +411,7 @@ def test_a_table_of_runs_that_were_never_started_is_shown_as_unfinished(tmp_path
     assert reproduce.main(words) == 75
     out = capsys.readouterr().out
     assert "0 of 4 runs finished" in out
+    assert "These numbers mean nothing" in out
     assert "4 of 4 runs are not finished; the same command goes on" in out
     assert len(json.loads((tmp_path / "listops.json").read_text())["runs"]) == 4
 

@@ -87,6 +87,7 @@ def _buckets(axes: Any, found: Buckets) -> None:
     for table in share:
         axes.plot(rank, table, color="C0", alpha=max(0.15, 1 / tables))
     axes.axhline(1 / number, linestyle=":", color="0.4")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     entropy = float(np.mean(np.asarray(found.entropy)))
     axes.set(
         **{"xlabel": "bucket, the fullest first", "ylabel": "share of tokens"},

@@ -47,7 +47,13 @@ class Running(NamedTuple):
 
 def advance(f: Step, params: Any, state: Any, segment: Any) -> tuple[Any, Any]:
     """Returns ``f(params, state, segment)``, checked: the state after it, and its sums."""
-    after, sums = f(params, state, segment)
+    returned = f(params, state, segment)
+    if not (isinstance(returned, tuple) and len(returned) == 2):
+        raise TypeError(
+            "f must return the state after the segment and its sums, as (state, sums); got "
+            f"{jax.tree.structure(returned)}"
+        )
+    after, sums = returned
     _check_state(state, after)
     for path, x in jax.tree_util.tree_leaves_with_path(sums):
         if jnp.shape(x):

@@ -32,8 +32,8 @@ def plot_losses(records: Sequence[Record], path: Path, *, title: str, unit: str)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     steps, losses = ([record[name] for record in train] for name in ("step", "loss"))
-    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(steps, _running_mean(losses), color="tab:blue", label="training, running mean")
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training")
+    axes.plot(steps, _running_mean(losses), color="tab:blue", label="its running mean")
     if held_out:
         axes.plot(
             [record["step"] for record in held_out],
@@ -44,6 +44,7 @@ def plot_losses(records: Sequence[Record], path: Path, *, title: str, unit: str)
         )
     axes.set(xlabel="optimizer step", ylabel=f"loss ({unit})")
     axes.set_title(title, parse_math=False)  # $...$ in the name of a folder is no formula
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     with warnings.catch_warnings():

@@ -42,11 +42,15 @@ def draw(table: Table, content: Mapping[str, Any], path: Path) -> bool:
             figure.set_size_inches(9.5, 4.2)
             _lines(figure.subplots(), table, data, records)
         else:
-            figure.set_size_inches(2.2 + 2.8 * len(data), 1.2 + 0.26 * len(table.methods))
+            rows = len({record["method"] for record in records})
+            figure.set_size_inches(2.2 + 2.8 * len(data), 1.6 + 0.26 * rows)
             panels = figure.subplots(1, len(data), sharey=True, squeeze=False)[0]
             for axes, d in zip(panels, data, strict=True):
                 _panel(axes, table.methods, d, records)
-        figure.suptitle(f"{table.title}, budget {content['budget']}", x=0.01, ha="left")
+        title = f"{table.title}, budget {content['budget']}"
+        if content["budget"] == "tiny":
+            title += ": a trial, whose numbers mean nothing"
+        figure.suptitle(title, x=0.01, ha="left")
         figure.savefig(path, format="svg", metadata={"Date": None})
     return True
 

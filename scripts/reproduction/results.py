@@ -17,6 +17,10 @@ from race_jax.train.files import write_text
 from reproduction.plan import Run, as_word, shown
 from reproduction.work import outcome_of
 
+TRIAL = (
+    "**These numbers mean nothing.** The budget `tiny` trains for seconds, and on generated data "
+    "unless `--data` is given. It shows that every part works."
+)
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -136,6 +140,8 @@ def markdown(table: Table, content: dict[str, Any]) -> str:
     """
     records = content["runs"]
     parts = [f"# {table.title}", _conditions(content)]
+    if content["budget"] == "tiny":
+        parts.append(TRIAL)
     if table.changes:
         parts.append(f"Changed in every run: {_settings(table.changes)}.")
     for data in table.data:

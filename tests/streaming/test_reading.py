@@ -159,6 +159,7 @@ def run_toy(f=scaled, params=2.0, state=(), x=ROW, d_state=None, **options):
             r"state was float32\[3\] and became float32\[2\]",
         ),
         (lambda: run_toy(lambda p, s, x: (None, p), state=0.0), TypeError, "a state like the one"),
+        (lambda: run_toy(lambda p, s, x: p), TypeError, r"as \(state, sums\); got"),
         (
             lambda: run_toy(lambda p, s, x: (s, {"nats": p * x})),
             TypeError,
