@@ -22,6 +22,7 @@ import time
 
 GRACE = 10.0  # seconds that the others have, to end by themselves
 STOPPED = 75  # the exit status of a run that was stopped early and is saved
+REFUSED = 2  # the exit status where nothing was started
 
 
 def free_port() -> int:
@@ -85,7 +86,8 @@ def watch(processes: list[subprocess.Popen]) -> int:
     if left:
         say(f"stopped {', '.join(map(str, left))}")
     codes = ", ".join(str(process.returncode) for process in processes)
-    say(f"all have ended, with status {codes}; the same command goes on from the last checkpoint")
+    again = "" if code == REFUSED else "; the same command goes on from the last checkpoint"
+    say(f"all have ended, with status {codes}{again}")
     return code if code > 0 else 128 - code
 
 

@@ -17,6 +17,7 @@ from race_jax.data.token_file import write_token_file
 from race_jax.data.tokenizer import ByteTokenizer
 from race_jax.train.config import Config
 from race_jax.train.loop import train
+from scripts import launch_local
 from tests import quick
 from tests.test_commands import shell_commands
 from tests.train.small import small_config
@@ -121,6 +122,52 @@ def test_two_processes_are_one_run(folder, assert_close):
     for name in ("loss", "grad_norm"):
         got, want = (np.array([x[step][name] for step in one]) for x in (before, one))
         assert_close(name, got, want, kind="gradients")
+
+
+def start_alone(folder, index, port, *words) -> subprocess.Popen:
+    """Starts one of two processes, with words of its own."""
+    mesh = {"coordinator": f"127.0.0.1:{port}", "processes": 2, "process": index, "data": 2}
+    command = [sys.executable, "scripts/train_lm.py", "--config", str(folder / "config.py")]
+    command += [f"--config.mesh.{name}={value}" for name, value in mesh.items()]
+    command += [f"--config.data.root={folder}", f"--config.run.directory={folder / 'run'}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    return subprocess.Popen([*command, *words], cwd=ROOT, env=environment, **pipes)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("what", "own", "said", "by_the_first"),
+    [
+        (
+            "values and files",
+            ("--config.optimizer.learning_rate=0.5", "--config.data.root={other}"),
+            r"process 1 differs from the first one: config\.optimizer\.learning_rate is 0\.001 "
+            r"there and 0\.5 here; the training text has the sha256 \w+ there and \w+ here",
+            "another process of this run has other values or files",
+        ),
+        (
+            "the folder",
+            ("--config.run.directory={other}",),
+            r"process 1 does not find what the first one has written to config\.run\.directory",
+            "another process does not share config.run.directory",
+        ),
+    ],
+)
+def test_processes_must_agree_before_they_train(folder, what, own, said, by_the_first):
+    other = folder / "other"
+    other.mkdir()
+    text = np.frombuffer(b"another text, but as long as is needed " * 50, np.uint8)
+    for name, ids in {"train": text[:1900], "valid": text[-100:]}.items():
+        write_token_file(other / f"{name}.npy", [ids], ByteTokenizer())
+    port = launch_local.free_port()
+    words = [word.format(other=other) for word in own]
+    running = [start_alone(folder, 0, port), start_alone(folder, 1, port, *words)]
+    outputs = [process.communicate(timeout=120)[0] for process in running]
+    assert [process.returncode for process in running] == [2, 2], outputs
+    assert re.search(said, outputs[1]), outputs[1]
+    assert by_the_first in outputs[0], outputs[0]
+    assert not list(folder.glob("run/.seen-*"))
 
 
 def test_what_does_not_fit_is_refused():

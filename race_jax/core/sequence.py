@@ -71,6 +71,28 @@ def _last_before(
     return jnp.where(latest >= 0, found, initial)
 
 
+def entering_count(
+    own: jax.Array, starts_anew: jax.Array, initial: jax.Array, axis_name: Axis
+) -> jax.Array:
+    """Returns the tokens of the present segment before each device's stretch, ``(B,)`` int32.
+
+    Args:
+      own: ``(B,)`` int32, the tokens of the segment in which this stretch ends, on this device.
+      starts_anew: ``(B,)`` bool, whether that segment begins on this device.
+      initial: ``(B,)`` int32, the tokens before the whole sequence.
+      axis_name: the mesh axis that splits the sequence.
+    """
+
+    def add(before: jax.Array, stretch: tuple[jax.Array, jax.Array]):
+        own, starts_anew = stretch
+        return own + jnp.where(starts_anew, 0, before), before
+
+    stretches = jax.lax.all_gather((own, starts_anew), axis_name)
+    initial = initial + jnp.zeros_like(stretches[0][0])  # varies over the axis as the others do
+    _, entering = jax.lax.scan(add, initial, stretches)
+    return entering[jax.lax.axis_index(axis_name)]
+
+
 def entering_window(
     own: jax.Array, count: jax.Array, initial: jax.Array, axis_name: Axis
 ) -> jax.Array:

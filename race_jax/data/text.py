@@ -161,9 +161,7 @@ def _stored_data(config: DataConfig, batch_size: int, seed: int, unread: bool) -
         if getattr(config, field)
     }
     tokenizer = train_file.tokenizer
-    for file in others.values():
-        if file.tokenizer.to_dict() != tokenizer.to_dict():
-            raise ValueError(f"{file.path} and {train_file.path} were made by different tokenizers")
+    _check_alike(train_file, others)
     if config.tokenizer != tokenizer.name:
         raise ValueError(
             f"config.data.tokenizer must be that of {train_file.path}, {tokenizer.name!r}, got "
@@ -211,6 +209,18 @@ def _stored_data(config: DataConfig, batch_size: int, seed: int, unread: bool) -
         + ("read from the disk when they are needed; " if unread else "")
         + f"{tokenizer.name}, vocabulary {tokenizer.vocab_size:,}; sha256 {digest[:16]}",
     )
+
+
+def _check_alike(train_file: TokenFile, others: dict[str, TokenFile]) -> None:
+    """Raises ValueError unless all token files have one tokenizer and one dtype."""
+    for file in others.values():
+        if file.tokenizer.to_dict() != train_file.tokenizer.to_dict():
+            raise ValueError(f"{file.path} and {train_file.path} were made by different tokenizers")
+        if file.ids.dtype != train_file.ids.dtype:
+            raise ValueError(
+                f"{file.path} holds ids in {file.ids.dtype}, and {train_file.path} in "
+                f"{train_file.ids.dtype}; write both in one, as scripts/write_tokens.py --like does"
+            )
 
 
 def _scored_ids(tokenizer: Tokenizer, ids: np.ndarray, batches: grain.IterDataset) -> HeldOut:

@@ -128,8 +128,12 @@ def open_token_file(path: Path) -> TokenFile:
         piece = ids[first : first + PIECE]
         digest.update(np.ascontiguousarray(piece).data)
         least, last = min(least, int(piece.min())), max(last, int(piece.max()))
-    fits = least >= 0 and last < tokenizer.vocab_size
-    if digest.hexdigest() != record["sha256"] or not fits:
+    if least < 0 or last >= tokenizer.vocab_size:
+        raise ValueError(
+            f"{path}: holds the id {least if least < 0 else last}, and its tokenizer has "
+            f"{tokenizer.vocab_size} ids, counted from 0; write the file again"
+        )
+    if digest.hexdigest() != record["sha256"]:
         raise ValueError(
             f"{path}: its ids are not those that {_record_path(path).name} beside it describes "
             f"(sha256 {digest.hexdigest()[:16]} and {record['sha256'][:16]}); write both again"
@@ -176,7 +180,8 @@ def _read_record(path: Path) -> dict[str, Any]:
     beside = _record_path(path)
     try:
         record = json.loads(beside.read_bytes())
-        known = {"tokenizer", "tokens", "sha256"} <= record.keys()
+        kinds = {"tokenizer": dict, "tokens": int, "sha256": str}
+        known = all(isinstance(record.get(name), kind) for name, kind in kinds.items())
     except (OSError, ValueError, AttributeError):
         known = False
     if not known:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from race_jax.core import masking
+from race_jax.core import masking, sequence
+from race_jax.core.shapes import Axis
 from race_jax.core.state import EMPTY
 from race_jax.models import block as block_module
 from race_jax.models.block import Block
@@ -98,6 +99,7 @@ class Transformer(nnx.Module):
         self.norm = LayerNorm(config.width, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(config.dropout_rate)
         self.deterministic = True
+        self.axis_name = None
         attentions = [block.attention for block in self.blocks]
         self.needs_rngs = config.dropout_rate > 0 or any(
             getattr(attention, "needs_rngs", False) for attention in attentions
@@ -172,6 +174,10 @@ class Transformer(nnx.Module):
         drop_keys = self._dropout_keys(deterministic, rngs)
         start = per_row(0 if state is None else state.position, tokens)
         start_segment = per_row(EMPTY if state is None else state.segment, tokens)
+        if self.axis_name is not None:
+            start, start_segment = _entering(
+                start, start_segment, tokens, key_value_mask, segment_ids, self.axis_name
+            )
         if positions is None:
             positions = token_positions(
                 tokens.shape[1],
@@ -190,6 +196,8 @@ class Transformer(nnx.Module):
         position = _next_position(positions, start, key_value_mask)
         ids = masking.fill_segments(segment_ids, key_value_mask, start_segment)
         segment = masking.last_segment(ids, key_value_mask, start_segment, tokens.shape[1])
+        if self.axis_name is not None:
+            position, segment = sequence.from_last((position, segment), self.axis_name)
         return x, TransformerState(layers, position, segment)
 
     def encode(
@@ -232,14 +240,17 @@ class Transformer(nnx.Module):
                 x, layers[i] = block_module.apply(block, *inputs, remat=self.remat)
         return self.norm(x), tuple(layers)
 
-    def set_view(self, deterministic: bool | None = None) -> None:
+    def set_view(self, deterministic: bool | None = None, axis_name: Axis | None = None) -> None:
         """Sets what ``nnx.view`` changes.
 
         Args:
             deterministic: whether dropout is off, or None to leave it as it is.
+            axis_name: the mesh axis over whose devices the sequence is split, or None to leave it.
         """
         if deterministic is not None:
             self.deterministic = deterministic
+        if axis_name is not None:
+            self.axis_name = axis_name
 
     def _dropout_keys(self, deterministic: bool | None, rngs) -> list:
         count = len(self.blocks) + 1
@@ -309,6 +320,27 @@ def _has_cache(attention: nnx.Module) -> bool:
 def _has_state(attention: nnx.Module) -> bool:
     """Returns whether an attention carries a state of fixed size."""
     return jax.eval_shape(lambda: attention.init_state(1)) is not None
+
+
+def _entering(start, start_segment, tokens, key_value_mask, segment_ids, axis_name) -> tuple:
+    """Returns the position and the segment before the stretch of tokens of each device."""
+    length = tokens.shape[1]
+    entering = sequence.entering_segment(
+        segment_ids, key_value_mask, start_segment, length, axis_name
+    )
+    zero = jnp.zeros_like(entering)
+    own = token_positions(
+        length,
+        zero,
+        key_value_mask=key_value_mask,
+        segment_ids=segment_ids,
+        start_segment=entering,
+    )
+    ids = masking.fill_segments(segment_ids, key_value_mask, entering)
+    leaving = masking.last_segment(ids, key_value_mask, entering, length)
+    count = _next_position(own, zero, key_value_mask)
+    starts_anew = (leaving != entering) & (entering != EMPTY)
+    return sequence.entering_count(count, starts_anew, start, axis_name), entering
 
 
 def _next_position(positions, start, key_value_mask) -> jax.Array:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from race_jax.streaming.step import check_at_least_one, common_length
@@ -83,7 +84,7 @@ def read_ahead(segments: Any, order: list[int]) -> Iterator[Any]:
 
     def read(index: int) -> Any:
         # A copy: a mapped file must not be read any more when the computation uses the segment.
-        segment = jax.tree.map(np.array, segments[index])
+        segment = jax.tree.map(_copy, segments[index])
         digest = _digest(segment)
         if digests.setdefault(index, digest) != digest:
             raise ValueError(
@@ -99,6 +100,15 @@ def read_ahead(segments: Any, order: list[int]) -> Iterator[Any]:
             if following is not None:
                 coming = thread.submit(read, following)
             yield segment
+
+
+def _copy(x: Any) -> np.ndarray:
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"a sequence that is read from the host holds numbers; got keys of dtype {x.dtype}. "
+            "Pass their jax.random.key_data, and make keys of it inside f"
+        )
+    return np.array(x)
 
 
 def _digest(segment: Any) -> int:

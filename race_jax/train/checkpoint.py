@@ -126,6 +126,8 @@ class Checkpoints:
                 self._marker.unlink()
             processes.wait("the checkpoint is whole")
         except Exception as error:  # Orbax raises many kinds of errors
+            if processes.are_several() and isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # another process has died
             raise RuntimeError(
                 f"the checkpoint of step {step} could not be written to {self._directory}; those "
                 f"of steps {self._whole_steps()} are untouched. The reason: {one_line(error)}"

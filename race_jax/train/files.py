@@ -186,7 +186,7 @@ def changes(then: dict[str, Any], now: dict[str, Any], config: Config) -> list[s
     Returns:
         One sentence for each difference, with the name of the field and both values.
     """
-    names = (name for name in _differences(then, now) if not is_free(name, config))
+    names = (name for name in differences(then, now) if not is_free(name, config))
     return [_change(name, then, now) for name in names]
 
 
@@ -214,7 +214,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 def _change(name: str, then: dict[str, Any], now: dict[str, Any]) -> str:
     """Says what has changed since the run began, with both values."""
-    old, new = _look_up(then, name), _look_up(now, name)
+    old, new = look_up(then, name), look_up(now, name)
     section, _, content = name.partition(".")
     if section == "digests":
         return f"{content} has changed (sha256 {old} then, {new} now)"
@@ -234,19 +234,25 @@ def is_free(name: str, config: Config) -> bool:
     return name in FREE_FIELDS or extends
 
 
-def _differences(then: Any, now: Any, path: str = "") -> list[str]:
-    """Returns the dotted names of the values that differ between two nested dicts."""
+def differences(then: Any, now: Any, path: str = "") -> list[str]:
+    """Returns the dotted names of the values that differ between two nested dicts.
+
+    Example:
+        >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4})
+        ['a.c', 'd']
+    """
     if not (isinstance(then, dict) and isinstance(now, dict)):
         return [] if then == now else [path]
     names = [*now, *(name for name in then if name not in now)]
     return [
         found
         for name in names
-        for found in _differences(then.get(name), now.get(name), f"{path}.{name}".strip("."))
+        for found in differences(then.get(name), now.get(name), f"{path}.{name}".strip("."))
     ]
 
 
-def _look_up(values: Any, name: str) -> Any:
+def look_up(values: Any, name: str) -> Any:
+    """Returns the value of a dotted name, or None if there is none."""
     for part in name.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values

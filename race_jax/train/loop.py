@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 
 from race_jax.tasks.registry import task_named
-from race_jax.train import processes
+from race_jax.train import agreement, processes
 from race_jax.train.config import Config
 from race_jax.train.console import only_warn
 from race_jax.train.files import run_directory
@@ -69,9 +69,14 @@ def train(config: Config, *, exit_at_once: bool = False) -> Result:
     if not processes.is_first():
         only_warn()
     path = Path(run.directory or f"runs/{config.task}").expanduser()
-    with run_directory(path, is_first=processes.is_first()) as directory:
+    with (
+        processes.end_with_others(exit_at_once=exit_at_once),
+        run_directory(path, is_first=processes.is_first()) as directory,
+    ):
         processes.wait("the run directory is there")
+        agreement.check_folder(directory)
         task = task_named(config.task)(config)
+        agreement.check_same(config, task.digests)
         with (
             StopRequest(run.max_seconds, exit_at_once=exit_at_once) as stop,
             Trainer(config, task, directory) as trainer,

@@ -88,6 +88,16 @@ def of_first(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def text_of_first(text: str) -> str:
+    """Returns the text that the first process gives. All of them ask at the same time."""
+    if not are_several():
+        return text
+    own = np.frombuffer(text.encode(), np.uint8)
+    data = np.zeros(of_first(len(own)), np.uint8)
+    data[: len(own)] = own[: len(data)]
+    return bytes(multihost_utils.broadcast_one_to_all(data)).decode()
+
+
 @contextlib.contextmanager
 def end_with_others(*, exit_at_once: bool) -> Iterator[None]:
     """Says, where there are several processes, that an error of JAX means the loss of another one.
@@ -102,7 +112,7 @@ def end_with_others(*, exit_at_once: bool) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if not are_several():
+        if not are_several() or "RESOURCE_EXHAUSTED" in str(error):
             raise
         text = (
             f"process {jax.process_index()} of {jax.process_count()} stops, because another one "

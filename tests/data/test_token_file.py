@@ -54,6 +54,12 @@ def test_the_script_writes_what_its_tokenizer_says(tmp_path, capsys):
         (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"), "its ids are not those"),
         (lambda path: path.with_name("t.npy.json").unlink(), r"t\.npy\.json beside it is missing"),
         (lambda path: path.with_name("t.npy.json").write_text("{}"), "is missing or damaged"),
+        (
+            lambda path: path.with_name("t.npy.json").write_text(
+                '{"tokenizer": {}, "tokens": 9, "sha256": 5}'
+            ),
+            "is missing or damaged",
+        ),
         (lambda path: np.save(path, np.zeros((2, 2))), r"holds float64 of shape \(2, 2\)"),
         (lambda path: path.unlink(), "cannot be read"),
     ],
@@ -81,8 +87,19 @@ def test_parts_of_other_numbers_are_refused(tmp_path, dtypes):
 def test_a_negative_id_is_refused(tmp_path):
     path = tmp_path / "tokens.npy"
     write_token_file(path, [np.array([1, -5, 2], np.int32)], ByteTokenizer())
-    with pytest.raises(ValueError, match="its ids are not those"):
+    with pytest.raises(ValueError, match="holds the id -5, and its tokenizer has 256 ids"):
         open_token_file(path)
+
+
+def test_files_of_different_numbers_are_refused(tmp_path):
+    for name, dtype in {"train": np.uint8, "valid": np.int32}.items():
+        write_token_file(tmp_path / f"{name}.npy", [TEXT.astype(dtype)], ByteTokenizer())
+    files = {"train_files": ("train.npy",), "valid_files": ("valid.npy",)}
+    config = DataConfig(
+        source="tokens", root=str(tmp_path), tokenizer="bytes", sequence_length=4, **files
+    )
+    with pytest.raises(ValueError, match=r"valid\.npy holds ids in int32, .* in uint8; write both"):
+        build_data(config, batch_size=1, seed=0)
 
 
 def test_held_out_bytes_stay_on_the_disk(tmp_path):

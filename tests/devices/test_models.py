@@ -114,3 +114,35 @@ def test_stretches_of_a_layer_drop_different_entries():
     dropped = (jax.jit(run)(x) == 0).reshape(4, -1)
     assert 0.3 < dropped.mean() < 0.7
     assert not any((dropped[0] == other).all() for other in dropped[1:])
+
+
+@pytest.mark.parametrize("positions", ["none", "learned"])
+@pytest.mark.parametrize("kind", ["plain", "padded", "packed"])
+def test_the_state_of_a_split_sequence_is_that_of_the_whole(kind, positions, assert_close):
+    race = {"num_tables": 2, "num_planes": 2}
+    config = ModelConfig(
+        num_layers=1, width=16, num_heads=2, positions=positions, max_length=40, race=race
+    )
+    model = TransformerLM(config, vocab_size=20, rngs=nnx.Rngs(0))
+    tokens = jnp.arange(32, dtype=jnp.int32).reshape(2, 16) * 7 % 20
+    masks = {}
+    if kind != "plain":  # the last device has no token of the second row
+        lengths = jnp.array([16, 11])[:, None]
+        masks["key_value_mask"] = (jnp.arange(16) < lengths) & (jnp.arange(16) != 2)
+    if kind == "packed":  # of the first row, the second document fills the devices 1 and 2
+        ends = jnp.array([[4, 13], [5, 6]])
+        masks["segment_ids"] = (jnp.arange(16) >= ends[..., None]).sum(1, dtype=jnp.int32)
+    _, state = model.hidden(tokens[:, :3], state=model.init_state(2))
+    want = model.hidden(tokens, state=state, **masks)
+    mesh = jax.make_mesh((4,), ("seq",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+
+    def stretch(tokens, masks):
+        return nnx.view(model, axis_name="seq").hidden(tokens, state=state, **masks)
+
+    split = jax.shard_map(
+        stretch, mesh=mesh, in_specs=P(None, "seq"), out_specs=(P(None, "seq"), P())
+    )
+    got = jax.jit(split)(tokens, masks)
+    assert got[1].position.tolist() == want[1].position.tolist()
+    assert got[1].segment.tolist() == want[1].segment.tolist()
+    assert_close(kind, got, want, kind="outputs")

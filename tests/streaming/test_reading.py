@@ -68,6 +68,12 @@ def test_data_that_changes_between_the_passes_is_noticed(change):
         streaming.host_value_and_grad(scaled)(2.0, (), Changing(change))
 
 
+def test_keys_of_random_numbers_are_refused():
+    keys = jax.random.split(jax.random.key(0), 4)[None]
+    with pytest.raises(TypeError, match=r"keys of dtype key<fry>.*jax\.random\.key_data"):
+        streaming.host_value_and_grad(scaled)(2.0, (), streaming.Segments(keys, 2))
+
+
 def test_a_file_that_is_cut_short_is_noticed(tmp_path):
     file = tmp_path / "tokens.bin"
     np.arange(100_000, dtype=np.uint16).tofile(file)

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from race_jax.data.tokenizer import CharacterTokenizer
+from race_jax.train import processes
 from race_jax.train.checkpoint import Checkpoints, checkpoint_folder, load_for_inference
 from tests.train.small import VOCAB, small_config, small_parts
 
@@ -164,6 +165,20 @@ def test_a_failed_write_leaves_the_one_before(tmp_path, parts, monkeypatch, asse
     checkpoints.close()
     checkpoints = Checkpoints(tmp_path, say=lambda text: None)
     assert_close("state", checkpoints.restore(state).state, at_step(state, 1), kind="rerun")
+    checkpoints.close()
+
+
+def test_the_death_of_another_process_is_not_taken_for_a_full_disk(tmp_path, parts, monkeypatch):
+    def fails(*args, **options):
+        raise jax.errors.JaxRuntimeError("Gloo AllGather failed")
+
+    checkpoints = saved(tmp_path, parts[1], [1])
+    monkeypatch.setattr(checkpoints._manager, "save", fails)
+    with pytest.raises(RuntimeError, match="the checkpoint of step 2 could not be written"):
+        checkpoints.save(at_step(parts[1], 2), about(2))
+    monkeypatch.setattr(processes, "are_several", lambda: True)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="^Gloo"):
+        checkpoints.save(at_step(parts[1], 2), about(2))
     checkpoints.close()
 
 
