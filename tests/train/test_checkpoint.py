@@ -177,7 +177,7 @@ def test_the_death_of_another_process_is_not_taken_for_a_full_disk(tmp_path, par
     with pytest.raises(RuntimeError, match="the checkpoint of step 2 could not be written"):
         checkpoints.save(at_step(parts[1], 2), about(2))
     monkeypatch.setattr(processes, "are_several", lambda: True)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="^Gloo"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Gloo"):
         checkpoints.save(at_step(parts[1], 2), about(2))
     checkpoints.close()
 
