@@ -176,17 +176,20 @@ def of(rows: Sequence[dict], shape: tuple) -> list[dict]:
 
 def panel(axes: Any, rows: Sequence[dict], field: str, scale: float, value: str) -> None:
     """Draws a line for each method over its ratios. Lists of a group are hollow points."""
+    from matplotlib.ticker import LogLocator
+
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for index, method in enumerate(methods):
         color = f"C{index}" if index < 10 else "0.3"
-        for selection, face in (("head", color), ("group", "white")):
+        for selection, face, size in (("head", color, 4), ("group", "none", 7)):
             own = [r for r in rows if (r["method"], r["selection"]) == (method, selection)]
             own.sort(key=lambda row: row["ratio"])
             x, y = [row[field] * scale for row in own], [row[value] for row in own]
             label = method if selection == "head" else None
-            style = {"color": color, "markerfacecolor": face, "markersize": 4, "linewidth": 1}
+            style = {"color": color, "markerfacecolor": face, "markersize": size, "linewidth": 1}
             axes.plot(x, y, "o-", label=label, **style)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter("{x:,g}")
-    axes.xaxis.set_minor_formatter("")
+    axes.xaxis.minorticks_off()
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
