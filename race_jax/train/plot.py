@@ -52,8 +52,9 @@ def plot_losses(records: Sequence[Record], path: Path, *, title: str, unit: str)
         write_whole(path, FigureCanvasAgg(figure).print_png)
 
 
-def _running_mean(losses: Sequence[float], keep: float = 0.9) -> list[float]:
-    """Computes exponential means that are corrected for their start."""
+def _running_mean(losses: Sequence[float]) -> list[float]:
+    """Computes exponential means that are corrected for their start, over at most ten losses."""
+    keep = min(0.9, max(0.0, 1 - 5 / len(losses)))  # a mean of a short run must not lag behind it
     total = weight = 0.0
     means = []
     for loss in losses:
