@@ -166,6 +166,15 @@ def write_table(table: Table, options: argparse.Namespace, runs: Sequence[Run]) 
 def main(words: Sequence[str]) -> int:
     """Runs the command line and returns the exit status."""
     options = parse(words)
+    try:
+        return run(options)
+    except OSError as error:
+        warn(f"reproduce: {options.out} cannot be written: {error}; finished runs are kept")
+        return FAILED
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains what is missing, writes the table, and returns the exit status."""
     table: Table = options.table
     try:
         runs = make_runs(

@@ -399,6 +399,13 @@ def test_missing_data_is_named_before_anything_runs(tmp_path, capsys, monkeypatc
     assert "--data" in said
 
 
+def test_a_table_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "listops.json").mkdir()
+    words = ["listops", "--budget", "tiny", "--show", "--out", str(tmp_path)]
+    assert reproduce.main(words) == 1
+    assert f"reproduce: {tmp_path} cannot be written: " in capsys.readouterr().err
+
+
 def test_a_table_inside_the_project_names_no_folder_of_this_machine():
     (run,) = plan.make_runs(TABLE, "small", [0], ["good"], ["copy"], ROOT / "runs" / "t")
     text = json.dumps(results.collect(TABLE, "small", [run]))

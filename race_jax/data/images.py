@@ -147,11 +147,16 @@ def read_jpeg_archive(path: Path) -> Images:
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yields the names and the contents of the JPEG files of an archive."""
+    data = read_unpacked(path)
     try:
-        with tarfile.open(fileobj=io.BytesIO(read_unpacked(path)), mode="r:") as archive:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
             for entry in archive:
                 if entry.isfile() and entry.name.lower().endswith((".jpg", ".jpeg")):
                     yield entry.name, archive.extractfile(entry).read()
+            # A bad header inside an archive ends the loop as the zeros at its end do.
+            rest = data[archive.offset :]
+            if len(rest) < tarfile.BLOCKSIZE or any(rest):
+                raise tarfile.ReadError(f"no entry and no end at byte {archive.offset}")
     except tarfile.TarError as error:
         raise ValueError(
             f"{path}: the tar archive is damaged or truncated ({error}); fetch it again"

@@ -230,6 +230,8 @@ def _table(
                 f"{name}:{number}: has {len(fields)} columns, and column {max(places) + 1} is read"
             )
         *parts, label = (fields[place] for place in places)
+        if not label.strip() or "\t" in label:
+            raise ValueError(f"{name}:{number}: {label!r} is no label; it is empty, or has a tab")
         yield LabeledText(tuple(parts), label.strip(), f"{name}:{number}")
 
 

@@ -241,7 +241,8 @@ def read_examples(path: Path) -> Examples:
         ValueError: the file cannot be read, or a line is not such a line, or a label is not what
             its expression comes to. The message names the file and the line.
     """
-    lines = Document(str(path), read_file(path)).text().removesuffix("\n").split("\n")
+    text = Document(str(path), read_file(path)).text()
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     has_header = lines[0].split("\t") == ["Source", "Target"]
     inputs, labels = [], []
     for number, line in enumerate(lines[has_header:], start=1 + has_header):

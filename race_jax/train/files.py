@@ -47,12 +47,15 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    draft = path.with_name(path.name + ".tmp")
-    with open(draft, "wb") as stream:
-        write(stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(draft, path)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same file
+    try:
+        with open(draft, "wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

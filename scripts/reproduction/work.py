@@ -137,9 +137,10 @@ def is_finished(run: Run) -> bool:
 def outcome_of(run: Run) -> dict[str, Any]:
     """Returns how a run ended; "status" is "missing" if it was never started."""
     path = run.directory / "outcome.json"
-    if not path.is_file():
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):  # it is not there, or a full disk has cut it short
         return {"status": "missing"}
-    return json.loads(path.read_bytes())
 
 
 def environments(

@@ -112,6 +112,8 @@ def test_an_archive_of_jpeg_files_is_read_and_bad_files_are_named(tmp_path):
         (archive(files | {name: big}), r", image 2 .* is of 8 x 9 pixels, .* are of 8 x 8"),
         (archive({"readme.txt": b"none"}), r": the archive holds no file CLASS/NAME\.jpg"),
         (archive(files)[:1500], r": the tar archive is damaged or truncated"),
+        (archive(files).rstrip(b"\0")[:-700], r": the tar archive is damaged or truncated"),
+        (archive(files).replace(b"train/blue/1", b"train/blue/2"), r": .* \(no entry and no end"),
         (b"no archive" * 100, r": the tar archive is damaged or truncated"),
     ):
         path.write_bytes(lzma.compress(changed))

@@ -59,6 +59,8 @@ def test_a_file_of_one_class_is_named_after_it():
         ("sentence\tlabel\na\t1\n", {}, r"f\.tsv:1: .* no column 'text' among sentence, label"),
         ("text\tlabel\na\t1\nb\n", {}, r"f\.tsv:3: has 1 columns, and column 2 is read"),
         ("text\tlabel\na\t1\n\nb\t0\n", {}, r"f\.tsv:3: has 1 columns"),
+        ("text\tlabel\na\t1\nb\t\n", {}, r"f\.tsv:3: '' is no label"),
+        ("text\tlabel\na\t1\nb\t0\t1\n", {}, r"f\.tsv:3: '0\\t1' is no label"),
         ("text\tlabel\n \t1\n", {}, r"f\.tsv:2: the text is empty"),
         ("text\tlabel\n", {}, r"f\.tsv: holds no labeled text"),
         ("just a text\n", {}, r"f\.tsv:1: neither a tab nor a comma"),

@@ -86,7 +86,9 @@ def test_both_forms_of_files_are_read_and_bad_lines_are_named(tmp_path):
     short.write_text("5\t( ( [SM 7 ) 8 ) ]\n2\t[MIN 2 3 ]\n")
     arena = tmp_path / "arena.tsv"
     arena.write_text("Source\tTarget\n( ( ( [SM 7 ) 8 ) ] )\t5\n[MIN 2 3 ]\t2\n")
-    for path in (short, arena):
+    as_csv_writes = tmp_path / "windows.tsv"
+    as_csv_writes.write_bytes(arena.read_bytes().replace(b"\n", b"\r\n"))
+    for path in (short, arena, as_csv_writes):
         examples = read_examples(path)
         assert examples.labels.tolist() == [5, 2]
         assert [ids.tolist() for ids in examples.inputs] == [[13, 7, 8, 14], [10, 2, 3, 14]]
