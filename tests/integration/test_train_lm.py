@@ -198,7 +198,7 @@ def test_the_reader_leaves_and_the_terminal_closes(folder):
     ],
 )
 def test_what_cannot_start_says_so_in_one_sentence(folder, words, status, said):
-    (folder / "taken" / "metrics.jsonl.tmp").mkdir(parents=True, exist_ok=True)
+    (folder / "taken" / "config.json").mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         [*command(folder, "unused"), *words],
         cwd=folder,
