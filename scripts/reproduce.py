@@ -14,7 +14,7 @@ Such a table needs a folder of its own:
 
 Exit status:
     0    every run is finished
-    1    a run failed; the table names it and its log
+    1    a run failed, which the table names with its log; or the table cannot be written
     2    nothing was started, because the command line or a setting cannot be used
     75   the command was stopped; the same command goes on
 """
