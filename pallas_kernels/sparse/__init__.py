@@ -9,6 +9,7 @@ from pallas_kernels import backend
 from pallas_kernels.sparse import attend
 from pallas_kernels.sparse.attend import dense_attention, listed_attention
 from pallas_kernels.sparse.codes import level_codes
+from pallas_kernels.sparse.queries import rounded_queries
 from pallas_kernels.sparse.scores import MOST_QUERIES, Forced, linear_scores
 from pallas_kernels.sparse.select import select
 
@@ -18,6 +19,7 @@ __all__ = [
     "level_codes",
     "linear_scores",
     "listed_attention",
+    "rounded_queries",
     "select",
     "supports",
     "supports_attention",

@@ -88,7 +88,8 @@ def dense_attention(
       query: ``(B, T, N, H)``, in the dtype of the keys. G·T is at most 16.
       key: ``(B, C, K, H)``.
       value: ``(B, C, K, V)``.
-      positions: ``(B, T)`` int32 below C, or -1 for a query that sees nothing and gets zeros.
+      positions: ``(B, T)`` int32 below C, -1 for a query that sees nothing and gets zeros, or less
+        for one that gets NaN.
       slopes: ``(K, G)`` float32, by how much a logit falls per token of distance, or None.
       plan: how to cut the call, or None for the heuristic.
       interpret: whether to run in the interpreter, on any device.
@@ -114,6 +115,7 @@ def listed_attention(
     indices: jax.Array,
     count: jax.Array,
     *,
+    positions: jax.Array | None = None,
     plan: Plan | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -126,6 +128,7 @@ def listed_attention(
       indices: ``(B, T, M, budget)`` int32, the slots of every list. M is N, or K if the query heads
         of a key/value head share a list.
       count: ``(B, T, M)`` int32, how many of them there are. Those behind are not read.
+      positions: ``(B, T)`` int32, below -1 for a query that gets NaN, or None if there is none.
       plan: how to cut the call, or None for the heuristic.
       interpret: whether to run in the interpreter, on any device.
 
@@ -138,7 +141,7 @@ def listed_attention(
     lists, budget = indices.shape[2:]
     grouped = query.reshape(batch * times, 1, lists, heads // lists, -1)
     arrays = {
-        "positions": None,
+        "positions": None if positions is None else positions.reshape(batch * times, 1),
         "slopes": None,
         "indices": indices.reshape(batch * times, lists, budget),
         "count": count.reshape(batch * times, lists),
@@ -184,7 +187,10 @@ def _attend(query, key, value, arrays, cut: Plan | None, interpret: bool) -> jax
             "query": (query, pl.BlockSpec(whole, lambda m, s, q: (q, 0, m, 0, 0))),
             "key": (key, cached(head_dim)),
             "value": (value, cached(value_dim)),
-            "positions": (arrays["positions"], pl.BlockSpec((None, times), lambda m, s, q: (q, 0))),
+            "positions": (
+                arrays["positions"] if indices is None else None,
+                pl.BlockSpec((None, times), lambda m, s, q: (q, 0)),
+            ),
             "slopes": (arrays["slopes"], pl.BlockSpec((None, group), lambda m, s, q: (m, 0))),
             "indices": (indices, one(slots)),
             "count": (arrays["count"], one()),
@@ -198,7 +204,8 @@ def _attend(query, key, value, arrays, cut: Plan | None, interpret: bool) -> jax
         interpret=interpret,
     )
     shape = rows, times, lists, group, value_dim
-    return _merged(problem, vars(sums), Output(shape, value.dtype, _query_head(problem, value_dim)))
+    out = Output(shape, value.dtype, _query_head(problem, value_dim))
+    return _merged(problem, vars(sums), arrays["positions"], out)
 
 
 def _kernel(problem: Problem, refs: SimpleNamespace) -> None:
@@ -275,17 +282,19 @@ def _query_head(problem: Problem, width: int) -> pl.BlockSpec:
     )
 
 
-def _merged(problem: Problem, sums: dict[str, jax.Array], out: Output) -> jax.Array:
+def _merged(problem: Problem, sums: dict, positions: jax.Array | None, out: Output) -> jax.Array:
     """Returns the mean of the values from the sums of the splits, which are axis 2."""
     rows, lists, splits, *_ = sums["mass"].shape
     number = pl.BlockSpec((None, None, splits, None), lambda m, r, q: (q, m, 0, r))
     vector = (None, None, splits, None, problem.value_dim)
     whole = pl.BlockSpec(vector, lambda m, r, q: (q, m, 0, r, 0))
+    given = {name: (x, whole if name == "total" else number) for name, x in sums.items()}
+    time = pl.BlockSpec((None, None), lambda m, r, q: (q, lax.div(r, problem.group)))
     return launch(
         lambda refs: _merge_kernel(problem, refs),
         name="attend_merge",
         grid=(lists, problem.queries, rows),
-        inputs={name: (x, whole if name == "total" else number) for name, x in sums.items()},
+        inputs=given | {"positions": (positions, time)},
         outputs={"out": out},
         block=Block(problem.value_dim, num_warps=8, num_stages=1),
         interpret=problem.arithmetic.interpret,
@@ -301,6 +310,8 @@ def _merge_kernel(problem: Problem, refs: SimpleNamespace) -> None:
     mass = jnp.sum(scale * load(refs.mass, (split,), real))
     total = load(refs.total, _cells(problem.value_dim, split), real)
     out = jnp.sum(scale[:, None] * total, axis=0) / jnp.maximum(mass, TINY)
+    if refs.positions is not None:
+        out = jnp.where(refs.positions[...] < -1, jnp.nan, out)
     refs.out[...] = out.astype(refs.out.dtype)
 
 

@@ -1,30 +1,40 @@
-"""Integer keys in the order of scores: forced tokens come first, and hidden ones last."""
+"""Integer keys in the order of scores, and the sample of a row.
+
+Forced tokens have the largest key, and hidden ones the smallest.
+"""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-
-from pallas_kernels.backend import load
 
 LEAST, MOST = -(2**31), 2**31 - 1  # hidden tokens have LEAST, and forced ones MOST
+SAMPLE = 4096  # tokens of a row from which the selection takes its threshold, at most
 HIGHEST = float(jnp.finfo(jnp.float32).max)
 
 
-def tile_of_row(problem: Any, scores: Any, start, tile: int, end) -> tuple[jax.Array, jax.Array]:
-    """Returns the slots of a tile of a row, and their keys. Those that are hidden have LEAST.
+def sample_size(capacity: int, most: int = SAMPLE) -> int:
+    """Returns the size of the sample of a row, a power of two.
 
-    No load has a mask, because Triton waits for each element of a masked load before it asks for
-    the next one. Scores behind the end are read, and their keys are replaced afterwards.
+    Example:
+      >>> from pallas_kernels.sparse.keys import sample_size
+      >>> sample_size(700), sample_size(131072)
+      (1024, 4096)
     """
-    slots = start + lax.iota(jnp.int32, tile)
-    if problem.capacity % tile == 0:
-        read = load(scores, (pl.ds(start, tile),))
-    else:
-        read = load(scores, (jnp.minimum(slots, problem.capacity - 1),))
-    return slots, ranks(problem, read, slots, end)
+    return min(most, 1 << max(capacity - 1, 0).bit_length())
+
+
+def sample_shift(end: jax.Array, size: int, capacity: int) -> jax.Array:
+    """Returns s such that every 2^s-th of the first `end` tokens makes a sample of this size.
+
+    It is the least one that makes the sample fit. So at least half of it is filled if there are as
+    many tokens.
+    """
+    shift = jnp.zeros_like(end)
+    for doubled in range(max(0, (capacity - 1).bit_length() - size.bit_length() + 1)):
+        shift += (end > size << doubled).astype(end.dtype)
+    return shift
 
 
 def ranks(problem: Any, scores: jax.Array, slots: jax.Array, end: jax.Array) -> jax.Array:

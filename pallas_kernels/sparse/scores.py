@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import backend
 from pallas_kernels.backend import Output
 from pallas_kernels.plan import pad_to, traced_alike
+from pallas_kernels.sparse.keys import SAMPLE, sample_shift, sample_size
 
 MOST_QUERIES = 16  # of a key/value head, T G
 FEWEST_COLUMNS = 8  # of a product
@@ -43,10 +44,39 @@ class Forced(NamedTuple):
 class Tile:
     """How the kernel is cut: the tokens of a program, those of a product, and Triton's options."""
 
-    tokens: int = 1024
+    tokens: int = 512
     chunk: int = 128
     num_warps: int = 4
     num_stages: int = 3
+
+
+PROGRAMS = 528  # four for each multiprocessor of an H200
+
+
+def tile_for(heads: int, capacity: int) -> Tile:
+    """Returns the tile for so many key/value heads of all rows: smaller ones for short caches."""
+    tokens = _power_of_two(max(1, heads * capacity // PROGRAMS))
+    return Tile(tokens=min(max(tokens, Tile.chunk), Tile.tokens))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The sizes of the rounded queries of a head, as the product takes them."""
+
+    parts: int  # coordinates of a byte
+    columns: int  # T G, and more that are not used
+    bytes: int  # of a code
+    padded: int  # bytes of a code as the product takes them
+
+    @classmethod
+    def of(cls, queries: int, code_bytes: int, bits: int) -> "Layout":
+        """Returns the layout of so many queries of a head, T G."""
+        return cls(
+            parts=8 // bits,
+            columns=max(FEWEST_COLUMNS, _power_of_two(queries)),
+            bytes=code_bytes,
+            padded=max(FEWEST_BYTES, _power_of_two(code_bytes)),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +123,17 @@ def linear_scores(
     *,
     bits: int,
     forced: Forced,
-    tile: Tile = Tile(),
+    coordinates: int | None = None,
+    group: int | None = None,
+    most_sampled: int = SAMPLE,
+    tile: Tile | None = None,
     interpret: bool = False,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Returns the scores of the tokens that each query sees.
 
     Args:
-      rounded: q8 ``(B, T, N, M)``, integers from -127 to 127 in any dtype. T G is at most 16.
+      rounded: q8 ``(B, T, N, M)``, integers from -127 to 127 in any dtype, with T G at most 16; or
+        what `rounded_queries` returned, with M and G as `coordinates` and `group`.
       codes: ``(B, K, C, W)`` uint32, the codes of the keys.
       factor: ``(B, K, C)`` float16, or None for Hamming scores, -(number of differing signs), where
         q8 is the signs of the query.
@@ -108,18 +142,23 @@ def linear_scores(
         heads of a group share the largest of their scores in these units.
       bits: b.
       forced: which tokens have the score +inf.
-      tile: how the work is cut.
+      coordinates: M, if q8 is laid out.
+      group: G, if q8 is laid out.
+      most_sampled: the most scores of a row that its sample holds, a power of two.
+      tile: how the work is cut, or None for the heuristic.
       interpret: whether to run in Pallas's interpreter.
 
     Returns:
-      ``(B, T, N, C)`` float32, or ``(B, T, K, C)`` with units. Slots behind the last position of a
-      row are not written.
+      ``(B, T, N, C)`` float32, or ``(B, T, K, C)`` with units, and a sample of them for `select`,
+      ``(B, T, N or K, sample_size(C))``. Slots behind the last position of a row are not written.
     """
-    batch, queries, heads, count = rounded.shape
-    _, kv_heads, capacity, words = codes.shape
+    (batch, queries), (_, kv_heads, capacity, words) = positions.shape, codes.shape
+    tile = tile_for(batch * kv_heads, capacity) if tile is None else tile
+    is_laid_out = rounded.ndim == 5
+    count = coordinates if is_laid_out else rounded.shape[3]
     sizes = _Sizes(
         queries=queries,
-        group=heads // kv_heads,
+        group=group if is_laid_out else rounded.shape[2] // kv_heads,
         capacity=capacity,
         bytes=4 * words,
         bits=bits,
@@ -129,12 +168,17 @@ def linear_scores(
         tile=tile,
         interpret=interpret,
     )
-    query = _by_head(rounded, kv_heads, sizes)
+    query = rounded if is_laid_out else _by_head(rounded, kv_heads, sizes)
     if unit is not None:
         unit = unit.reshape(batch, queries, kv_heads, sizes.group)
     lists = 1 if sizes.shared else sizes.group
     by_query = (None, queries, None)
-    out = backend.launch(
+
+    def scored(length: int) -> Output:
+        shape = (batch, queries, kv_heads, lists, length)
+        return Output(shape, jnp.float32, _block(*by_query, lists, length))
+
+    found = backend.launch(
         functools.partial(_kernel, sizes=sizes),
         name="sparse_scores",
         grid=(-(-capacity // tile.tokens), kv_heads, batch),
@@ -146,16 +190,14 @@ def linear_scores(
             "unit": (unit, _block(*by_query, sizes.group)),
         },
         outputs={
-            "out": Output(
-                (batch, queries, kv_heads, lists, capacity),
-                jnp.float32,
-                _block(*by_query, lists, capacity),
-            )
+            "scores": scored(capacity),
+            "sample": scored(sample_size(capacity, most_sampled)),
         },
         block=tile,
         interpret=interpret,
-    ).out
-    return out.reshape(batch, queries, kv_heads * lists, capacity)
+    )
+    shape = batch, queries, kv_heads * lists, -1
+    return found.scores.reshape(shape), found.sample.reshape(shape)
 
 
 def _block(*sizes: int | None) -> pl.BlockSpec:
@@ -196,7 +238,9 @@ def _kernel(refs: SimpleNamespace, sizes: _Sizes) -> None:
     chunk = sizes.tile.chunk
     start = pl.program_id(0) * sizes.tile.tokens
     columns = _columns(refs, sizes)
-    end = jnp.minimum(start + sizes.tile.tokens, jnp.max(columns.positions) + 1)
+    seen = jnp.max(columns.positions) + 1
+    shift = sample_shift(seen, refs.sample.shape[-1], sizes.capacity)
+    end = jnp.minimum(start + sizes.tile.tokens, seen)
     # A program behind the last query has no chunk, so that it neither reads nor writes.
     chunks = lax.div(jnp.maximum(end - start, 0) + chunk - 1, chunk)
 
@@ -211,7 +255,14 @@ def _kernel(refs: SimpleNamespace, sizes: _Sizes) -> None:
         after = read(first + chunk)  # a step ahead, because Triton fetches only operands early
         tokens = first + jnp.arange(chunk, dtype=jnp.int32)
         scores = _scores(refs.codes, first, tokens, columns, factor, sizes)
-        _store(refs.out, tokens, _ranked(scores, tokens, columns, sizes), sizes)
+        scores = _ranked(scores, tokens, columns, sizes)
+        held = sizes.held(tokens)
+        _store(refs.scores, tokens, scores, held, sizes)
+        places = tokens >> shift
+        sampled = (places << shift == tokens) & (tokens < end)
+        # The interpreter writes what a mask hides as well, so hidden places are behind the sample.
+        places = jnp.where(sampled, places, refs.sample.shape[-1])
+        _store(refs.sample, places, scores, sampled, sizes)
         return after
 
     lax.fori_loop(0, chunks, step, read(start))
@@ -269,16 +320,15 @@ def _ranked(scores: jax.Array, tokens: jax.Array, columns: _Columns, sizes: _Siz
     return jnp.where(tokens <= positions, scores, -jnp.inf)
 
 
-def _store(out, tokens: jax.Array, scores: jax.Array, sizes: _Sizes) -> None:
+def _store(out, places: jax.Array, scores: jax.Array, held, sizes: _Sizes) -> None:
     """Writes the columns that are queries, or the largest of each group of them."""
-    held = sizes.held(tokens)
     t, g = _heads(sizes)
     if sizes.shared:
         for query in range(sizes.queries):
             largest = jnp.where(t == query, scores, -jnp.inf).max(axis=1)
-            backend.store(out, (query, 0, tokens), largest, held)
+            backend.store(out, (query, 0, places), largest, held)
         return
     real = jnp.broadcast_to(t < sizes.queries, scores.shape)
     real = real if held is None else real & held[:, None]
-    at = tuple(jnp.broadcast_to(x, scores.shape) for x in (t, g, tokens[:, None]))
+    at = tuple(jnp.broadcast_to(x, scores.shape) for x in (t, g, places[:, None]))
     backend.store(out, at, scores, real)

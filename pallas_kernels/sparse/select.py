@@ -4,14 +4,18 @@ Scores (B, T, M, C) and the positions of the queries give, for every row, the `b
 visible tokens in ascending order. A score becomes an integer key of the same order, and a forced
 token has the largest key. The kernels are
 
-    threshold   takes a key t from a sample of a row, so low that at least `budget` keys of the row
-                almost surely reach it
+    threshold   takes a key t from a sample of a row, every 2^s-th token, so low that at least
+                `budget` keys of the row almost surely reach it
     gather      lists the tokens with a key >= t in each split of a row
     finish      joins the lists of a row, finds the key of rank `budget` by bisection, and writes
                 the final list
 
 The sample decides only how long the lists in between are, never what is selected. If too few keys
 reach t, or a list is longer than its room, `finish` reads the row itself, which takes longer.
+
+Tokens are worked on in granules of a few neighbors: array j of a tile holds the token j of every
+granule. A running sum over granules is shorter than one over tokens, and what is added within a
+granule stays in a thread.
 """
 
 import dataclasses
@@ -29,9 +33,18 @@ from pallas_kernels.backend import Output, launch, load, store
 from pallas_kernels.blocks import Block
 from pallas_kernels.plan import traced_alike
 from pallas_kernels.sparse.attend import share
-from pallas_kernels.sparse.keys import LEAST, MOST, mean, ranks, tile_of_row
+from pallas_kernels.sparse.keys import (
+    LEAST,
+    MOST,
+    SAMPLE,
+    mean,
+    ranks,
+    sample_shift,
+    sample_size,
+)
 
 STEPS = 20  # of the search in the sample, which leave 2**12 of 2**32 keys
+GRANULE = 4  # a power of two that divides the sizes of all tiles
 DEVIATIONS = 4  # by how many standard deviations the rank in a sample is overestimated
 
 
@@ -41,9 +54,8 @@ class Plan:
 
     splits: int  # of a row
     room: int  # the most tokens that the list of a split holds
-    # The next four are powers of two. `held` and `chunk` are below 2**15.
+    # The next three are powers of two and at least GRANULE. `held` and `chunk` are below 2**15.
     held: int  # entries of the joined lists that `finish` keeps in registers
-    sample: int = 2048  # tokens of a row that `threshold` reads
     tile: int = 2048  # tokens that a program of `gather` reads at once
     chunk: int = 1024  # entries that `finish` reads at once if there are more
     sample_warps: int = 8
@@ -53,7 +65,7 @@ class Plan:
     def length(self, capacity: int) -> int:
         """Returns the length of the list of a split."""
         tiles = -(-capacity // (self.tile * self.splits))
-        return min(tiles * self.tile, self.room)
+        return _padded(min(tiles * self.tile, self.room))
 
 
 PROGRAMS = 528  # two to four for each multiprocessor of an H200
@@ -69,7 +81,7 @@ def plan_for(rows: int, capacity: int, budget: int) -> Plan:
     # The expected number of keys that reach the threshold is the rank that `_threshold_kernel`
     # takes, rounded up, times the tokens for which one of the sample stands. Where the rank is
     # small, single rows have up to three times as many.
-    tokens = capacity / Plan.sample
+    tokens = capacity / (SAMPLE // 2)  # a sample is at least half full
     number = budget + DEVIATIONS * math.sqrt(budget * tokens) + 3.0 * tokens
     number = min(math.ceil(number), capacity)
     held = min(max(_power_of_two(number + number // 16), LEAST_HELD), MOST_HELD)
@@ -101,6 +113,7 @@ def select(
     budget: int,
     sink: int = 0,
     window: int = 0,
+    sample: jax.Array | None = None,
     plan: Plan | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -109,10 +122,11 @@ def select(
     Args:
       scores: ``(B, T, M, C)`` float32. Larger is better, NaN is worst, and of equal scores the
         earlier token is the better one. Those after the position of the query may be anything.
-      positions: ``(B, T)`` int32 below C, or -1 for a query that sees nothing.
+      positions: ``(B, T)`` int32 below C, and below 0 for a query that sees nothing.
       budget: the length of a list, at least 1.
       sink: how many of the first tokens are forced.
       window: how many of the last visible tokens are forced; with ``sink`` at most ``budget``.
+      sample: the sample of every row that `linear_scores` returns, or None to take it here.
       plan: how to cut the call, or None for the heuristic.
       interpret: whether to run in the interpreter, on any device.
 
@@ -133,7 +147,10 @@ def select(
             pl.BlockSpec((None,), lambda _, s, r: (lax.div(r, lists),)),
         ),
     }
-    given |= _thresholds(problem, given, rows, interpret)
+    newest = positions.max(axis=1)
+    if sample is None:
+        sample = take_sample(scores, newest)
+    given |= _thresholds(problem, given, sample, newest, interpret)
     given |= _gathered(problem, given, rows, interpret)
     indices, count = _finished(problem, given, rows, interpret)
     return indices.reshape(*scores.shape[:3], budget), count.reshape(scores.shape[:3])
@@ -150,16 +167,37 @@ def _part(*shape: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, *shape), lambda _, s, r: (r, s, *(0,) * len(shape)))
 
 
-def _thresholds(problem: Problem, given: dict, rows: int, interpret: bool) -> dict:
+def take_sample(scores: jax.Array, newest: jax.Array, most: int = SAMPLE) -> jax.Array:
+    """Returns the sample of every row, as `linear_scores` writes it.
+
+    Args:
+      scores: ``(B, T, M, C)``.
+      newest: ``(B,)`` int32, the last of the positions of a row.
+      most: the most scores of a sample, a power of two.
+    """
+    capacity = scores.shape[-1]
+    size = sample_size(capacity, most)
+    slots = lax.iota(jnp.int32, size) << sample_shift(newest + 1, size, capacity)[:, None]
+    slots = jnp.minimum(slots, capacity - 1)[:, None, None, :]
+    return jnp.take_along_axis(scores, slots, axis=-1)
+
+
+def _thresholds(problem: Problem, given: dict, sample, newest, interpret: bool) -> dict:
     """Returns the threshold of every row."""
-    cut = problem.plan
+    cut, size = problem.plan, sample.shape[-1]
+    rows = math.prod(sample.shape[:3])
+    of_row = rows // len(newest)  # of the batch
     results = launch(
         lambda refs: _threshold_kernel(problem, refs),
         name="sparse_threshold",
         grid=(1, 1, rows),
-        inputs=given,
+        inputs={
+            "sample": (sample.reshape(rows, size), _row(size)),
+            "positions": given["positions"],
+            "newest": (newest, pl.BlockSpec((None,), lambda _, s, r: (lax.div(r, of_row),))),
+        },
         outputs={"threshold": Output((rows,), jnp.int32, _row())},
-        block=Block(cut.sample, cut.sample_warps, 1),
+        block=Block(size, cut.sample_warps, 1),
         interpret=interpret,
     )
     return {"threshold": (results.threshold, _row())}
@@ -171,13 +209,12 @@ def _threshold_kernel(problem: Problem, refs: SimpleNamespace) -> None:
     If a share p of the tokens is wanted, about p n of a sample of n are among them, give or take
     sqrt(p n). The threshold is a key that DEVIATIONS times sqrt(p n) more of the sample reach.
     """
-    number, end = problem.plan.sample, refs.positions[...] + 1
-    spread = lax.iota(jnp.int32, number)
-    whole, rest = lax.div(end, number), lax.rem(end, number)
-    slots = spread * whole + lax.div(spread * rest, number)
-    sample = ranks(problem, load(refs.scores, (slots,)), slots, end)
+    size, end = refs.sample.shape[0], _end(refs)
+    shift = sample_shift(refs.newest[...] + 1, size, problem.capacity)
+    slots = lax.iota(jnp.int32, size) << shift
+    sample = ranks(problem, refs.sample[...], slots, end)
     share_of = problem.budget / jnp.maximum(end, 1).astype(jnp.float32)
-    expected = jnp.minimum(share_of, 1.0) * number
+    expected = jnp.minimum(share_of, 1.0) * (end >> shift).astype(jnp.float32)
     rank = expected + DEVIATIONS * jnp.sqrt(expected) + 2.0
 
     def halve(_, interval):
@@ -188,6 +225,11 @@ def _threshold_kernel(problem: Problem, refs: SimpleNamespace) -> None:
 
     low, _ = lax.fori_loop(0, STEPS, halve, (jnp.int32(LEAST + 1), jnp.int32(MOST)))
     refs.threshold[...] = low
+
+
+def _end(refs: SimpleNamespace) -> jax.Array:
+    """Returns how many tokens the query of a row sees."""
+    return jnp.maximum(refs.positions[...] + 1, 0)
 
 
 def _reaching(keys: jax.Array, key: jax.Array) -> jax.Array:
@@ -220,21 +262,36 @@ def _gathered(problem: Problem, given: dict, rows: int, interpret: bool) -> dict
 
 
 def _gather_kernel(problem: Problem, refs: SimpleNamespace) -> None:
-    cut, end = problem.plan, refs.positions[...] + 1
+    cut, end = problem.plan, _end(refs)
     length, threshold = problem.length, refs.threshold[...]
-
-    def body(index, before):
-        slots, keys = tile_of_row(problem, refs.scores, index * cut.tile, cut.tile, end)
-        chosen = (keys >= threshold).astype(jnp.int32)
-        places = before + jnp.cumsum(chosen) - 1
-        here = (chosen > 0) & (places < length)
-        places = jnp.where(here, places, length)
-        store(refs.slots, (places,), slots, here)
-        store(refs.keys, (places,), keys, here)
-        return before + jnp.sum(chosen)
-
     first, last = share(end, cut.tile, cut.splits)
-    refs.number[...] = lax.fori_loop(first, last, body, jnp.int32(0))
+
+    def read(index):
+        return _scores_of(problem, refs, _granules(index * cut.tile, cut.tile))
+
+    def body(index, carry):
+        before, scores = carry
+        # The next tile is read before this one is worked on, because Triton does not do so itself.
+        after = read(jnp.minimum(index + 1, last - 1))
+        slots = _granules(index * cut.tile, cut.tile)
+        keys = [ranks(problem, *pair, end) for pair in zip(scores, slots, strict=True)]
+        chosen = [(one >= threshold).astype(jnp.int32) for one in keys]
+        of_granule = sum(chosen)
+        places = before + jnp.cumsum(of_granule) - of_granule
+        for slot, key, is_chosen in zip(slots, keys, chosen, strict=True):
+            here = (is_chosen > 0) & (places < length)
+            at = jnp.where(here, places, length)
+            store(refs.slots, (at,), slot, here)
+            store(refs.keys, (at,), key, here)
+            places += is_chosen
+        return before + jnp.sum(of_granule), after
+
+    number, _ = lax.fori_loop(first, last, body, (jnp.int32(0), read(first)))
+    refs.number[...] = number
+    # The list is filled up to a whole number of granules, by which `finish` reads it.
+    places = number + lax.iota(jnp.int32, GRANULE)
+    behind = places < jnp.minimum(_padded(number), length)
+    store(refs.keys, (jnp.where(behind, places, length),), jnp.full((GRANULE,), LEAST), behind)
 
 
 def _finished(problem: Problem, given: dict, rows: int, interpret: bool):
@@ -256,17 +313,21 @@ def _finished(problem: Problem, given: dict, rows: int, interpret: bool):
 
 
 def _finish_kernel(problem: Problem, refs: SimpleNamespace) -> None:
-    end = refs.positions[...] + 1
+    end = _end(refs)
     wanted = jnp.minimum(end, problem.budget)
     forced = jnp.minimum(end, jnp.minimum(problem.sink, end) + problem.window)
     refs.count[...] = wanted
     entries = _Entries(problem, refs, end, wanted)
 
     def reaching(key):
-        return entries.fold(lambda number, _, keys: number + _reaching(keys, key), jnp.int32(0))
+        def add(number, _, keys):
+            return number + jnp.sum(sum((one >= key).astype(jnp.int32) for one in keys))
+
+        return entries.fold(add, jnp.int32(0))
 
     def largest(most, _, keys):
-        return jnp.maximum(most, jnp.max(jnp.where(keys < MOST, keys, LEAST)))
+        below = [jnp.where(one < MOST, one, LEAST) for one in keys]
+        return jnp.maximum(most, jnp.max(functools.reduce(jnp.maximum, below)))
 
     # Enough keys reach `low`, and too few reach `high`. The search ends where exactly the wanted
     # keys reach `low`, or where no key lies between the two.
@@ -297,15 +358,21 @@ def _finish_kernel(problem: Problem, refs: SimpleNamespace) -> None:
     ties = wanted - jnp.where(exact, number, fewer)
 
     def write(before, slots, keys):
-        above, tied = keys >= high, (keys >= low) & (keys < high)
-        # One sum counts both, because there are fewer than 2**15 entries at once.
-        both = above.astype(jnp.int32) + (tied.astype(jnp.int32) << 16)
-        running = jnp.cumsum(both)
-        ties_so_far = before[1] + (running >> 16)
-        chosen = above | (tied & (ties_so_far <= ties))
-        places = before[0] + (running & 0xFFFF) + jnp.minimum(ties_so_far, ties) - 1
-        store(refs.indices, (jnp.where(chosen, places, problem.budget),), slots, chosen)
-        total = jnp.sum(both)
+        # One number counts those above and those tied, because there are fewer than 2**15 entries
+        # at once. A scan over whole granules is shorter than one over entries.
+        above = [one >= high for one in keys]
+        tied = [(one >= low) & (one < high) for one in keys]
+        kinds = [*zip(above, tied, strict=True)]
+        both = [a.astype(jnp.int32) + (t.astype(jnp.int32) << 16) for a, t in kinds]
+        of_granule = sum(both)
+        running = jnp.cumsum(of_granule) - of_granule
+        for number, (is_above, is_tied), slot in zip(both, kinds, slots, strict=True):
+            running += number
+            ties_so_far = before[1] + (running >> 16)
+            chosen = is_above | (is_tied & (ties_so_far <= ties))
+            places = before[0] + (running & 0xFFFF) + jnp.minimum(ties_so_far, ties) - 1
+            store(refs.indices, (jnp.where(chosen, places, problem.budget),), slot, chosen)
+        total = jnp.sum(of_granule)
         return before[0] + (total & 0xFFFF), before[1] + (total >> 16)
 
     entries.fold(write, (jnp.int32(0), jnp.int32(0)))
@@ -336,13 +403,13 @@ class _Entries:
     def __init__(self, problem: Problem, refs: SimpleNamespace, end, wanted):
         cut = problem.plan
         self._problem, self._refs, self._end = problem, refs, end
-        self._numbers = [refs.number[split] for split in range(cut.splits)]
-        longest, total = self._numbers[0], self._numbers[0]
-        for number in self._numbers[1:]:
-            longest, total = jnp.maximum(longest, number), total + number
+        numbers = [refs.number[split] for split in range(cut.splits)]
+        self._sizes = [_padded(number) for number in numbers]
+        longest, total = functools.reduce(jnp.maximum, numbers), sum(numbers)
         self.listed = (longest <= problem.length) & (total >= wanted)
         self.number = jnp.where(self.listed, total, end)
-        self._held = self._of_lists(lax.iota(jnp.int32, cut.held), self.listed)
+        self._places = jnp.where(self.listed, sum(self._sizes), end)
+        self._held = self._of_lists(0, cut.held, self.listed)
 
     def fold(self, add, carry):
         """Folds `add(carry, slots, keys)` over all entries, in the order of the tokens."""
@@ -350,29 +417,56 @@ class _Entries:
         start = self.listed.astype(jnp.int32) * cut.held
 
         def of_chunk(index, carry):
-            places = start + index * cut.chunk + lax.iota(jnp.int32, cut.chunk)
-            read = functools.partial(self._of_lists, places, True), lambda: self._of_row(places)
-            return add(carry, *lax.cond(self.listed, *read))
+            first = start + index * cut.chunk
+            of_lists = functools.partial(self._of_lists, first, cut.chunk, True)
+            return add(
+                carry, *lax.cond(self.listed, of_lists, lambda: self._of_row(first, cut.chunk))
+            )
 
-        chunks = lax.div(jnp.maximum(self.number - start, 0) + (cut.chunk - 1), cut.chunk)
+        chunks = lax.div(jnp.maximum(self._places - start, 0) + (cut.chunk - 1), cut.chunk)
         return lax.fori_loop(0, chunks, of_chunk, add(carry, *self._held))
 
-    def _of_lists(self, places: jax.Array, real) -> tuple[jax.Array, jax.Array]:
+    def _of_lists(self, first, number: int, real) -> tuple[list, list]:
         """Returns slots and keys of the joined lists. Places behind them get the key LEAST."""
         length = self._problem.length
-        real = real & (places < self.number)
-        # Entry i of the joined lists is at i + sum_s (length - number_s), over the lists s before.
+        # Entry i of the joined lists is at i + sum_s (length - size_s), over the lists s before. It
+        # is in the same list as its neighbors, because sizes are multiples of GRANULE.
+        places = first + GRANULE * lax.iota(jnp.int32, number // GRANULE)
         at, before = places, jnp.int32(0)
-        for number in self._numbers[:-1]:
-            before += number
-            at += jnp.where(places >= before, length - number, 0)
+        for size in self._sizes[:-1]:
+            before += size
+            at += jnp.where(places >= before, length - size, 0)
+        real = real & (places < self._places)
         at = jnp.where(real, at, 0)
-        keys = jnp.where(real, load(self._refs.keys, (at,)), LEAST)
-        return load(self._refs.slots, (at,)), keys
+        each = [at + index for index in range(GRANULE)]
+        keys = [jnp.where(real, load(self._refs.keys, (one,)), LEAST) for one in each]
+        return [load(self._refs.slots, (one,)) for one in each], keys
 
-    def _of_row(self, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
-        last = jnp.minimum(slots, self._problem.capacity - 1)
-        return slots, ranks(self._problem, load(self._refs.scores, (last,)), slots, self._end)
+    def _of_row(self, first, number: int) -> tuple[list, list]:
+        slots = _granules(first, number)
+        scores = _scores_of(self._problem, self._refs, slots)
+        pairs = zip(scores, slots, strict=True)
+        return slots, [ranks(self._problem, *pair, self._end) for pair in pairs]
+
+
+def _granules(first, number: int) -> list[jax.Array]:
+    """Returns `number` slots from `first` on. Array j has the slot j of every granule."""
+    granule = first + GRANULE * lax.iota(jnp.int32, number // GRANULE)
+    return [granule + index for index in range(GRANULE)]
+
+
+def _scores_of(problem: Problem, refs: SimpleNamespace, slots: list) -> list[jax.Array]:
+    """Returns the scores of a row at the slots, and any others for those past the capacity.
+
+    No load has a mask, because Triton waits for each element of a masked load before it asks for
+    the next one.
+    """
+    return [load(refs.scores, (jnp.minimum(one, problem.capacity - 1),)) for one in slots]
+
+
+def _padded(size):
+    """Returns the least multiple of GRANULE that is not below a size."""
+    return (size + (GRANULE - 1)) // GRANULE * GRANULE
 
 
 def _power_of_two(size: int) -> int:

@@ -101,7 +101,7 @@ def attend_and_keep(
     if slopes is None:
         return out, cache
     # Distances are those between slots. Positions that were counted in another way give NaN.
-    counted, _ = query_positions(query.shape[1], cache, call.mask)
+    counted = query_positions(query.shape[1], cache, call.mask)
     wrong = (counted != call.positions) & (counted >= 0)
     return jnp.where(wrong[:, :, None, None], jnp.nan, out), cache
 

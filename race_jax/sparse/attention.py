@@ -19,6 +19,8 @@ from race_jax.core.dispatch import Choice
 from race_jax.sparse import exact
 from race_jax.sparse.cache import KVCache, kinds_of
 
+LOST = -2  # the position of a query whose row has passed its capacity, or lacks tokens
+
 
 def dense_decode_attention(
     query: jax.Array,
@@ -99,8 +101,8 @@ def dense_decode_attention(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _dense(choice: Choice, rule: exact.Rule, query, cache, mask=None, slopes=None) -> jax.Array:
-    positions, wrong = query_positions(query.shape[1], cache, mask)
-    return guarded(over_all(choice, query, cache, positions, slopes, rule), wrong)
+    positions = query_positions(query.shape[1], cache, mask)
+    return over_all(choice, query, cache, positions, slopes, rule)
 
 
 def choose_dense(
@@ -130,20 +132,20 @@ def attention_limit(query: jax.Array, cache: KVCache, queries: int) -> str | Non
 def over_all(
     choice: Choice, query, cache: KVCache, positions, slopes=None, rule: exact.Rule = exact.SOFTMAX
 ) -> jax.Array:
-    """Attends to every slot up to the position of each query, as `exact.dense` does."""
+    """Attends to every slot up to the position of each query, and gives NaN for LOST ones."""
 
     def pallas(query, cache, positions, slopes):
         kernels = dispatch.kernels().sparse
         return kernels.dense_attention(query, cache.key, cache.value, positions, slopes)
 
-    xla = functools.partial(exact.dense, rule=rule)
+    def xla(query, cache, positions, slopes):
+        return guarded(exact.dense(query, cache, positions, slopes, rule=rule), positions)
+
     return dispatch.by_platform(choice, xla, pallas)(query, cache, positions, slopes)
 
 
-def query_positions(
-    count: int, cache: KVCache, mask: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the position of each query, and which rows the cache cannot answer.
+def query_positions(count: int, cache: KVCache, mask: jax.Array | None) -> jax.Array:
+    """Returns the position of each query.
 
     Args:
       count: T, the number of queries of a row.
@@ -151,7 +153,7 @@ def query_positions(
       mask: ``(B, T)`` bool, or None.
 
     Returns:
-      ``(B, T)`` int32 with -1 for padded queries, and ``(B,)`` bool.
+      ``(B, T)`` int32, with -1 for padded queries, and LOST in a row that the cache cannot answer.
     """
     length = cache.length[:, None]
     if mask is None:
@@ -163,12 +165,12 @@ def query_positions(
         positions = jnp.where(mask, real, -1)
         real = jnp.where(mask, real, 0)
     wrong = (cache.length > cache.capacity) | (real < 0).any(axis=1)
-    return jnp.minimum(positions, cache.capacity - 1), wrong
+    return jnp.where(wrong[:, None], LOST, positions)
 
 
-def guarded(out: jax.Array, wrong: jax.Array) -> jax.Array:
-    """Returns NaN for the rows that are wrong."""
-    return jnp.where(wrong[:, None, None, None], jnp.nan, out)
+def guarded(out: jax.Array, positions: jax.Array) -> jax.Array:
+    """Returns the outputs ``(B, T, N, V)``, and NaN for queries whose position is LOST."""
+    return jnp.where((positions == LOST)[:, :, None, None], jnp.nan, out)
 
 
 @jax.custom_jvp

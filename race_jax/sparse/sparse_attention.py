@@ -116,7 +116,7 @@ def _attend(
     choice: Choice, dense_choice: Choice, config: SparseConfig, query, cache: SparseCache, mask
 ) -> tuple[jax.Array, Report]:
     """Attends to all tokens or to the best of them. It is compiled once, also outside of a jit."""
-    positions, wrong = attention.query_positions(query.shape[1], cache.kv, mask)
+    positions = attention.query_positions(query.shape[1], cache.kv, mask)
 
     def sparse(query: jax.Array) -> tuple[jax.Array, Report]:
         kernels = steps.of_kernels(query, cache, config)
@@ -126,17 +126,16 @@ def _attend(
     def dense(query: jax.Array) -> tuple[jax.Array, Report]:
         out = attention.over_all(dense_choice, query, cache.kv, positions)
         lists = query.shape[2] if config.selection == "head" else cache.kv.key.shape[2]
-        count = jnp.broadcast_to((positions + 1)[..., None], (*positions.shape, lists))
+        seen = jnp.maximum(positions + 1, 0)[..., None]
+        count = jnp.broadcast_to(seen, (*positions.shape, lists))
         indices = jnp.zeros((*count.shape, config.budget), jnp.int32)
         indices += 0 * count[..., None]  # varies over the axes of a shard_map as the others do
         return out, Report(indices, count, jnp.bool_(True))
 
     if config.dense_below == 0:
-        out, report = sparse(query)
-    else:
-        short = cache.length.max(initial=0) < config.dense_below
-        out, report = jax.lax.cond(short, dense, sparse, query)
-    return attention.guarded(out, wrong), report
+        return sparse(query)
+    short = cache.length.max(initial=0) < config.dense_below
+    return jax.lax.cond(short, dense, sparse, query)
 
 
 def _sparse(take: Steps, config: SparseConfig, query, cache: SparseCache, positions):
@@ -145,7 +144,7 @@ def _sparse(take: Steps, config: SparseConfig, query, cache: SparseCache, positi
     def some(query: jax.Array, positions: jax.Array) -> tuple[jax.Array, Selection]:
         scores = take.scores(query, cache, config, positions)
         selection = take.select(scores, config, positions)
-        return take.attend(query, cache, selection), selection
+        return take.attend(query, cache, selection, positions), selection
 
     def one(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Selection]:
         return jax.tree.map(lambda x: x[:, 0], some(*(x[:, None] for x in inputs)))
@@ -176,7 +175,7 @@ def score(query: jax.Array, cache: SparseCache, config: SparseConfig | None = No
       (1, 1, 2, 8)
     """
     config = _checked(query, cache, config, None)
-    positions, _ = attention.query_positions(query.shape[1], cache.kv, None)
+    positions = attention.query_positions(query.shape[1], cache.kv, None)
     return _scores(query, cache, config, positions)
 
 

@@ -1,8 +1,10 @@
 """The steps of sparse decoding, in plain XLA and by the kernels, and which of the two run.
 
-    scores(query, cache, config, positions) -> (B, T, M, C)      M is N, or K if heads share a list
-    select(scores, config, positions)       -> Selection         lists (B, T, M, budget)
-    attend(query, cache, selection)         -> (B, T, N, V)
+    scores(query, cache, config, positions)    -> Scores       (B, T, M, C)
+    select(scores, config, positions)          -> Selection    lists (B, T, M, budget)
+    attend(query, cache, selection, positions) -> outputs      (B, T, N, V)
+
+M is N, or K if heads share a list.
 
 Scores of slots behind the position of a query have no meaning, and no step reads them. Scores of
 one kind are selected by either kind of `select`, and so on, so that each kernel stands for itself.
@@ -20,17 +22,24 @@ from race_jax.core import dispatch
 from race_jax.core.dispatch import Choice
 from race_jax.sparse import codes, exact
 from race_jax.sparse import scores as scorers
-from race_jax.sparse.attention import attention_limit
+from race_jax.sparse.attention import attention_limit, guarded
 from race_jax.sparse.coded import SparseCache
 from race_jax.sparse.config import SparseConfig
 from race_jax.sparse.selection import Selection
 from race_jax.sparse.selection import select as select_by_sorting
 
 
+class Scores(NamedTuple):
+    """Scores ``(B, T, M, C)``, and the sample of every row that a kernel has taken, or None."""
+
+    values: jax.Array
+    sample: jax.Array | None = None
+
+
 class Steps(NamedTuple):
     """The three steps, and how many queries of a key/value head they take at once."""
 
-    scores: Callable[..., jax.Array]
+    scores: Callable[..., Scores]
     select: Callable[..., Selection]
     attend: Callable[..., jax.Array]
     most_queries: int
@@ -85,59 +94,71 @@ def of_kernels(query, cache: SparseCache, config: SparseConfig) -> Steps:
     )
 
 
-def xla_scores(query, cache: SparseCache, config: SparseConfig, positions) -> jax.Array:
+def xla_scores(query, cache: SparseCache, config: SparseConfig, positions) -> Scores:
     """Returns scores of every slot. Heads that share a list share the largest of their scores."""
     found = scorers.by_name(query, cache, config, positions)
     if config.selection == "head":
-        return found
+        return Scores(found)
     found = found * scorers.unit(query, cache, config)
     batch, length, heads, capacity = found.shape
     kv_heads = cache.kv.key.shape[2]
-    return found.reshape(batch, length, kv_heads, heads // kv_heads, capacity).max(3)
+    return Scores(found.reshape(batch, length, kv_heads, heads // kv_heads, capacity).max(3))
 
 
-def kernel_scores(query, cache: SparseCache, config: SparseConfig, positions) -> jax.Array:
+def kernel_scores(query, cache: SparseCache, config: SparseConfig, positions) -> Scores:
     """Returns the same up to the position of each query, with forced tokens at +inf."""
     kernels = dispatch.kernels().sparse
-    if config.scorer == "hamming":
-        rounded, unit = codes.signs(query, cache.planes), jnp.ones_like(query[..., :1], jnp.float32)
+    bits, kv_heads = config.coding().code_bits or 1, cache.kv.key.shape[2]
+    is_hamming = config.scorer == "hamming"
+    if query.dtype == jnp.bfloat16:
+        rounded, unit = kernels.rounded_queries(
+            query, cache.planes, kv_heads=kv_heads, bits=bits, signs=is_hamming
+        )
+    elif is_hamming:
+        rounded, unit = codes.signs(query, cache.planes), jnp.ones_like(query[..., 0], jnp.float32)
     else:
         rounded, unit = codes.round_query(query, cache.planes)
-    return kernels.linear_scores(
+        unit = unit[..., 0]
+    found = kernels.linear_scores(
         rounded,
         cache.codes,
         cache.factor,
         positions,
-        unit[..., 0] if config.selection == "group" else None,
-        bits=config.coding().code_bits or 1,
+        unit if config.selection == "group" else None,
+        bits=bits,
         forced=kernels.Forced(config.sink, config.window),
+        coordinates=len(cache.planes),
+        group=query.shape[2] // kv_heads,
     )
+    return Scores(*found)
 
 
-def xla_select(scores: jax.Array, config: SparseConfig, positions: jax.Array) -> Selection:
+def xla_select(scores: Scores, config: SparseConfig, positions: jax.Array) -> Selection:
     """Returns the forced tokens and the best others that each query sees."""
-    slots = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    slots = jnp.arange(scores.values.shape[-1], dtype=jnp.int32)
     positions = positions[..., None]
     visible = slots <= positions
     forced = visible & ((slots < config.sink) | (slots > positions - config.window))
-    return select_by_sorting(scores, forced=forced, visible=visible, budget=config.budget)
+    return select_by_sorting(scores.values, forced=forced, visible=visible, budget=config.budget)
 
 
-def xla_attend(query: jax.Array, cache: SparseCache, selection: Selection) -> jax.Array:
-    """Returns attention to the tokens of the lists."""
-    return exact.listed(query, cache.kv, selection)
+def xla_attend(query, cache: SparseCache, selection: Selection, positions) -> jax.Array:
+    """Returns attention to the tokens of the lists, and NaN for queries that are LOST."""
+    return guarded(exact.listed(query, cache.kv, selection), positions)
 
 
-def kernel_select(scores: jax.Array, config: SparseConfig, positions: jax.Array) -> Selection:
+def kernel_select(scores: Scores, config: SparseConfig, positions: jax.Array) -> Selection:
     """Returns the same, without a look at tokens behind the position of a query."""
     sizes = {"budget": config.budget, "sink": config.sink, "window": config.window}
-    return Selection(*dispatch.kernels().sparse.select(scores, positions, **sizes))
+    kernels = dispatch.kernels().sparse
+    return Selection(*kernels.select(scores.values, positions, sample=scores.sample, **sizes))
 
 
-def kernel_attend(query: jax.Array, cache: SparseCache, selection: Selection) -> jax.Array:
-    """Returns attention to the tokens of the lists."""
+def kernel_attend(query, cache: SparseCache, selection: Selection, positions) -> jax.Array:
+    """Returns the same."""
     key, value = cache.kv.key, cache.kv.value
-    return dispatch.kernels().sparse.listed_attention(query, key, value, *selection)
+    kernels = dispatch.kernels().sparse
+    return kernels.listed_attention(query, key, value, *selection, positions=positions)
 
 
 # XLA takes one query after another, because each reads tokens of its own.

@@ -87,17 +87,19 @@ def test_dense(case, interpret, rng, assert_close):
     if case.dtype == "float32" and not interpret:
         pytest.skip("the compiled kernels take bfloat16")
     arrays, positions, slopes = draw(case, rng)
-    positions = positions.at[-1, 0].set(-1)  # a padded query
+    positions = positions.at[-1, 0].set(-1).at[1, 0].set(-2)  # a padded query, and one that is lost
     run = functools.partial(sparse.dense_attention, plan=case.plan, interpret=interpret)
     run = jax.jit(run)
     got = run(*arrays.values(), positions, slopes)
     seen = lambda b, t, n: np.arange(int(positions[b, t]) + 1)  # noqa: E731
     want = attend_to(seen, positions, slopes, **arrays)
+    assert np.isnan(np.asarray(got[1, 0], np.float32)).all()
+    got, want[1, 0] = got.at[1, 0].set(0), 0
     assert_close("out", got, want, kind="outputs", dtype=case.dtype)
     assert not np.asarray(got[-1, 0], np.float32).any()
     for fill in (np.nan, np.inf):
         junk = (beyond(arrays[name], fill) for name in ("key", "value"))
-        again = run(arrays["query"], *junk, positions, slopes)
+        again = run(arrays["query"], *junk, positions, slopes).at[1, 0].set(0)
         assert_close("junk", again, got, kind="rerun")
 
 
@@ -135,6 +137,9 @@ def test_listed(case, shared, interpret, rng, assert_close):
     assert_close("out", got, want, kind="outputs", dtype=case.dtype)
     junk = (beyond(arrays[name], np.nan) for name in ("key", "value"))
     assert_close("junk", run(arrays["query"], *junk, indices, count), got, kind="rerun")
+    lost = run(*arrays.values(), indices, count, positions=positions.at[1, 0].set(-2))
+    assert np.isnan(np.asarray(lost[1, 0], np.float32)).all()
+    assert_close("others", lost.at[1, 0].set(0), got.at[1, 0].set(0), kind="rerun")
 
 
 @pytest.mark.parametrize("interpret", [True, COMPILED])

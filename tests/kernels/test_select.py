@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from pallas_kernels import sparse
-from pallas_kernels.sparse.select import Plan, plan_for
+from pallas_kernels.sparse.keys import SAMPLE
+from pallas_kernels.sparse.select import Plan, plan_for, take_sample
 from race_jax.sparse import select
 
 C = 700  # no multiple of a tile
 POSITIONS = np.array([[C - 2, C - 1], [0, 1], [333, -1]])
 INTERPRETED = functools.partial(
-    Plan, sample=64, tile=64, splits=3, room=128, held=128, chunk=32, final_warps=4
+    Plan, tile=64, splits=3, room=128, held=128, chunk=32, final_warps=4
 )
 COMPILED = pytest.param(False, marks=pytest.mark.gpu, id="compiled")
 
@@ -58,7 +59,13 @@ def check(call, kinds, rng, assert_close, **options):
     """One compiled call, with scores of many kinds and junk where nothing is visible."""
     budget, sink, window, *_ = call
     sizes = {"budget": budget, "sink": sink, "window": window}
-    run = jax.jit(functools.partial(sparse.select, **sizes, **options))
+    newest = jnp.asarray(POSITIONS.max(axis=1), jnp.int32)
+
+    @jax.jit
+    def run(scores, positions):
+        sample = take_sample(jnp.asarray(scores), newest, most=64)
+        return sparse.select(scores, positions, sample=sample, **sizes, **options)
+
     for kind in kinds:
         scores = draw(kind, rng)
         want = wanted(scores, **sizes)
@@ -112,9 +119,9 @@ def test_the_lists_in_between_have_room_for_the_budget():
 
 @pytest.mark.parametrize(("budget", "rank"), [(16, 3), (512, 7), (65_536, 176)])
 def test_the_lists_hold_what_a_small_rank_in_the_sample_lets_through(budget, rank):
-    """A sample of 2,048 of a million tokens has less than one of 16 wanted tokens."""
+    """Half of a full sample of a million tokens has less than one of 16 wanted tokens."""
     plan = plan_for(600, 2**20, budget)
-    expected = rank * 2**20 // plan.sample
+    expected = rank * 2**20 // (SAMPLE // 2)
     assert plan.splits == 1
     assert plan.room >= 3 * expected
     assert plan.held >= min(expected, 16_384)

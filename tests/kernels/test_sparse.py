@@ -108,14 +108,14 @@ def check_scores(case, tile, interpret, group=False, hamming=False):
         rounded, factor = np.where(rounded >= 0, 1.0, -1.0), None
     inputs = rounded, words, factor, positions, unit if group else None
     options = {"bits": case.bits, "forced": FORCED}
-    run = jax.jit(
-        functools.partial(sparse.linear_scores, **options, tile=tile, interpret=interpret)
-    )
-    got, (want, seen) = np.asarray(run(*inputs)), defined(*inputs, **options)
+    how = {"most_sampled": 32, "tile": tile, "interpret": interpret}
+    run = jax.jit(functools.partial(sparse.linear_scores, **options, **how))
+    got, sample = (np.asarray(x) for x in run(*inputs))
+    want, seen = defined(*inputs, **options)
     assert got.dtype == want.dtype == np.float32
     np.testing.assert_array_equal(got[seen], want[seen])
     assert np.isfinite(want[seen]).sum() > 0 or case.capacity == 1
-    np.testing.assert_array_equal(np.asarray(run(*inputs))[seen], want[seen])
+    np.testing.assert_array_equal(np.asarray(run(*inputs)[0])[seen], want[seen])
     # Slots of an array that is not written hold NaN in the interpreter.
     chunks = -(-(positions.max(axis=1) + 1) // tile.chunk) * tile.chunk
     unwritten = np.arange(case.capacity) >= chunks[:, None, None, None]
@@ -123,6 +123,11 @@ def check_scores(case, tile, interpret, group=False, hamming=False):
     assert not interpret or np.isnan(got[unwritten]).all()
     hidden = ~seen & ~unwritten
     assert (got[hidden] == -np.inf).all()
+    for row, end in enumerate(positions.max(axis=1) + 1):
+        stride = next(2**i for i in range(32) if sample.shape[-1] * 2**i >= end)
+        taken = got[row, ..., :end:stride]
+        np.testing.assert_array_equal(sample[row, ..., : taken.shape[-1]], taken)
+        assert end <= sample.shape[-1] or 2 * taken.shape[-1] >= sample.shape[-1]
 
 
 @pytest.mark.parametrize("interpret", HOW)
@@ -138,6 +143,42 @@ def test_hamming_scores_count_differing_signs(group, interpret):
     check_scores(SCORES["signs"], SMALL, interpret, group, hamming=True)
 
 
+QUERIES = {  # B, T, N, K, H, M, b
+    "one of 32 heads": (1, 1, 32, 8, 128, 128, 4),
+    "two rotations": (2, 1, 8, 2, 64, 128, 1),
+    "odd width": (1, 3, 4, 1, 24, 48, 2),
+    "many queries": (1, 8, 4, 2, 128, 256, 2),
+}
+
+
+@pytest.mark.parametrize("interpret", HOW)
+@pytest.mark.parametrize("signs", [False, True], ids=["levels", "signs"])
+@pytest.mark.parametrize("case", QUERIES.values(), ids=QUERIES)
+def test_queries_are_rounded_as_by_xla(case, signs, interpret, rng):
+    batch, queries, heads, kv_heads, width, count, bits = case
+    query = jnp.asarray(rng.standard_normal((batch, queries, heads, width)), jnp.bfloat16)
+    query = query.at[0, 0, 0].set(0)
+    planes = jnp.asarray(rng.standard_normal((count, width)) * width**-0.5, jnp.bfloat16)
+    want, unit = codes.round_query(query, planes)
+    if signs:
+        want, unit = codes.signs(query, planes), jnp.ones_like(unit)
+    code_bytes = 4 * codes.words_of_levels(count, bits)
+    parts = 8 // bits
+    want = np.pad(np.asarray(want), [(0, 0)] * 3 + [(0, parts * code_bytes - count)])
+    want = want.reshape(batch, queries, kv_heads, -1, parts, code_bytes)
+    want = want.transpose(0, 2, 4, 1, 3, 5).reshape(batch, kv_heads, parts, -1, code_bytes)
+    run = functools.partial(sparse.rounded_queries, kv_heads=kv_heads, bits=bits, signs=signs)
+    got, found = jax.jit(functools.partial(run, interpret=interpret))(query, planes)
+    got = np.asarray(got, int)
+    used = want.shape[3]
+    difference = np.abs(got[:, :, :, :used, :code_bytes] - want)
+    assert difference.max() <= (0 if interpret else 1)
+    assert (difference > 0).mean() < 1e-3
+    assert not got[:, :, :, used:].any()
+    assert not got[..., code_bytes:].any()
+    np.testing.assert_allclose(found, unit[..., 0], rtol=1e-6)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -148,9 +189,9 @@ def test_every_tile_gives_the_same_scores(bits, tile):
 def test_scores_under_vmap():
     inputs = draw(SCORES["T = 3, G = 2"])[:4]
     run = functools.partial(sparse.linear_scores, bits=2, forced=FORCED, tile=SMALL, interpret=True)
-    want, seen = run(*inputs), defined(*inputs, None, bits=2, forced=FORCED)[1]
+    (want, _), seen = run(*inputs), defined(*inputs, None, bits=2, forced=FORCED)[1]
     twice = [np.stack([x, x[::-1]]) for x in inputs]
-    got = jax.vmap(run)(*twice)
+    got, _ = jax.vmap(run)(*twice)
     np.testing.assert_array_equal(np.asarray(got[0])[seen], np.asarray(want)[seen])
     np.testing.assert_array_equal(np.asarray(got[1])[::-1][seen], np.asarray(want)[seen])
 
@@ -229,7 +270,12 @@ def test_decoding_by_interpreted_kernels_is_that_of_xla(scorer, monkeypatch, ass
 
         return run
 
-    named = (sparse.level_codes, sparse.select, sparse.listed_attention)
+    named = (
+        sparse.level_codes,
+        sparse.rounded_queries,
+        sparse.select,
+        sparse.listed_attention,
+    )
     kernels = SimpleNamespace(
         Forced=Forced,
         linear_scores=interpreted(sparse.linear_scores, tile=SMALL),
@@ -245,6 +291,7 @@ def test_decoding_by_interpreted_kernels_is_that_of_xla(scorer, monkeypatch, ass
     got = decode(config, "pallas")
     assert list(dict.fromkeys(seen)) == [
         "level_codes",
+        "rounded_queries",
         "linear_scores",
         "select",
         "listed_attention",
