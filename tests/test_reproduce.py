@@ -4,6 +4,7 @@ Most tests let a small script stand for the training script. It writes the files
 a step every hundredth of a second. One test trains real models.
 """
 
+import collections
 import doctest
 import json
 import math
@@ -20,7 +21,7 @@ import pytest
 import experiments
 import reproduce
 from experiments.table import Data, Method, Metric, Table
-from race_jax.train.files import run_directory
+from race_jax.train.files import run_directory, try_lock
 from race_jax.train.metrics import read_records
 from reproduction import figure, plan, results, work
 
@@ -254,6 +255,40 @@ def test_a_run_that_another_process_trains_is_waited_for(train, tmp_path):
     assert ended
     assert told.lines[0][0] == "waits"
     assert told.lines[-1][0] == "finished"
+
+
+def test_a_run_that_another_command_has_just_started_is_waited_for(train, tmp_path):
+    (run,) = plan.make_runs(TABLE, "small", (0,), ["good"], ["copy"], tmp_path)
+
+    class Second(Told):
+        """At the first sight of the started process, a second command looks for work."""
+
+        def progress(self, left):
+            super().progress(left)
+            if len(self.left) == 1:
+                assert work._start_next(collections.deque([run]), dict(os.environ), self) is None
+
+    _, told, ended = train(display=Second())
+    assert ended
+    assert [line[0] for line in told.lines] == ["started", "waits", "finished"]
+    assert work.outcome_of(run)["starts"] == 1
+    with try_lock(run.directory / ".command"):
+        pass
+
+
+def test_a_process_that_outlives_its_command_keeps_the_lock(tmp_path, monkeypatch):
+    (run,) = plan.make_runs(TABLE, "small", (0,), ["good"], ["copy"], tmp_path)
+    (tmp_path / "train.py").write_text(TRAIN)
+    monkeypatch.setattr(work, "SCRIPT", str(tmp_path / "train.py"))
+    run.directory.mkdir(parents=True)
+    path = run.directory / ".command"
+    started = work._start(run, dict(os.environ), try_lock(path))
+    started.lock.close()  # as at the end of a process that is killed
+    assert try_lock(path) is None
+    started.process.kill()
+    started.process.wait()
+    with try_lock(path):
+        pass
 
 
 def test_a_killed_run_is_a_failure_with_its_signal(train):

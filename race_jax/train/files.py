@@ -99,16 +99,36 @@ def run_directory(path: Path, *, is_first: bool = True) -> Iterator[Path]:
         yield path
 
 
+def try_lock(path: Path) -> IO[str] | None:
+    """Takes the lock of a file, which is made if it is missing.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The open file, or None if another process has its lock. The lock ends when the file is
+        closed here and in all processes that inherited it. Where the file system has no locks,
+        the file is returned without one.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    lock = open(path, "a")  # noqa: SIM115 (the caller closes it)
+    error = _lock(lock)
+    if error is not None and error.errno in _TAKEN:
+        lock.close()
+        return None
+    return lock
+
+
 def in_use(path: Path) -> bool:
     """Whether another process trains in the folder of a run."""
-    if fcntl is None or not (path / ".lock").exists():
+    if not (path / ".lock").exists():
         return False
-    with open(path / ".lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno in _TAKEN
-    return False
+    lock = try_lock(path / ".lock")
+    if lock is not None:
+        lock.close()
+    return lock is None
 
 
 def check_space(path: Path, bytes_needed: int) -> None:
@@ -131,20 +151,29 @@ def check_space(path: Path, bytes_needed: int) -> None:
 
 
 def _take(lock: IO[str], where: str) -> None:
-    if fcntl is None:
+    error = _lock(lock)
+    if error is None:
         return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _TAKEN:
-            raise ValueError(
-                f"{where} is in use by another process; wait until it ends, or give another folder"
-            ) from None
-        # Some mounts of Lustre, NFS and FUSE have no locks (ENOLCK, ENOSYS, EOPNOTSUPP).
-        say(
-            f"{where}: the file system has no locks ({error.strerror}), so the run goes on without "
-            "one. Make sure that no second process trains there"
+    if error.errno in _TAKEN:
+        raise ValueError(
+            f"{where} is in use by another process; wait until it ends, or give another folder"
         )
+    # Some mounts of Lustre, NFS and FUSE have no locks (ENOLCK, ENOSYS, EOPNOTSUPP).
+    say(
+        f"{where}: the file system has no locks ({error.strerror}), so the run goes on without "
+        "one. Make sure that no second process trains there"
+    )
+
+
+def _lock(file: IO[str]) -> OSError | None:
+    """Takes the lock of an open file, or returns the error why it could not."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error
+    return None
 
 
 def claim(path: Path, config: Config, digests: dict[str, str], *, resuming: bool) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from race_jax.train.files import write_whole
+
 WORDS = "the cat a dog my bird sees likes eats fish bread milk".split()
 BOOKS = ("bleak-house", "tom-jones")
 
@@ -20,7 +22,8 @@ def write(folder: Path) -> None:
         path = folder / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(lzma.compress(content))
+            data = lzma.compress(content)
+            write_whole(path, lambda stream, data=data: stream.write(data))
 
 
 def _texts(rng: np.random.Generator) -> dict[str, bytes]:

@@ -1,7 +1,9 @@
 """Runs training runs as processes, a few at a time, and stops them all on request.
 
 A run that was stopped goes on from its last checkpoint when it is started again. How each run ended
-is kept in its folder, in `outcome.json`.
+is kept in its folder, in `outcome.json`. Several commands may share the folders: the one that has
+the lock of the file `.command` in a run's folder starts that run and notes its end, and its process
+inherits the lock, in case the command is killed.
 """
 
 import collections
@@ -18,12 +20,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from benchmarks.scaling import commit
 from race_jax.train import summary
 from race_jax.train.checkpoint import checkpoint_folder
-from race_jax.train.files import in_use, write_text
+from race_jax.train.files import in_use, try_lock, write_text
 from reproduction.plan import ROOT, SCRIPT, Run
 
 FINISHED, STOPPED = 0, 75  # exit statuses of the training script
@@ -55,11 +57,12 @@ class Display(Protocol):
 
 @dataclasses.dataclass
 class Started:
-    """A process that trains."""
+    """A process that trains, and the lock by which no other command starts its run."""
 
     run: Run
     process: subprocess.Popen
     since: float
+    lock: IO[str]
 
 
 class Requests:
@@ -118,7 +121,9 @@ def work(
                     if slot is None and waiting:
                         slots[index] = _start_next(waiting, environments[index], display)
                     elif slot is not None and slot.process.poll() is not None:
-                        display.ended(slot.run, _end(slot, len(environments), keep))
+                        with slot.lock:
+                            outcome = _end(slot, len(environments), keep)
+                        display.ended(slot.run, outcome)
                         slots[index] = None
                 left = [slot.run.work * _share_left(slot.run) for slot in slots if slot]
                 display.progress(sum(left) + sum(run.work for run in waiting))
@@ -126,6 +131,7 @@ def work(
     finally:  # after an error of our own, no process is left over
         for slot in filter(None, slots):
             slot.process.terminate()
+            slot.lock.close()
     return passed_on == 0
 
 
@@ -199,17 +205,21 @@ def _start_next(
     """Starts the first waiting run that no other process trains."""
     for _ in range(len(waiting)):
         run = waiting.popleft()
-        if in_use(run.directory):  # by another table, or a process that outlived a killed command
+        run.directory.mkdir(parents=True, exist_ok=True)
+        lock = try_lock(run.directory / ".command")
+        # Without a command, the training script may have been started by hand.
+        if lock is None or in_use(run.directory):
             waiting.append(run)
             display.waits(run)
         elif not is_finished(run):
             display.started(run)
-            return _start(run, environment)
+            return _start(run, environment, lock)
+        if lock is not None:
+            lock.close()
     return None
 
 
-def _start(run: Run, environment: dict[str, str]) -> Started:
-    run.directory.mkdir(parents=True, exist_ok=True)
+def _start(run: Run, environment: dict[str, str], lock: IO[str]) -> Started:
     with open(run.log, "a", encoding="utf-8") as log:
         log.write(f"{run.command}\n")
         log.flush()
@@ -221,8 +231,9 @@ def _start(run: Run, environment: dict[str, str]) -> Started:
             stdout=log,
             stderr=subprocess.STDOUT,
             process_group=0,  # Ctrl-C in a terminal reaches this command only, which passes it on
+            pass_fds=[lock.fileno()],
         )
-    return Started(run, process, time.monotonic())
+    return Started(run, process, time.monotonic(), lock)
 
 
 def _stop(slots: Sequence[Started | None]) -> str:
