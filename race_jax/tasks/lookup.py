@@ -6,7 +6,8 @@ written once more. Their values cannot be guessed, so a model has to find them i
     ... wide as the sea.\n#kqv=4711\n It rained ... and so we\n#kqv=4711
 
 In training all bytes count, and those of the repeated values more. In the held-out text, a window
-with lines counts for the accuracy only, and all others for the bits per byte.
+with lines counts for the accuracy only, and all others for the bits per byte. The first held-out
+window never has lines, so that there are always bytes to measure.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import functools
 import zlib
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,9 +107,8 @@ class Lookup(LanguageModel):
         _check(config, options)
         super().__init__(config)
         train = functools.partial(_with_lines, options=options, seed=config.run.seed)
-        held = functools.partial(_with_lines, options=options, seed=0, is_held_out=True)
         self.train = self.train.map(train)
-        self.held_out = {name: split.map(held) for name, split in self.held_out.items()}
+        self.held_out = {name: _held_out(split, options) for name, split in self.held_out.items()}
         self.batch = shapes_of(next(iter(self.held_out["valid"])))
         self.description += (
             f"; {options.share:.0%} of the training windows have {options.least_lines} to "
@@ -197,17 +198,30 @@ def with_lookups(
     )
 
 
+def _held_out(split: grain.IterDataset[Batch], options: LookupConfig) -> grain.IterDataset[Batch]:
+    """Returns held-out batches with lines. The first row has none, so that some text is scored."""
+    first = next(iter(split))
+    plain = np.append(first["inputs"][0], first["targets"][0, -1]).tobytes()
+    return split.map(
+        lambda batch: _with_lines(batch, options, seed=0, is_held_out=True, plain=plain)
+    )
+
+
 def _with_lines(
-    batch: Batch, options: LookupConfig, seed: int, is_held_out: bool = False
+    batch: Batch, options: LookupConfig, seed: int, is_held_out: bool = False, plain: bytes = b""
 ) -> dict[str, Any]:
-    """Returns a batch in which a share of the full rows have lines, chosen by their bytes."""
+    """Returns a batch in which a share of the full rows have lines, chosen by their bytes.
+
+    A row with the bytes `plain` has no lines.
+    """
     batch = {name: array.copy() for name, array in batch.items()}
     batch["asked"] = np.zeros_like(batch["weights"])
     share = min(options.share, HELD_OUT_SHARE) if is_held_out else options.share
     for row in range(len(batch["inputs"])):
         ids = np.append(batch["inputs"][row], batch["targets"][row, -1])
         rng = np.random.default_rng((seed, zlib.crc32(ids.tobytes())))
-        if not batch["weights"][row].all() or rng.random() >= share:
+        is_full = batch["weights"][row].all()
+        if not is_full or rng.random() >= share or ids.tobytes() == plain:
             continue
         questions = 1
         if not is_held_out:

@@ -117,6 +117,20 @@ def test_without_lines_it_is_language_modeling(tmp_path):
     assert set(scores) == {"loss", "perplexity", "bits_per_byte"}
 
 
+def test_a_held_out_text_of_one_window_is_scored_as_text(tmp_path, monkeypatch):
+    monkeypatch.setattr("race_jax.tasks.lookup.HELD_OUT_SHARE", 1.0)
+    config = lookup_config(tmp_path, share=1.0)
+    (tmp_path / "held_out.txt").write_text(TEXT[:65])
+    config.data.valid_files = (str(tmp_path / "held_out.txt"),)
+    _, scores = few_steps(config, 1)
+    assert set(scores) == {"loss", "perplexity", "bits_per_byte"}
+    (tmp_path / "held_out.txt").write_text(TEXT[: 3 * 64 + 1])
+    task = Lookup(config.validate())
+    (batch,) = task.held_out["valid"]
+    np.testing.assert_array_equal(batch["asked"].any(axis=1), [False, True, True] + 5 * [False])
+    np.testing.assert_array_equal(batch["weights"].any(axis=1), [True] + 7 * [False])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
