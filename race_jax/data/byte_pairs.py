@@ -15,6 +15,8 @@ import numpy as np
 from race_jax.data.sources import read_file
 from race_jax.data.vocabulary import Tokenizer, pieces
 
+# Letters, marks and white space that a normalizer or a form of words may change.
+PROBE = " The  caf\u00e9, cafe\u0301\n\tend\u3000\ufb01 \U00013000\r\n "
 # The number of texts that are encoded at a time. The package's records of them are large.
 MOST_TEXTS = 1 << 10
 
@@ -88,6 +90,11 @@ class BytePairTokenizer(Tokenizer):
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         """Returns the text, with its special tokens."""
         return self._inner.decode(self._checked(ids).tolist(), skip_special_tokens=False)
+
+    @functools.cached_property
+    def keeps_text(self) -> bool:
+        """Whether a text with all kinds of letters and white space comes back unchanged."""
+        return self.decode(self.encode(PROBE)) == PROBE
 
     def num_unknown(self, ids: np.ndarray) -> int:
         """Returns how many of `ids` are the unknown token, or 0 if the JSON file has none."""

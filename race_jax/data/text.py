@@ -32,18 +32,19 @@ class HeldOut:
 
     Attributes:
         text: the bytes of the split, with documents joined as in the training text. A run may
-            compress them by `xz`, for comparison with the model.
+            compress them by `xz`, for comparison with the model. None if a token file does not have
+            the text.
         num_tokens: the number of tokens that are scored, which is the sum of all weights. The first
             token of the stream, or of each packed document, is not scored, because nothing comes
             before it.
         num_bytes: the bytes of text that the scored tokens stand for.
-        encodes_text: whether the text can be recovered from the tokens. If not, a loss in bits per
-            byte of text has no meaning.
+        encodes_text: whether it is certain that the text can be recovered from the tokens. If not,
+            a loss in bits per byte of text has no meaning.
         num_unknown: how many of the scored tokens are `<unk>`.
         batches: one pass in a fixed order. The last batch is filled up with rows of weight 0.
     """
 
-    text: bytes | memoryview
+    text: bytes | memoryview | None
     num_tokens: int
     num_bytes: int
     encodes_text: bool
@@ -224,17 +225,22 @@ def _check_alike(train_file: TokenFile, others: dict[str, TokenFile]) -> None:
 
 
 def _scored_ids(tokenizer: Tokenizer, ids: np.ndarray, batches: grain.IterDataset) -> HeldOut:
-    """Returns a held-out split of ids whose text is no longer there. Bytes stay on the disk."""
+    """Returns a held-out split of ids whose text is no longer there. Bytes stay on the disk.
+
+    The text is that of the ids if no text loses anything by this tokenizer. Words do not say what
+    white space was between them.
+    """
     if isinstance(tokenizer, ByteTokenizer):
         text = memoryview(ids.astype(np.uint8, copy=False))
     else:
         text = tokenizer.decode(ids).encode("utf-8")
     num_unknown = tokenizer.num_unknown(ids[1:])
+    encodes_text = tokenizer.keeps_text and not num_unknown
     return HeldOut(
-        text=text,
+        text=text if encodes_text else None,
         num_tokens=len(ids) - 1,
         num_bytes=len(text) - tokenizer.num_bytes(ids[:1]),
-        encodes_text=not num_unknown,
+        encodes_text=encodes_text,
         num_unknown=num_unknown,
         batches=batches,
     )
@@ -346,7 +352,9 @@ def _held_out(
     return HeldOut(
         text=text,
         num_tokens=num_tokens,
-        num_bytes=sum(len(data) - tokenizer.num_bytes(ids[:1]) for data, ids in scored),
+        num_bytes=sum(
+            len(tokenizer.counted(data)) - tokenizer.num_bytes(ids[:1]) for data, ids in scored
+        ),
         encodes_text=all(tokenizer.encodes(data, ids) for data, ids in scored),
         num_unknown=sum(tokenizer.num_unknown(ids[1:]) for _, ids in scored),
         batches=read(stream, config.sequence_length, batch_size=batch_size),

@@ -31,6 +31,11 @@ class Tokenizer(abc.ABC):
     separator: ClassVar[str] = "\n"
 
     @property
+    def keeps_text(self) -> bool:
+        """Whether every text can be recovered from its ids, if none of them is unknown."""
+        return True
+
+    @property
     @abc.abstractmethod
     def vocab_size(self) -> int:
         """The number of ids. They start at 0."""
@@ -68,8 +73,12 @@ class Tokenizer(abc.ABC):
         """Returns the number of UTF-8 bytes of the text that `ids` stand for."""
         return len(self.decode(ids).encode("utf-8"))
 
+    def counted(self, data: bytes) -> bytes:
+        """Returns the part of a text that its ids stand for, which is all of it."""
+        return data
+
     def encodes(self, data: bytes, ids: np.ndarray) -> bool:
-        """Returns whether the text `data` can be recovered from its `ids`."""
+        """Returns whether the text `counted(data)` can be recovered from its `ids`."""
         return self.decode(ids).encode("utf-8") == data
 
     def num_unknown(self, ids: np.ndarray) -> int:
@@ -238,17 +247,24 @@ class WordTokenizer(Tokenizer):
             "\n" if self.end_of_line and word == END_OF_LINE else word for word in words
         )
 
-    def encodes(self, data: bytes, ids: np.ndarray) -> bool:
-        """Returns whether all words are known and the white space between them is regular.
+    @property
+    def keeps_text(self) -> bool:
+        """Returns False, because words do not say what white space was between them."""
+        return False
 
-        Regular means one space between two words. With `end_of_line`, there may be any number of
-        spaces around a line break. Spaces at the beginning and at the end of the text do not count.
+    def counted(self, data: bytes) -> bytes:
+        """Returns the text without the spaces at its beginning and at its end."""
+        return data.strip(b" ")
+
+    def encodes(self, data: bytes, ids: np.ndarray) -> bool:
+        r"""Returns whether all words are known and the white space between them is regular.
+
+        Regular means one space between two words. With `end_of_line`, line breaks have no spaces
+        around them, or all have one on each side, as in `" a b \n c \n"`. Spaces at the beginning
+        and at the end of the text do not count.
         """
-        text, decoded = (
-            re.sub(r" *\n *", "\n", part).strip(" ")
-            for part in (data.decode("utf-8"), self.decode(ids))
-        )
-        return text == decoded
+        text, decoded = self.counted(data).decode("utf-8"), self.decode(ids).strip(" ")
+        return text in (decoded, re.sub(" ?\n ?", "\n", decoded))
 
     def num_unknown(self, ids: np.ndarray) -> int:
         """Returns how many of `ids` are `<unk>`, including those that the text itself contains."""

@@ -144,6 +144,8 @@ class LanguageModel(Task):
         if not self._options.compare_xz:
             return {}
         held_out = self._data.valid
+        if held_out.text is None:
+            return {"xz -9e": "not measured, because the token file does not have the text"}
         same = "same text" if held_out.encodes_text else "of the whole text"
         return {"xz -9e": f"{xz_bits_per_byte(held_out.text):.3f} bits per byte, {same}"}
 

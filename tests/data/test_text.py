@@ -235,10 +235,15 @@ class TestOtherTokenizers:
         [
             ("a b\nb a\n", {"end_of_line": True}, True, 0),
             (" a b \n b a \n", {"end_of_line": True}, True, 0),
+            ("a b\n\nb a\n", {"end_of_line": True}, True, 0),
+            (" \n a b \n \n b a \n", {"end_of_line": True}, True, 0),
+            ("  a b b a  ", {}, True, 0),
             ("a b b a", {}, True, 0),
             ("a <unk>\nb a\n", {"end_of_line": True}, True, 1),  # so it stands in the text
             ("a b\nb a\n", {}, False, 0),  # the line break is lost
             ("a  b\nb a\n", {"end_of_line": True}, False, 0),
+            ("a b  \n  b a\n", {"end_of_line": True}, False, 0),
+            ("a b \n b a\na b\n", {"end_of_line": True}, False, 0),  # two kinds of lines
             ("a\tb\nb a\n", {"end_of_line": True}, False, 0),
             ("a c\nc a\n", {"end_of_line": True, "vocab_limit": 4}, False, 2),
         ],
@@ -247,6 +252,16 @@ class TestOtherTokenizers:
         data = make_data(b"a b a b <unk> <unk>\n" * 9, text.encode(), tokenizer="words",
                          sequence_length=2, **{"end_of_line": False} | fields)  # fmt: skip
         assert (data.valid.encodes_text, data.valid.num_unknown) == (encodes, unknown)
+
+    @pytest.mark.parametrize(
+        ("text", "num_bytes"),
+        [("ab cd ab\n", 7), ("   ab cd ab   ", 6), (" ab \n cd \n ab \n", 12)],
+    )
+    def test_bytes_that_words_stand_for_are_counted(self, make_data, text, num_bytes):
+        data = make_data(b"ab cd ab\n" * 9, text.encode(), tokenizer="words", sequence_length=2,
+                         end_of_line="\n" in text)  # fmt: skip
+        assert data.valid.encodes_text
+        assert data.valid.num_bytes == num_bytes  # after the first word
 
     def test_other_tokenizers_encode_every_text(self, make_data):
         text = "größe  ab\n\tab größe\n".encode()

@@ -11,7 +11,9 @@ from race_jax.data.rows import UnreadRows, row
 from race_jax.data.text import build_data
 from race_jax.data.token_file import open_token_file, write_token_file
 from race_jax.data.tokenizer import ByteTokenizer
+from race_jax.tasks.language_model import LanguageModel
 from scripts import write_tokens
+from tests.train.small import small_config
 
 TEXT = np.random.default_rng(0).integers(0, 256, 300).astype(np.uint8)
 
@@ -100,6 +102,26 @@ def test_files_of_different_numbers_are_refused(tmp_path):
     )
     with pytest.raises(ValueError, match=r"valid\.npy holds ids in int32, .* in uint8; write both"):
         build_data(config, batch_size=1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "encodes"), [("bytes", True), ("characters", True), ("words", False)]
+)
+def test_only_tokens_that_keep_every_text_have_bits_per_byte(tmp_path, tokenizer, encodes):
+    """Words of a token file do not say what white space was between them."""
+    (tmp_path / "text.txt").write_text("ab  cd ab\n" * 30)
+    path = str(tmp_path / "t.npy")
+    assert write_tokens.main([path, str(tmp_path / "text.txt"), "--tokenizer", tokenizer]) == 0
+    config = small_config()
+    config.data.source, config.data.train_files = "tokens", (path,)
+    config.data.tokenizer, config.data.sequence_length = tokenizer, 4
+    config.language_model.compare_xz = True
+    task = LanguageModel(config)
+    assert task._data.valid.encodes_text == encodes
+    figures = task.metrics("valid", {"loss": 3.0, "weight": 2.0})
+    assert ("bits_per_byte" in figures) == encodes
+    said = "bits per byte, same text" if encodes else "the token file does not have the text"
+    assert said in task.end_facts()["xz -9e"]
 
 
 def test_held_out_bytes_stay_on_the_disk(tmp_path):

@@ -218,6 +218,18 @@ class TestBytePairs:
         assert not small.encodes(b"abxa", ids)
         assert small.num_unknown(ids) == 1
 
+    def test_a_normalizer_or_a_form_of_words_does_not_keep_the_text(self, byte_pairs):
+        tokenizers = pytest.importorskip("tokenizers")
+        assert byte_pairs.keeps_text
+        normalizers = tokenizers.normalizers
+        for normalizer in (normalizers.Lowercase(), normalizers.NFC(), normalizers.NFKC()):
+            inner = tokenizers.Tokenizer.from_str(byte_pairs.json_text)
+            inner.normalizer = normalizer
+            assert not BytePairTokenizer(inner.to_str()).keeps_text
+        inner = tokenizers.Tokenizer.from_str(byte_pairs.json_text)
+        inner.decoder = tokenizers.decoders.Metaspace()
+        assert not BytePairTokenizer(inner.to_str()).keeps_text
+
     def test_a_file_that_cannot_be_written_is_named(self, tmp_path):
         pytest.importorskip("tokenizers")
         (tmp_path / "file").write_text("")
