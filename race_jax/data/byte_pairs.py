@@ -5,7 +5,10 @@ A `BytePairTokenizer` is read from a JSON file of that package, or trained on te
 
 import functools
 import importlib
+import itertools
+import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import numpy as np
 from race_jax.data.sources import read_file
 from race_jax.data.vocabulary import Tokenizer, pieces
 
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of one byte, in tokenizers with byte fallback
 # Letters, marks and white space that a normalizer or a form of words may change.
 PROBE = " The  caf\u00e9, cafe\u0301\n\tend\u3000\ufb01 \U00013000\r\n "
 # The number of texts that are encoded at a time. The package's records of them are large.
@@ -91,6 +95,26 @@ class BytePairTokenizer(Tokenizer):
         """Returns the text, with its special tokens."""
         return self._inner.decode(self._checked(ids).tolist(), skip_special_tokens=False)
 
+    def num_bytes(self, ids: np.ndarray) -> int:
+        """Returns the number of UTF-8 bytes that `ids` stand for.
+
+        An id may be a part of a character. Such parts are decoded to U+FFFD, which has 3 bytes
+        itself.
+        """
+        text = self.decode(ids)
+        if "\ufffd" not in text:
+            return len(text.encode())
+        tokens = [self._inner.id_to_token(index) or "" for index in np.asarray(ids).tolist()]
+        if self._is_byte_level:
+            added = {token.content for token in self._inner.get_added_tokens_decoder().values()}
+            return sum(len(x.encode()) if x in added else len(x) for x in tokens)
+        return len(text.encode()) - 2 * _broken_bytes(tokens)
+
+    @functools.cached_property
+    def _is_byte_level(self) -> bool:
+        """Whether each letter of a token stands for one byte."""
+        return '"ByteLevel"' in json.dumps(json.loads(self.json_text).get("decoder"))
+
     @functools.cached_property
     def keeps_text(self) -> bool:
         """Whether a text with all kinds of letters and white space comes back unchanged."""
@@ -159,6 +183,22 @@ def _write_whole(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
+
+
+def _broken_bytes(tokens: list[str]) -> int:
+    """Returns how many byte tokens such as `<0xE2>` are decoded to one U+FFFD each.
+
+    They are those of each run of byte tokens that as a whole is not UTF-8.
+    """
+    count = 0
+    for is_byte, run in itertools.groupby(tokens, lambda token: bool(BYTE.fullmatch(token))):
+        if is_byte:
+            data = bytes(int(token[3:5], 16) for token in run)
+            try:
+                data.decode()
+            except UnicodeDecodeError:
+                count += len(data)
+    return count
 
 
 def _tokenizers() -> Any:

@@ -239,7 +239,7 @@ def _scored_ids(tokenizer: Tokenizer, ids: np.ndarray, batches: grain.IterDatase
     return HeldOut(
         text=text if encodes_text else None,
         num_tokens=len(ids) - 1,
-        num_bytes=len(text) - tokenizer.num_bytes(ids[:1]),
+        num_bytes=tokenizer.num_bytes(ids) - tokenizer.num_bytes(ids[:1]),
         encodes_text=encodes_text,
         num_unknown=num_unknown,
         batches=batches,

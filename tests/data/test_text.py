@@ -263,6 +263,14 @@ class TestOtherTokenizers:
         assert data.valid.encodes_text
         assert data.valid.num_bytes == num_bytes  # after the first word
 
+    def test_a_first_token_of_half_a_character_has_its_own_bytes(self, make_data, tmp_path):
+        pytest.importorskip("tokenizers")
+        text = "öé öé\n".encode()
+        data = make_data(text * 9, text, tokenizer="bpe", vocab_limit=256, sequence_length=2,
+                         tokenizer_file=str(tmp_path / "bytes.json"))  # fmt: skip
+        assert data.valid.encodes_text
+        assert data.valid.num_bytes == data.valid.num_tokens == len(text) - 1
+
     def test_other_tokenizers_encode_every_text(self, make_data):
         text = "größe  ab\n\tab größe\n".encode()
         for tokenizer in ("bytes", "characters"):

@@ -10,7 +10,7 @@ from race_jax.data.config import DataConfig
 from race_jax.data.rows import UnreadRows, row
 from race_jax.data.text import build_data
 from race_jax.data.token_file import open_token_file, write_token_file
-from race_jax.data.tokenizer import ByteTokenizer
+from race_jax.data.tokenizer import BytePairTokenizer, ByteTokenizer
 from race_jax.tasks.language_model import LanguageModel
 from scripts import write_tokens
 from tests.train.small import small_config
@@ -122,6 +122,23 @@ def test_only_tokens_that_keep_every_text_have_bits_per_byte(tmp_path, tokenizer
     assert ("bits_per_byte" in figures) == encodes
     said = "bits per byte, same text" if encodes else "the token file does not have the text"
     assert said in task.end_facts()["xz -9e"]
+
+
+def test_byte_pairs_that_begin_within_a_character_are_counted_in_bytes(tmp_path):
+    pytest.importorskip("tokenizers")
+    text = "öé" * 50
+    byte_pairs = BytePairTokenizer.from_texts([text], vocab_size=256)
+    write_token_file(tmp_path / "t.npy", [byte_pairs.encode(text)], byte_pairs)
+    for fraction in (0.1, 0.105):  # 20 tokens of a byte each, and 21
+        config = DataConfig(
+            source="tokens",
+            train_files=(str(tmp_path / "t.npy"),),
+            tokenizer="bpe",
+            sequence_length=4,
+            valid_fraction=fraction,
+        )
+        held_out = build_data(config, batch_size=2, seed=0).valid
+        assert held_out.num_bytes == held_out.num_tokens == 200 * fraction - 1
 
 
 def test_held_out_bytes_stay_on_the_disk(tmp_path):

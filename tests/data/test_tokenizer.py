@@ -218,6 +218,26 @@ class TestBytePairs:
         assert not small.encodes(b"abxa", ids)
         assert small.num_unknown(ids) == 1
 
+    def test_parts_of_characters_are_counted_in_bytes(self, byte_pairs):
+        tokenizers = pytest.importorskip("tokenizers")
+        inner = tokenizers.Tokenizer.from_str(byte_pairs.json_text)
+        inner.add_special_tokens(["<é>"])
+        vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<unk>": 256, "a": 257}
+        fallback = tokenizers.Tokenizer(
+            tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
+        )
+        decoders = tokenizers.decoders
+        fallback.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+        for tokenizer in map(BytePairTokenizer, (inner.to_str(), fallback.to_str())):
+            for text in ("a\u20ac\ufffda\u00eb", "\U0001f600", "\ufffd"):
+                ids = tokenizer.encode(text)
+                assert len(ids) == len(text.encode())  # one byte each
+                for start in range(len(ids)):
+                    for stop in range(start + 1, len(ids) + 1):
+                        assert tokenizer.num_bytes(ids[start:stop]) == stop - start
+        special = BytePairTokenizer(inner.to_str())
+        assert special.num_bytes(special.encode("\u20ac<é>")[1:]) == 2 + len("<é>".encode())
+
     def test_a_normalizer_or_a_form_of_words_does_not_keep_the_text(self, byte_pairs):
         tokenizers = pytest.importorskip("tokenizers")
         assert byte_pairs.keeps_text
