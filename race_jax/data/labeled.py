@@ -242,6 +242,11 @@ def _read_jsonl(name: str, content: str, columns: Columns) -> Iterator[LabeledTe
             record = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{place}: not JSON: {error}") from None
+        except RecursionError:
+            raise ValueError(
+                f"{place}: the JSON object is nested too deeply to be read; leave out what is "
+                "neither text nor label"
+            ) from None
         if not isinstance(record, dict):
             raise ValueError(f"{place}: must be a JSON object, got {line[:40]!r}")
         for key in (*columns.text, columns.label):
@@ -257,6 +262,14 @@ def _checked(place: str, parts: Sequence[Any], label: Any) -> LabeledText:
         raise ValueError(f"{place}: the text must be a string, got {strange!r}")
     if isinstance(label, bool) or not isinstance(label, (str, int)):
         raise ValueError(f"{place}: the label must be a string or an integer, got {label!r}")
+    for value in (*parts, str(label)):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:  # JSON can write half of a UTF-16 pair
+            raise ValueError(
+                f"{place}: {value[:40]!r} has the lone surrogate {value[error.start]!r}, which is "
+                "no character; write the character, or leave it out"
+            ) from None
     return LabeledText(tuple(parts), str(label), place)
 
 

@@ -231,15 +231,20 @@ def _apply_all(
     return np.choose(operators, values)
 
 
-def read_examples(path: Path) -> Examples:
+def read_examples(path: Path, most_tokens: int | None = None) -> Examples:
     """Reads labeled expressions, one a line, from a file that may be packed.
 
     A line has the label, a tab and the expression, as in the files of Nangia and Bowman (2018), or,
     after a header "Source Target", the expression, a tab and the label, as in LRA's.
 
+    Args:
+        path: the file.
+        most_tokens: the most tokens that an expression may have. None allows any number.
+
     Raises:
-        ValueError: the file cannot be read, or a line is not such a line, or a label is not what
-            its expression comes to. The message names the file and the line.
+        ValueError: the file cannot be read or has no expression, or a line is not such a line, or a
+            label is not what its expression comes to, or an expression is too long. The message
+            names the file and the line.
     """
     text = Document(str(path), read_file(path)).text()
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
@@ -259,4 +264,14 @@ def read_examples(path: Path) -> Examples:
             )
         inputs.append(ids)
         labels.append(value)
-    return Examples(inputs, np.array(labels, np.int32))
+    if not inputs:
+        raise ValueError(f"{path}, line 1: the file has a header only; add labeled expressions")
+    examples = Examples(inputs, np.array(labels, np.int32))
+    longest = int(examples.lengths.argmax())
+    if most_tokens is not None and (size := examples.lengths[longest]) > most_tokens:
+        raise ValueError(
+            f"{path}, line {longest + 1 + has_header}: the longest expression has {size} tokens, "
+            f"and config.data.sequence_length={most_tokens} allows fewer; raise it to {size}, or "
+            "leave long expressions out"
+        )
+    return examples

@@ -104,7 +104,8 @@ def _read(data) -> dict[str, Examples]:
     splits = {}
     for name in SPLITS:
         if getattr(data, f"{name}_files"):
-            parts = [read_examples(path) for path in named_paths(data, f"{name}_files")]
+            paths = named_paths(data, f"{name}_files")
+            parts = [read_examples(path, data.sequence_length) for path in paths]
             inputs = [x for part in parts for x in part.inputs]
             splits[name] = Examples(inputs, np.concatenate([part.labels for part in parts]))
     return splits

@@ -69,6 +69,13 @@ def test_a_file_of_one_class_is_named_after_it():
         ('{"text": "a"}\n', {}, r"f\.tsv:1: there is no key 'label' among text"),
         ('{"text": 3, "label": 1}\n', {}, r"f\.tsv:1: the text must be a string, got 3"),
         ('{"text": "a", "label": 0.5}\n', {}, r"f\.tsv:1: the label must be .*, got 0\.5"),
+        ('{"text": "a\\ud83d", "label": 1}\n', {}, r"f\.tsv:1: 'a\\ud83d' has the lone surrogate"),
+        ('{"text": "a", "label": "\\udc00"}\n', {}, r"f\.tsv:1: .* the lone surrogate '\\udc00'"),
+        (
+            '{"text": "a", "label": 1}\n{"text": "a", "label": 1, "x": ' + "[" * 9**6 + "\n",
+            {},
+            r"f\.tsv:2: the JSON object is nested too deeply",
+        ),
         ("[1]\n", {"form": "jsonl"}, r"f\.tsv:1: must be a JSON object, got '\[1\]'"),
         ("a\t1\n", {"form": "xml"}, r"must be one of tsv, csv, jsonl, classes; got 'xml'"),
     ],

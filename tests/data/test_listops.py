@@ -98,10 +98,24 @@ def test_both_forms_of_files_are_read_and_bad_lines_are_named(tmp_path):
         ("12\t[SM 7 8 ]\n", r"line 1: the expression comes to 5, .* '12'"),
         ("5\t[SM 7 x ]\n", r"line 1: no labeled expression: 'x' is none of the tokens"),
         ("5\t[SM 7 8\n", r"line 1: no labeled expression: 1 lists stay open"),
+        ("Source\tTarget\n", r"line 1: the file has a header only"),
+        ("Source\tTarget\r\n", r"line 1: the file has a header only"),
     ):
         short.write_text(text)
         with pytest.raises(ValueError, match=rf"short\.tsv, {words}"):
             read_examples(short)
+
+
+def test_a_long_expression_is_named_by_its_line(tmp_path):
+    lines = ["5\t[SM 7 8 ]", "2\t[MIN 2 3 4 5 ]", "3\t[MIN 3 4 5 ]"]
+    (tmp_path / "t.tsv").write_text("\n".join(lines))
+    assert len(read_examples(tmp_path / "t.tsv", 6)) == 3
+    with pytest.raises(ValueError, match=r"t\.tsv, line 2: the longest .* 6 tokens, .*length=4 "):
+        read_examples(tmp_path / "t.tsv", 4)
+    swapped = ["\t".join(line.split("\t")[::-1]) for line in lines]
+    (tmp_path / "t.tsv").write_text("\n".join(["Source\tTarget", *swapped]))
+    with pytest.raises(ValueError, match=r"t\.tsv, line 3: the longest .* raise it to 6"):
+        read_examples(tmp_path / "t.tsv", 5)
 
 
 @pytest.mark.data

@@ -53,6 +53,10 @@ def test_files_are_read_in_place_of_drawing(tmp_path):
     task = ListOps(config.validate())
     assert set(task.held_out) == {"valid"}
     assert task.description.startswith("ListOps, some.tsv, some.tsv; 4 train, 2 valid examples")
+    (tmp_path / "long.tsv").write_text("2\t[MIN" + " 2" * 40 + " ]\n")
+    config.data.valid_files = ("some.tsv", "long.tsv")
+    with pytest.raises(ValueError, match=r"long\.tsv, line 1: the longest expression has 42 token"):
+        ListOps(config.validate())
 
 
 def test_what_cannot_be_drawn_is_refused():
