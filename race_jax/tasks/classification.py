@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from race_jax.data.examples import (
@@ -68,7 +69,8 @@ class Classification(Task):
         description: one line about where the examples come from. Their numbers are added to it.
 
     Raises:
-        ValueError: there are no examples, or one is too long.
+        ValueError: there are no examples, or one is too long; or the training examples have one
+            class only, or lack a class that held-out examples have.
     """
 
     config_class = ClassificationConfig
@@ -91,6 +93,7 @@ class Classification(Task):
         description: str = "",
     ):
         length, run = config.data.sequence_length, config.run
+        _check_classes(splits, classes, _origin(config.data))
         lengths = bucket_lengths(length, config.task_config().num_buckets)
         masked = any((split.lengths != length).any() for split in splits.values())
         self.train = train_batches(
@@ -175,9 +178,36 @@ def _longest(shapes: dict[str, jax.ShapeDtypeStruct], length: int) -> dict:
     }
 
 
+def _check_classes(splits: dict[str, Examples], classes: Sequence[str], origin: str) -> None:
+    """Raises ValueError unless at least two classes, and all that are scored, can be learned."""
+    trained = np.bincount(splits["train"].labels, minlength=len(classes))
+    if np.count_nonzero(trained) < 2:
+        raise ValueError(
+            f"{origin}all {trained.sum():,} training examples have the class "
+            f"{classes[trained.argmax()]!r}; at least two classes are needed"
+        )
+    for name, split in splits.items():
+        counts = np.bincount(split.labels, minlength=len(classes)) * (trained == 0)
+        if counts.any():
+            raise ValueError(
+                f"{origin}no training example has the class {classes[counts.argmax()]!r}, and "
+                f"{counts.max():,} of the {len(split):,} {name} examples have it; add some to the "
+                f"training data, or leave them out of the {name} data"
+            )
+
+
+def _origin(data: Any) -> str:
+    """Returns where the training examples come from, for the beginning of an error."""
+    names = {"files": ", ".join(data.train_files), "huggingface": data.dataset}.get(data.source)
+    return f"{names}: " if names else ""
+
+
 def _numbers(splits: dict[str, Examples], classes: Sequence[str]) -> str:
     counts = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
-    return f"{counts} examples of {len(classes)} classes, mean length {_mean(splits['train'])}"
+    unused = len(classes) - len(np.unique(splits["train"].labels))
+    without = f" ({unused} of them without an example)" if unused else ""
+    mean = _mean(splits["train"])
+    return f"{counts} examples of {len(classes)} classes{without}, mean length {mean}"
 
 
 def _mean(examples: Examples) -> str:

@@ -111,11 +111,6 @@ def _classes(given: tuple[str, ...], texts: list[LabeledText]) -> tuple[list[str
         spellings = [[part.strip() for part in label.split("|")] for label in given]
     else:
         labels = {text.label for text in texts}
-        if len(labels) < 2:
-            raise ValueError(
-                f"{texts[0].place}: all {len(texts)} training texts have the label "
-                f"{texts[0].label!r}; at least two classes are needed"
-            )
         in_order = all(label.isdecimal() for label in labels)
         spellings = [[label] for label in sorted(labels, key=int if in_order else None)]
     numbers = {label: index for index, group in enumerate(spellings) for label in group}

@@ -95,3 +95,14 @@ def test_what_does_not_fit_is_refused(folder):
     config.data.source = "stdlib"
     with pytest.raises(ValueError, match=r"source must be files .*task=\"images\", got 'stdlib'"):
         ImageClassification(config.validate())
+
+
+def test_a_class_that_is_only_held_out_and_one_class_only_are_refused(folder):
+    config = images_config(folder)
+    write_idx(folder / "test-labels", np.arange(12) % 6 + 1)
+    message = r"train-labels: no training example has the class '6', and 2 of the 12 test examples"
+    with pytest.raises(ValueError, match=message):
+        ImageClassification(config.validate())
+    write_idx(folder / "train-labels", np.full(60, 3))
+    with pytest.raises(ValueError, match=r"all 48 training examples have the class '3'; at least"):
+        ImageClassification(config.validate())

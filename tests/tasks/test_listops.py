@@ -59,6 +59,25 @@ def test_files_are_read_in_place_of_drawing(tmp_path):
         ListOps(config.validate())
 
 
+def test_one_digit_only_and_a_digit_that_is_not_trained_are_refused(tmp_path):
+    (tmp_path / "two.tsv").write_text("5\t[SM 7 8 ]\n2\t[MIN 2 3 ]\n")
+    (tmp_path / "one.tsv").write_text("2\t[MIN 2 3 ]\n2\t[MAX 2 1 ]\n")
+    (tmp_path / "nine.tsv").write_text("9\t[MAX 9 3 ]\n2\t[MIN 2 3 ]\n9\t[MAX 9 1 ]\n")
+    config = listops_config()
+    config.data.source, config.data.root = "files", str(tmp_path)
+    config.data.train_files, config.data.valid_files = ("one.tsv",), ("two.tsv",)
+    with pytest.raises(
+        ValueError, match=r"one\.tsv: all 2 training examples have the class '2'; at"
+    ):
+        ListOps(config.validate())
+    config.data.train_files, config.data.test_files = ("two.tsv",), ("nine.tsv",)
+    message = r"two\.tsv: no training .* class '9', and 2 of the 3 test examples have it; add some"
+    with pytest.raises(ValueError, match=message):
+        ListOps(config.validate())
+    config.data.test_files = ()
+    assert "10 classes (8 of them without an example)" in ListOps(config.validate()).description
+
+
 def test_what_cannot_be_drawn_is_refused():
     for name, value, words in (
         ("train_examples", 0, "must be >= 1, got 0"),

@@ -90,6 +90,21 @@ def test_authors_are_told_apart_by_other_books(folder):
         LongDocuments(config.validate())
 
 
+def test_a_single_book_or_author_is_refused(folder):
+    config = documents_config(folder)
+    config.data.train_files = ("one.md",)
+    with pytest.raises(
+        ValueError, match=r"one\.md: all \d+ training examples .* class 'one'; at le"
+    ):
+        LongDocuments(config.validate())
+    config = documents_config(folder, target="author")
+    config.data.train_files, config.data.valid_files = ("one.md",), ("three.md",)
+    with pytest.raises(
+        ValueError, match=r"one\.md: all \d+ training .* class 'Anna'; at least two"
+    ):
+        LongDocuments(config.validate())
+
+
 def test_it_learns(folder):
     config = documents_config(folder)
     config.optimizer.learning_rate = 1e-2
