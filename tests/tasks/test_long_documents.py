@@ -80,13 +80,30 @@ def test_authors_are_told_apart_by_other_books(folder):
         (False, 1),
     }
     config.data.valid_files = ("three.md", "two.md")
-    with pytest.raises(ValueError, match=r"two\.md: is named in train_files and in valid_files"):
+    with pytest.raises(
+        ValueError, match=r"two\.md of config\.data\.valid_files has the .*train_files"
+    ):
         LongDocuments(config.validate())
     config.data.train_files, config.data.valid_files = ("one.md",), ("two.md",)
     with pytest.raises(ValueError, match=r"two\.md: its author 'Ben' wrote none .* are Anna"):
         LongDocuments(config.validate())
     config.data.valid_files = ()
     with pytest.raises(ValueError, match=r"valid_files must name other books"):
+        LongDocuments(config.validate())
+
+
+@pytest.mark.parametrize("target", ["book", "author"])
+def test_the_same_book_under_two_names_is_refused(folder, target):
+    text = (folder / "two.md").read_text().replace("Ben", "Carla").replace("Title: two", "Title: 2")
+    (folder / "again.md").write_text("\n" + text)
+    config = documents_config(folder, target=target)
+    config.data.train_files = ("one.md", "two.md", "again.md")
+    config.data.valid_files = ("three.md",) if target == "author" else ()
+    message = r"again\.md of config\.data\.train_files has the same text as .*two\.md of"
+    with pytest.raises(ValueError, match=message):
+        LongDocuments(config.validate())
+    config.data.train_files = ("one.md", "one.md")
+    with pytest.raises(ValueError, match=r"one\.md of .* as .*one\.md of .*; name every book once"):
         LongDocuments(config.validate())
 
 
