@@ -16,7 +16,12 @@ from typing import NoReturn
 import numpy as np
 from absl import app, flags
 
-from race_jax.models.decode import Sampling, remaining_positions, stream
+from race_jax.models.decode import (
+    Sampling,
+    check_decodes_sparsely,
+    remaining_positions,
+    stream,
+)
 from race_jax.models.heads import TransformerLM
 from race_jax.sparse import SCORERS, SparseConfig, kept
 from race_jax.sparse.config import SELECTIONS
@@ -112,7 +117,6 @@ def main(arguments: Sequence[str]) -> None:
     if not _PROMPT.value:
         _fail("--prompt is empty; give a text of at least one token, which the model continues")
     try:
-        sparse = _sparse_config()
         sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _GREEDY.value)
         model, tokenizer, config = load_for_inference(_CHECKPOINT.value)
         if not isinstance(tokenizer, Tokenizer):
@@ -125,6 +129,7 @@ def main(arguments: Sequence[str]) -> None:
                 f"{_CHECKPOINT.value} is a run of the task {config.task!r}, whose model does not "
                 "continue a text; give the directory of a run of a language model"
             )
+        sparse = _sparse_config(model)
         prompt = np.asarray(tokenizer.encode(_PROMPT.value), np.int32)
         count = _count(model, len(prompt))
         stops = [_stop_token(tokenizer, text) for text in _STOP.value]
@@ -161,10 +166,16 @@ def main(arguments: Sequence[str]) -> None:
         _say(_kept(sparse, len(prompt), len(clock)))
 
 
-def _sparse_config() -> SparseConfig | None:
-    """Returns what the flags of sparse decoding say, or None for dense attention."""
+def _sparse_config(model: TransformerLM) -> SparseConfig | None:
+    """Returns what the flags of sparse decoding say, or None for dense attention.
+
+    Before the values of flags, it is checked that there is a model for which they mean something.
+    """
     given = {name: flag.value for name, flag in _SPARSE.items() if flag.value is not None}
-    if _DECODE_ATTENTION.value == "sparse":
+    is_sparse = _DECODE_ATTENTION.value == "sparse"
+    if is_sparse or (given and not model.trunk.keeps_tokens):
+        check_decodes_sparsely(model)
+    if is_sparse:
         return SparseConfig(**given)
     if given:
         raise ValueError(

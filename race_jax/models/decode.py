@@ -6,6 +6,7 @@ distribution cut to the top k and the top p,
     x_{t+1} ~ softmax(logits_t / temperature)
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -381,6 +382,22 @@ def _check_dense_layers(dense_layers: int, layers: int) -> None:
         raise ValueError(
             f"{dense_layers=} must be an integer from 0 to the {layers} layers of the model."
         )
+
+
+def check_decodes_sparsely(model: TransformerLM) -> None:
+    """Checks that a model can read the best of its tokens, whatever the options.
+
+    Args:
+        model: a causal language model.
+
+    Raises:
+        ValueError: if it keeps no keys, as with RACE attention.
+        NotImplementedError: if its attention does not go with sparse scores.
+    """
+    if not model.trunk.keeps_tokens:
+        raise ValueError(_NO_TOKENS)
+    with contextlib.suppress(ValueError):  # the defaults do not fit, and other options may
+        _check_sparse(model, SparseConfig(), 0)
 
 
 def _check_sparse(model: TransformerLM, config: SparseConfig, dense_layers: int) -> None:

@@ -176,6 +176,29 @@ def test_what_cannot_be_done_is_said_in_one_line(script, softmax_run, capsys, op
     assert re.search(words, err)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decode_attention": "sparse"},
+        {"decode_attention": "sparse", "budget": 9},
+        {"decode_attention": "sparse", "code_bits": 77},
+        {"budget": 9},
+    ],
+    ids=str,
+)
+def test_a_model_without_keys_is_named_before_wrong_options(script, race_run, capsys, options):
+    with pytest.raises(SystemExit):
+        run(script, checkpoint=race_run, prompt="a", **options)
+    assert "this model keeps no keys, so there is nothing to select" in capsys.readouterr().err
+
+
+def test_an_attention_without_sparse_scores_is_named_before_wrong_options(script, tmp_path, capsys):
+    directory = save_run(tmp_path / "sigmoid", WORDS, attention="sigmoid")
+    with pytest.raises(SystemExit):
+        run(script, checkpoint=directory, prompt="the", decode_attention="sparse", budget=9)
+    assert "sparse scores know nothing of weights other than" in capsys.readouterr().err
+
+
 def test_a_run_of_another_task_is_refused(script, tmp_path, capsys):
     directory = save_model(tmp_path / "copies", build(9), {}, model=describe(), task="copy")
     with pytest.raises(SystemExit) as stop:
