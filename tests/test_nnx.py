@@ -150,6 +150,22 @@ def test_prefill_and_decoding_are_one_call(assert_close):
     assert_close("the old state again", repeated, parts[1], kind="rerun")
 
 
+@pytest.mark.parametrize("short_conv", ["before", "qkv"])
+def test_one_array_given_three_times_is_self_attention_unless_a_transform_splits_it(short_conv):
+    layer = RACEAttention(4, WIDTH, short_conv=short_conv, rngs=nnx.Rngs(0))
+    x = normal(BATCH, LENGTH, WIDTH)
+    within = nnx.jit(lambda layer, x: layer(x, x, x, is_causal=True))(layer, x)
+    np.testing.assert_array_equal(within, call(layer, x))
+    message = (
+        "inputs_q, inputs_k and inputs_v are not one array. A transform such as jit makes three "
+        "arrays of one .* leave inputs_k and inputs_v out"
+    )
+    with pytest.raises(ValueError, match=message):
+        nnx.jit(lambda layer, *inputs: layer(*inputs, is_causal=True))(layer, x, x, x)
+    with pytest.raises(ValueError, match=message):
+        layer(x, x + 0, x, is_causal=True)
+
+
 def test_dropout_follows_flax(assert_close):
     make = functools.partial(RACEAttention, 2, WIDTH, dropout_rate=0.5, rngs=nnx.Rngs(0))
     module, x = make(), normal(BATCH, LENGTH, WIDTH)

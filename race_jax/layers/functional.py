@@ -76,7 +76,8 @@ def race_layer(
         ``(..., H)``, needed if queries and keys are normalised.
       planes: ``(L, P, H)``.
       inputs_q: ``(B, T, D)``.
-      inputs_k: ``(B, S, D)``, or None for self-attention.
+      inputs_k: ``(B, S, D)``, or None for self-attention. With `short_conv` it must be None or the
+        very array `inputs_q`, and so must `inputs_v`.
       inputs_v: ``(B, S, D)``, or None to use `inputs_k`.
       settings: the static settings of the layer.
       mask: key padding, ``(B, S)`` or ``(B, 1, 1, S)``, True where there is a token.
@@ -212,8 +213,10 @@ def _check_call(
         raise ValueError("a state summarises earlier tokens; pass is_causal=True with state=")
     if settings.short_conv and (x_k is not x_q or x_v is not x_q):
         raise ValueError(
-            f"short_conv={settings.short_conv!r} runs along one sequence; leave inputs_k and "
-            "inputs_v out, or build the layer with short_conv=None for cross-attention"
+            f"short_conv={settings.short_conv!r} runs along one sequence, and inputs_q, inputs_k "
+            "and inputs_v are not one array. A transform such as jit makes three arrays of one "
+            "that is passed to it three times; leave inputs_k and inputs_v out for "
+            "self-attention, or build the layer with short_conv=None for cross-attention"
         )
 
 

@@ -331,7 +331,10 @@ class RACEAttention(nnx.Module):
 
         Args:
           inputs_q: ``(B, T, D)``.
-          inputs_k: ``(B, S, D)``, or None for self-attention.
+          inputs_k: ``(B, S, D)``, or None for self-attention. With `short_conv` it must be None or
+            the very array `inputs_q`, and so must `inputs_v`. Equal arrays are not enough, because
+            their values are unknown inside ``nnx.jit``. A transform also makes three arrays of one
+            that is passed to it three times.
           inputs_v: ``(B, S, D)``, or None to use `inputs_k`.
           mask: key padding, ``(B, S)`` or ``(B, 1, 1, S)``, nonzero where there is a token. In
             causal calls, the output of a padded slot is the bias of ``out``, whatever the slot

@@ -211,7 +211,8 @@ class RACEAttention(nn.Module):
 
         Args:
           inputs_q: ``(B, T, D)``.
-          inputs_k: ``(B, S, D)``, or None for self-attention.
+          inputs_k: ``(B, S, D)``, or None for self-attention. With `short_conv` it must be None or
+            the very array `inputs_q`, and so must `inputs_v`.
           inputs_v: ``(B, S, D)``, or None to use `inputs_k`.
           mask: key padding, ``(B, S)`` or ``(B, 1, 1, S)``, nonzero where there is a token.
           segment_ids: ``(B, T)`` int >= 0, one contiguous run per document.
