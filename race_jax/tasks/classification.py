@@ -70,7 +70,7 @@ class Classification(Task):
 
     Raises:
         ValueError: there are no examples, or one is too long; or the training examples have one
-            class only, or lack a class that held-out examples have.
+            class only, or lack a class that held-out examples have; or a label is no class.
     """
 
     config_class = ClassificationConfig
@@ -180,6 +180,13 @@ def _longest(shapes: dict[str, jax.ShapeDtypeStruct], length: int) -> dict:
 
 def _check_classes(splits: dict[str, Examples], classes: Sequence[str], origin: str) -> None:
     """Raises ValueError unless at least two classes, and all that are scored, can be learned."""
+    for name, split in splits.items():
+        strange = split.labels[(split.labels < 0) | (split.labels >= len(classes))]
+        if len(strange):
+            raise ValueError(
+                f"{origin}the {name} examples have the label {strange[0]}, and there are "
+                f"{len(classes)} classes, counted from 0"
+            )
     trained = np.bincount(splits["train"].labels, minlength=len(classes))
     if np.count_nonzero(trained) < 2:
         raise ValueError(
