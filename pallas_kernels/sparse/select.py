@@ -356,6 +356,12 @@ def _finish_kernel(problem: Problem, refs: SimpleNamespace) -> None:
     exact = number <= wanted
     high = jnp.where(exact, low, high)
     ties = wanted - jnp.where(exact, number, fewer)
+    _write(problem, refs.indices, entries, low, high, ties)
+    _clear(problem, refs.indices, wanted)
+
+
+def _write(problem: Problem, indices: Any, entries: "_Entries", low, high, ties) -> None:
+    """Writes the slots of the keys from `high` on, and of the first `ties` from `low` to it."""
 
     def write(before, slots, keys):
         # One number counts those above and those tied, because there are fewer than 2**15 entries
@@ -371,12 +377,11 @@ def _finish_kernel(problem: Problem, refs: SimpleNamespace) -> None:
             ties_so_far = before[1] + (running >> 16)
             chosen = is_above | (is_tied & (ties_so_far <= ties))
             places = before[0] + (running & 0xFFFF) + jnp.minimum(ties_so_far, ties) - 1
-            store(refs.indices, (jnp.where(chosen, places, problem.budget),), slot, chosen)
+            store(indices, (jnp.where(chosen, places, problem.budget),), slot, chosen)
         total = jnp.sum(of_granule)
         return before[0] + (total & 0xFFFF), before[1] + (total >> 16)
 
     entries.fold(write, (jnp.int32(0), jnp.int32(0)))
-    _clear(problem, refs.indices, wanted)
 
 
 def _clear(problem: Problem, indices: Any, start: jax.Array) -> None:
