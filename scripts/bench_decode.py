@@ -8,8 +8,9 @@ one layer and step (the sum of its kernels as CUPTI records them), the wall time
 step over all layers divided by their number, the bytes that a layer reads and how long these take
 at the copy rate of the card, the gain over the fastest dense attention, and what was kept: recall,
 mass and error on random keys that are alike over 32 neighbors (benchmarks/decode_quality.py).
-Appending the token is not part of a step. The rows go to the file --out, a markdown table to the
-file of the same name that ends in .md, and a figure to that which ends in .svg.
+Appending the token is not part of a step. If time is left, another table compares the time that
+the codes of a prompt take with that of its attention. The rows go to the file --out, a markdown
+table to the file of the same name that ends in .md, and a figure to that which ends in .svg.
 """
 
 import argparse
@@ -19,12 +20,13 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jaxlib
 
 from bench_kernels import lengths, names, output, positive
-from benchmarks import decode_report
+from benchmarks import decode_prefill, decode_report
 from benchmarks.decode_cells import METHODS, Setting, estimate, every, in_small, main_part
 from benchmarks.decode_runs import IMPLEMENTATIONS, Bench, Limits
 from benchmarks.text import header
@@ -102,6 +104,7 @@ def report(content: dict) -> str:
         head(content),
         decode_report.dense_table(content["dense"]),
         decode_report.table(content["rows"]),
+        decode_report.prefill_table(content["prefill"]),
         ["Break-even:", "", *(f"- {line}" for line in even or ["no method at several lengths"])],
         content["notes"],
     ]
@@ -144,7 +147,8 @@ def main(words: Sequence[str]) -> None:
     rate = copy_rate(clock, 2**20 if options.tiny else COPY_ELEMENTS)
     limits = Limits(options.repeats, options.seconds, options.implementation)
     bench = Bench(setting, limits, clock, rate)
-    content = {"machine": machine(clock, rate), "setting": dataclasses.asdict(setting)}
+    content: dict[str, Any] = {"machine": machine(clock, rate), "prefill": []}
+    content |= {"setting": dataclasses.asdict(setting)}
     print("\n".join([*head(content), "", *header(decode_report.COLUMNS)]), flush=True)
     for row in bench.measure(parts):
         print(decode_report.line(row), flush=True)
@@ -153,6 +157,10 @@ def main(words: Sequence[str]) -> None:
         options.out.write_text(json.dumps(content, indent=1))
     if not bench.rows:
         sys.exit("nothing was measured: raise --seconds, or give shorter --lengths")
+    if not bench.is_late():
+        prompts = setting, sizes, options.methods, clock, options.repeats
+        content["prefill"] = [*decode_prefill.measure(*prompts)]
+        options.out.write_text(json.dumps(content, indent=1))
     page = report(content)
     print("\n" + page)
     table: pathlib.Path = options.out.with_suffix(".md")

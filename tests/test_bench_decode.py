@@ -10,7 +10,7 @@ import pytest
 
 import bench_decode
 import race_jax
-from benchmarks import decode_cells, decode_programs, decode_report
+from benchmarks import decode_cells, decode_prefill, decode_programs, decode_report
 from benchmarks.decode_cells import METHODS, RATIOS, WINDOW_ONLY, Cell, Setting, Shape
 from benchmarks.decode_quality import draw_runs, kept_mask, recall_and_mass
 from benchmarks.decode_runs import Bench, Limits, Pool, runs_quality
@@ -184,6 +184,23 @@ def test_tables_and_figure_hold_every_row(tmp_path):
     text = (tmp_path / "figure.svg").read_text()
     assert "oracle" in text
     assert "dense" in text
+
+
+def test_codes_of_a_prompt_are_compared_with_its_attention():
+    setting = dataclasses.replace(SMALL, heads=8, window=16)
+    methods = ["oracle", "quantized, 4 bits", "quest"]
+    rows = [*decode_prefill.measure(setting, [512, 256], methods, Clock(missing="none"), 1)]
+    assert [(row["length"], row["method"]) for row in rows] == [
+        (length, method) for length in (256, 512) for method in methods[1:]
+    ]
+    for row in rows:
+        assert row["share"] == row["coding_us"] / row["attention_us"] > 0
+    stopped = decode_prefill.row(256, "quest", "out of memory", 1.0)
+    lines = decode_report.prefill_table([*rows, stopped])
+    assert len(lines) == 2 + 5
+    assert "512" in lines[4]
+    assert "out of memory" in lines[-1]
+    assert decode_report.prefill_table([]) == []
 
 
 def test_a_dry_run_measures_nothing(capsys, tmp_path):

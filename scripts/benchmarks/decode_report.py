@@ -35,6 +35,7 @@ COLUMNS = {
     "error": 5,
 }
 DENSE_COLUMNS = {"B": 1, "K": 2, "S": 4, "dense": 20, "µs": 8, "wall µs": 8, "floor µs": 8}
+PREFILL_COLUMNS = {"prompt": 6, "method": 22, "coding µs": 9, "attention µs": 12, "share, %": 8}
 
 
 def table(rows: Sequence[dict]) -> list[str]:
@@ -71,6 +72,17 @@ def dense_table(rows: Sequence[dict]) -> list[str]:
         cells = [*sizes(row["shape"]), row["name"], us]
         cells += [number(row.get("wall_us"), 1), number(row["floor_us"], 1)]
         lines.append(markdown(cells, DENSE_COLUMNS))
+    return lines
+
+
+def prefill_table(rows: Sequence[dict]) -> list[str]:
+    """The lines of the table of what it costs to code a prompt, or none."""
+    lines = header(PREFILL_COLUMNS) if rows else []
+    for row in rows:
+        us = row["stopped"][:40].replace("|", "/") or number(row["coding_us"], 1)
+        cells = [length_name(row["length"]), row["method"], us]
+        cells += [number(row.get("attention_us"), 1), number(row.get("share"), 2, 100)]
+        lines.append(markdown(cells, PREFILL_COLUMNS))
     return lines
 
 

@@ -211,7 +211,7 @@ class Bench:
     def measure(self, parts: Sequence[Sequence[Cell]]) -> Iterator[dict]:
         """Yields a row for every cell. The programs of a part are compiled before any is timed."""
         for cells in parts:
-            if self._is_late():
+            if self.is_late():
                 self.left_out += len(cells)
                 continue
             by_shape: dict[Shape, list[Cell]] = {}
@@ -238,7 +238,7 @@ class Bench:
         return layers, dense, plans
 
     def _measure_shape(self, shape: Shape, layers: int, dense: dict, plans: list) -> Iterator[dict]:
-        if layers == 0 or self._is_late():
+        if layers == 0 or self.is_late():
             self.left_out += max(1, len(plans))
             return
         kv = programs.draw_caches(shape, self.setting, layers)
@@ -250,7 +250,7 @@ class Bench:
         best = self._best[shape]
         coding, coded = None, []
         for plan in plans:
-            if self._is_late():
+            if self.is_late():
                 self.left_out += 1
                 continue
             config = plan.cell.config(self.setting)
@@ -334,5 +334,5 @@ class Bench:
             raise RuntimeError(f"the scores of {plan.cell.method!r} are the same for all tokens")
         return row | {name: float(getattr(found, name)) for name in ("recall", "mass", "error")}
 
-    def _is_late(self) -> bool:
+    def is_late(self) -> bool:
         return time.monotonic() - self._start > self.limits.seconds
