@@ -47,6 +47,10 @@ def layer_by_definition(layer, x, *, mask, segment_ids, is_causal):
         heads[name] = y if name == "query" else repeat(layer, y, 2)
     visible = together & past if is_causal else together
     pairs = Pairs(layer, x, visible, gate(layer, x, visible, mask), mask)
+    # A window rotates by positions of its own.
+    if getattr(settings, "positions", None) == "rope" and settings.NAME != "sliding_window":
+        for name in ("query", "key"):
+            heads[name] = rotate(heads[name], jnp.arange(x.shape[1]), settings.rope_base)
     out = DEFINITIONS[settings.NAME](pairs, **heads)
     if settings.output_norm == "rms":
         out = out / jnp.sqrt((out**2).mean(-1, keepdims=True) + 1e-6) * layer.out_norm_scale[...]
@@ -216,7 +220,7 @@ def sliding_window(pairs, query, key, value):
     count = jnp.cumsum(pairs.mask, axis=1)
     distance = count[:, :, None] - count[:, None, :]
     if config.positions == "rope":
-        query, key = rotate(query, count), rotate(key, count)
+        query, key = (rotate(x, count, config.rope_base) for x in (query, key))
     logits = jnp.einsum("btnh,bsnh->btsn", query, key) / query.shape[-1] ** 0.5
     if config.positions == "alibi":
         logits -= alibi_slopes(query.shape[2]) * distance[..., None]

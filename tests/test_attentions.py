@@ -22,14 +22,17 @@ PARTS = {"short_conv": "qkv", "output_norm": "rms", "output_gate": "sigmoid"}
 BEFORE = {"short_conv": "before", "qkv_activation": "silu", "output_gate": "silu"}
 CASES = {
     "softmax, gate": ("softmax", {"forget_gate": "data", **PARTS}, True),
+    "softmax, rope": ("softmax", {"positions": "rope", "rope_base": 30.0, "head_dim": 4}, True),
     "linear": ("linear", BEFORE, False),
     "linear, gate": ("linear", {"forget_gate": "learned", **PARTS}, True),
     "performer": ("performer", {"num_features": 7}, False),
     "performer, gate": ("performer", {"num_features": 7, "forget_gate": "data", **BEFORE}, True),
     "sigmoid": ("sigmoid", PARTS, False),
     "sigmoid, alibi": ("sigmoid", {"positions": "alibi", "forget_gate": "learned"}, True),
+    "sigmoid, rope": ("sigmoid", {"positions": "rope", "rope_base": 30.0, "head_dim": 4}, True),
     "sigmoid, fixed bias": ("sigmoid", {"bias": -1.5}, True),
     "angular": ("angular", {"degree": 3.0, **BEFORE}, False),
+    "angular, rope": ("angular", {"positions": "rope", "rope_base": 30.0, "head_dim": 4}, True),
     "angular, gate": ("angular", {"forget_gate": "data"}, True),
     "linformer": ("linformer", {"max_length": T + 2, "rank": 4, **PARTS}, False),
     "gated linear": ("gated_linear", {"gate_rank": 2}, True),
@@ -55,7 +58,7 @@ CASES = {
     "sliding window": ("sliding_window", {"window": 3, **PARTS}, True),
     "sliding window, rope": (
         "sliding_window",
-        {"window": 4, "positions": "rope", "head_dim": 4},
+        {"window": 4, "positions": "rope", "rope_base": 30.0, "head_dim": 4},
         True,
     ),
     "sliding window, alibi": (

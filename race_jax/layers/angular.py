@@ -86,13 +86,13 @@ class AngularAttention(cached.CachedAttention):
 
         The positions of the call are needed for RoPE. The cache holds keys of length one.
         """
-        scheme, degree = self.config.positions, self.config.degree
+        settings, degree = self.config, self.config.degree
         if call.memory is not None:
             rule = Rule(lambda cosine, _: jnp.log(angular_kernel(cosine, degree)), scale=1.0)
             unit_key = unit_vectors(key, EPSILON).astype(key.dtype)
             unit_query = unit_vectors(query, EPSILON)
-            return cached.attend_and_keep(unit_query, unit_key, value, call, scheme, rule)
-        query, key, _ = positions.place(query, key, call.positions, scheme)
+            return cached.attend_and_keep(unit_query, unit_key, value, call, settings, rule)
+        query, key, _ = positions.place(query, key, call.positions, settings)
         return pair_attention(
             unit_vectors(query, EPSILON),
             unit_vectors(key, EPSILON),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from race_jax.core.rotary import rotate
-from race_jax.layers.positions import alibi_slopes
+from race_jax.layers.positions import PairsConfig, alibi_slopes
 from race_jax.layers.self_attention import AttentionState, Call, SelfAttention, check_fits
 from race_jax.sparse.attention import dense_decode_attention, query_positions
 from race_jax.sparse.cache import KVCache
@@ -66,7 +66,7 @@ def attend_and_keep(
     key: jax.Array,
     value: jax.Array,
     call: Call,
-    scheme: str,
+    settings: PairsConfig,
     rule: Rule = SOFTMAX,
 ) -> tuple[jax.Array, Cache]:
     """Appends tokens to the cache, and attends from them to the tokens that it holds.
@@ -76,7 +76,8 @@ def attend_and_keep(
         key: shape (B, T, K, H), without positions.
         value: shape (B, T, K, V).
         call: the other arguments of the layer's call, with the cache as its memory.
-        scheme: "rope", "alibi", or another scheme, which changes nothing here.
+        settings: the layer's sizes and options. Its positions are "rope", "alibi", or another
+            scheme, which changes nothing here.
         rule: how logits become weights.
 
     Returns:
@@ -86,11 +87,12 @@ def attend_and_keep(
         ValueError: if attention is not causal.
         NotImplementedError: if there are segments, or a sparse cache does not go with the method.
     """
+    scheme = settings.positions
     _check(call, scheme, rule)
     if not query.shape[1]:
         return jnp.zeros((*query.shape[:3], value.shape[3]), value.dtype), call.memory
     if scheme == "rope":
-        query, key = rotate(query, call.positions), rotate(key, call.positions)
+        query, key = (rotate(x, call.positions, settings.rope_base) for x in (query, key))
     tokens = {"key": key, "value": value, "key_value_mask": call.mask}
     if isinstance(call.memory, SparseCache):
         cache = call.memory.append(**tokens)

@@ -2,19 +2,20 @@
 
 With the position p of a token, and pair i of a head's numbers,
 
-    RoPE turns pair i by p 10000^(-2i/H)          ALiBi adds -2^(-8(n+1)/N) |p_t - p_s|
+    RoPE turns pair i by p base^(-2i/H)           ALiBi adds -2^(-8(n+1)/N) |p_t - p_s|
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from race_jax.core import masking
-from race_jax.core.rotary import rotate
+from race_jax.core.rotary import ROPE_BASE, rotate
 from race_jax.layers.self_attention import AttentionConfig
 
 
@@ -25,6 +26,8 @@ class PairsConfig(AttentionConfig):
     Attributes:
         positions: "rope" rotates queries and keys, and "alibi" biases the logits. Other positions
             change neither.
+        rope_base: the base of "rope". The pair that turns slowest comes round once in about
+            2 pi base tokens.
 
     Raises:
         ValueError: if a value is not allowed, or a head of odd width has rotary positions.
@@ -33,9 +36,12 @@ class PairsConfig(AttentionConfig):
     POSITIONS: ClassVar[tuple[str, ...]] = ("rope", "alibi")
 
     positions: str = "none"
+    rope_base: float = ROPE_BASE
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 1 < self.rope_base < math.inf:
+            raise ValueError(f"rope_base={self.rope_base} must be a number above 1.")
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(
                 f"positions='rope' rotates pairs and needs an even head_dim; got {self.head_dim}."
@@ -43,7 +49,7 @@ class PairsConfig(AttentionConfig):
 
 
 def place(
-    query: jax.Array, key: jax.Array, positions: jax.Array | None, scheme: str
+    query: jax.Array, key: jax.Array, positions: jax.Array | None, settings: PairsConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Returns queries and keys with their positions, and the bias of the logits or None.
 
@@ -51,18 +57,20 @@ def place(
         query: shape (B, T, N, H).
         key: shape (B, T, K, H).
         positions: shape (B, T) int32. The schemes "rope" and "alibi" need it.
-        scheme: the name of the positions. Names other than these two change nothing.
+        settings: the layer's sizes and options. Schemes other than these two change nothing.
 
     Raises:
         ValueError: a scheme needs positions, and there are none.
     """
+    scheme = settings.positions
     if scheme in ("rope", "alibi") and positions is None:
         raise ValueError(
             f"positions={scheme!r} of the layer needs the position of every token; pass positions= "
             "of shape (B, T), such as jnp.arange(T)[None]"
         )
     if scheme == "rope":
-        return rotate(query, positions), rotate(key, positions), None
+        query, key = (rotate(x, positions, settings.rope_base) for x in (query, key))
+        return query, key, None
     return query, key, alibi_bias(query.shape[2], positions) if scheme == "alibi" else None
 
 

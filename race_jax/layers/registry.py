@@ -50,7 +50,7 @@ ATTENTIONS = {
 }
 SHARED = (
     *("num_heads", "in_features", "num_kv_heads", "head_dim"),
-    *("dtype", "positions", "max_length", "implementation"),
+    *("dtype", "positions", "rope_base", "max_length", "implementation"),
 )
 
 

@@ -71,8 +71,8 @@ class SigmoidAttention(cached.CachedAttention):
 
         if call.memory is not None:
             rule = Rule(lambda x, count: jax.nn.log_sigmoid(biased(x, count)), normalized=False)
-            return cached.attend_and_keep(query, key, value, call, settings.positions, rule)
-        query, key, bias = positions.place(query, key, call.positions, settings.positions)
+            return cached.attend_and_keep(query, key, value, call, settings, rule)
+        query, key, bias = positions.place(query, key, call.positions, settings)
         return pair_attention(
             query * settings.head_dim**-0.5,
             key,

@@ -14,7 +14,6 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from race_jax.core.rotary import ROPE_BASE
 from race_jax.core.sliding_window import WindowState, sliding_window_attention
 from race_jax.layers.positions import PairsConfig, alibi_slopes
 from race_jax.layers.self_attention import Call, SelfAttention
@@ -75,7 +74,7 @@ class SlidingWindowAttention(SelfAttention):
             key,
             value,
             window=settings.window,
-            rope_base=ROPE_BASE if settings.positions == "rope" else None,
+            rope_base=settings.rope_base if settings.positions == "rope" else None,
             slopes=alibi_slopes(settings.num_heads) if settings.positions == "alibi" else None,
             key_value_mask=call.mask,
             segment_ids=call.segment_ids,

@@ -210,8 +210,8 @@ class SoftmaxAttention(cached.CachedAttention):
         """
         settings = self.config
         if call.memory is not None:
-            return cached.attend_and_keep(query, key, value, call, settings.positions)
-        query, key, bias = positions.place(query, key, call.positions, settings.positions)
+            return cached.attend_and_keep(query, key, value, call, settings)
+        query, key, bias = positions.place(query, key, call.positions, settings)
         if call.log_decay is not None:
             decay = positions.decay_bias(call.log_decay, call.mask, settings.num_heads)
             bias = decay if bias is None else bias + decay

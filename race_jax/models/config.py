@@ -6,6 +6,7 @@ It holds the sizes, the attention with its options, the positions and the dtype,
 import dataclasses
 from typing import Any
 
+from race_jax.core.rotary import ROPE_BASE
 from race_jax.layers import registry
 from race_jax.models.layers import POSITIONS
 
@@ -38,6 +39,7 @@ class ModelConfig:
             A model of fewer blocks has the second attention in its last block.
         positions: "none", "learned" (added to the embedding), or a scheme of an attention of the
             model, such as "rope" or "alibi" of softmax. Only attentions that know a scheme use it.
+        rope_base: the base of the positions "rope". Long texts want a larger one.
         max_length: the length of the table of learned positions, and the largest length for
             linformer. Other positions and attentions ignore it.
         dtype: the dtype of the computation, "float32" or "bfloat16". Parameters, the sums of
@@ -64,6 +66,7 @@ class ModelConfig:
     hybrid: str | None = None
     hybrid_every: int = 4
     positions: str = "none"
+    rope_base: float = ROPE_BASE
     max_length: int = 1024
     dtype: str = "float32"
     remat: bool = False
@@ -119,6 +122,7 @@ class ModelConfig:
             "head_dim": self.head_size,
             "dtype": self.dtype,
             "positions": self.positions,
+            "rope_base": self.rope_base,
             "max_length": self.max_length,
             "implementation": self.implementation,
         }
@@ -178,6 +182,11 @@ class ModelConfig:
                     "that both attentions have a block; got "
                     f"hybrid_every={self.hybrid_every}, num_layers={self.num_layers}."
                 )
+        if self.rope_base != ROPE_BASE and self.positions != "rope":
+            raise ValueError(
+                f"rope_base={self.rope_base} has no effect with positions={self.positions!r}; "
+                "leave it out, or choose positions='rope'."
+            )
         takes = dict.fromkeys(POSITIONS)
         for name in self.attentions:
             takes |= dict.fromkeys(registry.find(name).config_class.POSITIONS)

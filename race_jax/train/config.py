@@ -372,6 +372,8 @@ class Config:
             del values["model"][name]
         if self.model.hybrid is None:
             del values["model"]["hybrid"], values["model"]["hybrid_every"]
+        if self.model.positions != "rope":
+            del values["model"]["rope_base"]
         return json.loads(json.dumps(values))
 
     @classmethod

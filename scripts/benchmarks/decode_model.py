@@ -171,7 +171,7 @@ class Runner:
             _, (query, _, _), _ = block.attention.project(block.attention_norm(x), taps, span)
             query = query[:, TAPS:]  # a convolution needs the tokens before
             turns = self._config.positions == "rope"
-            queries.append(rotate(query, positions) if turns else query)
+            queries.append(rotate(query, positions, self._config.rope_base) if turns else query)
         return queries, read
 
 

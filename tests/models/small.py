@@ -48,6 +48,7 @@ CONFIGS = {
         "attention": "angular",
         "num_kv_heads": 2,
         "positions": "rope",
+        "rope_base": 30.0,
         "angular": {"forget_gate": "data", "short_conv": "qkv"},
     },
     "gated linear": {"attention": "gated_linear", "num_kv_heads": 2},
@@ -68,6 +69,7 @@ CONFIGS = {
         "hybrid": "sliding_window",
         "hybrid_every": 2,
         "positions": "rope",
+        "rope_base": 30.0,
         "sliding_window": {"window": 3},
     },
     "race and softmax": {
@@ -95,7 +97,7 @@ CONFIGS = {
         "softmax": {"short_conv": "before", "output_norm": "rms", "output_gate": "silu"},
     },
     "softmax learned": {"attention": "softmax", "positions": "learned", "max_length": 16},
-    "softmax rope": {"attention": "softmax", "positions": "rope"},
+    "softmax rope": {"attention": "softmax", "positions": "rope", "rope_base": 30.0},
     "softmax alibi": {"attention": "softmax", "positions": "alibi"},
     "softmax bfloat16": {"attention": "softmax", "num_kv_heads": 2, "dtype": "bfloat16"},
 }

@@ -86,6 +86,11 @@ def test_a_bad_field_is_named_with_its_value(changes):
         ({"attention": "linear", "implementation": "pallas"}, "linear attention takes one of"),
         ({"attention": "softmax", "implementation": "pallas"}, "implementation='pallas'"),
         ({"attention": "softmax", "positions": "rope", "head_dim": 3}, "even head_dim; got 3"),
+        (
+            {"attention": "softmax", "positions": "rope", "rope_base": 1.0},
+            "rope_base=1.0 must be a n",
+        ),
+        ({"rope_base": 1e6}, "rope_base=1000000.0 has no effect with positions='none'; leave it"),
     ],
     ids=str,
 )
