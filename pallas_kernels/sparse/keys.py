@@ -11,6 +11,7 @@ from jax import lax
 
 LEAST, MOST = -(2**31), 2**31 - 1  # hidden tokens have LEAST, and forced ones MOST
 SAMPLE = 4096  # tokens of a row from which the selection takes its threshold, at most
+GOLDEN = 0x9E3779B1 - 2**32  # 2^32 over the golden ratio; products with it are well mixed
 HIGHEST = float(jnp.finfo(jnp.float32).max)
 
 
@@ -26,15 +27,23 @@ def sample_size(capacity: int, most: int = SAMPLE) -> int:
 
 
 def sample_shift(end: jax.Array, size: int, capacity: int) -> jax.Array:
-    """Returns s such that every 2^s-th of the first `end` tokens makes a sample of this size.
+    """Returns the least s such that a sample of this size has one of every 2^s of `end` tokens.
 
-    It is the least one that makes the sample fit. So at least half of it is filled if there are as
-    many tokens.
+    So at least half of the sample is filled if there are as many tokens.
     """
     shift = jnp.zeros_like(end)
     for doubled in range(max(0, (capacity - 1).bit_length() - size.bit_length() + 1)):
         shift += (end > size << doubled).astype(end.dtype)
     return shift
+
+
+def sampled_slots(places: jax.Array, shift: jax.Array) -> jax.Array:
+    """Returns which of the 2^s slots from place 2^s on stands at a place of the sample.
+
+    It is another one at each place, as if drawn at random, because scores may have a period.
+    """
+    mixed = lax.shift_right_logical(places * jnp.int32(GOLDEN), 12)
+    return (places << shift) + (mixed & ((1 << shift) - 1))
 
 
 def ranks(problem: Any, scores: jax.Array, slots: jax.Array, end: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import backend
 from pallas_kernels.backend import Output
 from pallas_kernels.plan import pad_to, traced_alike
-from pallas_kernels.sparse.keys import SAMPLE, sample_shift, sample_size
+from pallas_kernels.sparse.keys import SAMPLE, sample_shift, sample_size, sampled_slots
 
 MOST_QUERIES = 16  # of a key/value head, T G
 FEWEST_COLUMNS = 8  # of a product
@@ -259,7 +259,7 @@ def _kernel(refs: SimpleNamespace, sizes: _Sizes) -> None:
         held = sizes.held(tokens)
         _store(refs.scores, tokens, scores, held, sizes)
         places = tokens >> shift
-        sampled = (places << shift == tokens) & (tokens < end)
+        sampled = (tokens == sampled_slots(places, shift)) & (tokens < end)
         # The interpreter writes what a mask hides as well, so hidden places are behind the sample.
         places = jnp.where(sampled, places, refs.sample.shape[-1])
         _store(refs.sample, places, scores, sampled, sizes)

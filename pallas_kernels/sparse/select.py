@@ -4,8 +4,8 @@ Scores (B, T, M, C) and the positions of the queries give, for every row, the `b
 visible tokens in ascending order. A score becomes an integer key of the same order, and a forced
 token has the largest key. The kernels are
 
-    threshold   takes a key t from a sample of a row, every 2^s-th token, so low that at least
-                `budget` keys of the row almost surely reach it
+    threshold   takes a key t from a sample of a row, one of every 2^s tokens, so low that at
+                least `budget` keys of the row almost surely reach it
     gather      lists the tokens with a key >= t in each split of a row
     finish      joins the lists of a row, finds the key of rank `budget` by bisection, and writes
                 the final list
@@ -41,6 +41,7 @@ from pallas_kernels.sparse.keys import (
     ranks,
     sample_shift,
     sample_size,
+    sampled_slots,
 )
 
 STEPS = 20  # of the search in the sample, which leave 2**12 of 2**32 keys
@@ -177,7 +178,8 @@ def take_sample(scores: jax.Array, newest: jax.Array, most: int = SAMPLE) -> jax
     """
     capacity = scores.shape[-1]
     size = sample_size(capacity, most)
-    slots = lax.iota(jnp.int32, size) << sample_shift(newest + 1, size, capacity)[:, None]
+    shift = sample_shift(newest + 1, size, capacity)[:, None]
+    slots = sampled_slots(lax.iota(jnp.int32, size), shift)
     slots = jnp.minimum(slots, capacity - 1)[:, None, None, :]
     return jnp.take_along_axis(scores, slots, axis=-1)
 
@@ -211,7 +213,7 @@ def _threshold_kernel(problem: Problem, refs: SimpleNamespace) -> None:
     """
     size, end = refs.sample.shape[0], _end(refs)
     shift = sample_shift(refs.newest[...] + 1, size, problem.capacity)
-    slots = lax.iota(jnp.int32, size) << shift
+    slots = sampled_slots(lax.iota(jnp.int32, size), shift)
     sample = ranks(problem, refs.sample[...], slots, end)
     share_of = problem.budget / jnp.maximum(end, 1).astype(jnp.float32)
     expected = jnp.minimum(share_of, 1.0) * (end >> shift).astype(jnp.float32)

@@ -109,6 +109,17 @@ def test_long_rows(budget, kind, rng, assert_close):
     assert_close("again", run(jnp.asarray(scores), positions), got, kind="rerun")
 
 
+@pytest.mark.parametrize("period", [2, 3, 64, 100])
+def test_the_sample_of_a_row_with_a_period_is_that_of_the_row(period):
+    """The sample has each of the scores as often as the row has, within 4 deviations."""
+    scores = jnp.broadcast_to(jnp.arange(131_072) % period, (1, 1, 1, 131_072)).astype(jnp.float32)
+    sample = np.asarray(take_sample(scores, jnp.array([131_071])))[0, 0, 0]
+    for cut in {1, period // 2, period - 1}:
+        share = 1 - cut / period
+        deviation = np.sqrt(share * (1 - share) / sample.size)
+        assert abs((sample >= cut).mean() - share) < 4 * deviation
+
+
 def test_the_lists_in_between_have_room_for_the_budget():
     for rows, capacity, budget in [(1, 1, 1), (32, 131_072, 3971), (8, 5000, 6000), (256, 9, 4)]:
         plan = plan_for(rows, capacity, budget)

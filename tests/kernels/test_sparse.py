@@ -13,6 +13,7 @@ import pytest
 from pallas_kernels import backend, sparse
 from pallas_kernels.sparse import Forced
 from pallas_kernels.sparse.codes import Tile as CodeTile
+from pallas_kernels.sparse.keys import sampled_slots
 from pallas_kernels.sparse.scores import Tile
 from race_jax import SparseCache, SparseConfig, sparse_decode_attention
 from race_jax.core import dispatch
@@ -124,10 +125,12 @@ def check_scores(case, tile, interpret, group=False, hamming=False):
     hidden = ~seen & ~unwritten
     assert (got[hidden] == -np.inf).all()
     for row, end in enumerate(positions.max(axis=1) + 1):
-        stride = next(2**i for i in range(32) if sample.shape[-1] * 2**i >= end)
-        taken = got[row, ..., :end:stride]
-        np.testing.assert_array_equal(sample[row, ..., : taken.shape[-1]], taken)
-        assert end <= sample.shape[-1] or 2 * taken.shape[-1] >= sample.shape[-1]
+        shift = next(i for i in range(32) if sample.shape[-1] << i >= end)
+        slots = np.asarray(sampled_slots(jnp.arange(sample.shape[-1]), jnp.int32(shift)))
+        np.testing.assert_array_equal(slots >> shift, np.arange(sample.shape[-1]))
+        seen = slots < end
+        np.testing.assert_array_equal(sample[row][..., seen], got[row][..., slots[seen]])
+        assert end <= sample.shape[-1] or 2 * seen.sum() >= sample.shape[-1] - 1
 
 
 @pytest.mark.parametrize("interpret", HOW)
