@@ -157,9 +157,10 @@ def main(words: Sequence[str]) -> None:
         options.out.write_text(json.dumps(content, indent=1))
     if not bench.rows:
         sys.exit("nothing was measured: raise --seconds, or give shorter --lengths")
-    if not bench.is_late():
-        prompts = setting, sizes, options.methods, clock, options.repeats
-        content["prefill"] = [*decode_prefill.measure(*prompts)]
+    prompts = decode_prefill.prompts(setting, sizes, options.methods)
+    coded = decode_prefill.measure(setting, prompts, clock, options.repeats)
+    while not bench.is_late() and (row := next(coded, None)):
+        content["prefill"].append(row)
         options.out.write_text(json.dumps(content, indent=1))
     page = report(content)
     print("\n" + page)

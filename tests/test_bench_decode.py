@@ -189,16 +189,17 @@ def test_tables_and_figure_hold_every_row(tmp_path):
 def test_codes_of_a_prompt_are_compared_with_its_attention():
     setting = dataclasses.replace(SMALL, heads=8, window=16)
     methods = ["oracle", "quantized, 4 bits", "quest"]
-    rows = [*decode_prefill.measure(setting, [512, 256], methods, Clock(missing="none"), 1)]
+    cells = decode_prefill.prompts(setting, [1024, 100, 768], methods)  # 100 is too short
+    rows = [*decode_prefill.measure(setting, cells, Clock(missing="none"), 1)]
     assert [(row["length"], row["method"]) for row in rows] == [
-        (length, method) for length in (256, 512) for method in methods[1:]
+        (length, method) for length in (768, 1024) for method in methods[1:]
     ]
     for row in rows:
         assert row["share"] == row["coding_us"] / row["attention_us"] > 0
     stopped = decode_prefill.row(256, "quest", "out of memory", 1.0)
     lines = decode_report.prefill_table([*rows, stopped])
     assert len(lines) == 2 + 5
-    assert "512" in lines[4]
+    assert "1k" in lines[4]
     assert "out of memory" in lines[-1]
     assert decode_report.prefill_table([]) == []
 

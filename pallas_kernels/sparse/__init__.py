@@ -24,6 +24,7 @@ __all__ = [
     "supports",
     "supports_attention",
     "supports_codes",
+    "supports_queries",
     "supports_selection",
 ]
 
@@ -71,6 +72,24 @@ def supports(query: Any, codes: Any, *, scorer: str) -> str | None:
         )
     if 0 in query.shape or 0 in codes.shape:
         return f"the sparse kernels support no empty arrays; got codes of shape {codes.shape}"
+    return backend.missing("sparse")
+
+
+def supports_queries(query: Any) -> str | None:
+    """Returns why the kernels cannot round these queries, or None if they can.
+
+    Args:
+      query: the shape and dtype of the queries, (B, T, N, H), whose scores are supported.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> supports_queries(jax.ShapeDtypeStruct((1, 1, 2, 512), jnp.bfloat16))
+      'the sparse kernels round queries of up to 256; got 512'
+    """
+    if str(query.dtype) != "bfloat16":
+        return f"the sparse kernels round bfloat16 queries; got {query.dtype}"
+    if query.shape[-1] not in HEAD_DIMS:
+        return f"the sparse kernels round queries of up to {HEAD_DIMS[-1]}; got {query.shape[-1]}"
     return backend.missing("sparse")
 
 

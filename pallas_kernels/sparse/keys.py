@@ -29,7 +29,7 @@ def sample_size(capacity: int, most: int = SAMPLE) -> int:
 def sample_shift(end: jax.Array, size: int, capacity: int) -> jax.Array:
     """Returns the least s such that a sample of this size has one of every 2^s of `end` tokens.
 
-    So at least half of the sample is filled if there are as many tokens.
+    The sample is then more than half full, unless there are fewer tokens than it has room for.
     """
     shift = jnp.zeros_like(end)
     for doubled in range(max(0, (capacity - 1).bit_length() - size.bit_length() + 1)):

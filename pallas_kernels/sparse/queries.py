@@ -133,7 +133,7 @@ def _kernel(refs: SimpleNamespace, sizes: _Sizes) -> None:
             precision=lax.Precision.DEFAULT,
             preferred_element_type=jnp.float32,
         )
-        projections.append((z, real))
+        projections.append((jnp.where(real[None, :], z, 0.0), real))
     if sizes.signs:
         unit = jnp.ones((ROWS,), jnp.float32)
         rounded = [jnp.where(real & (z >= 0), 1.0, -1.0) for z, real in projections]

@@ -95,14 +95,9 @@ class _Sizes:
     interpret: bool
 
     @property
-    def columns(self) -> int:
-        """The columns of a product: T G, and more that are not used."""
-        return max(FEWEST_COLUMNS, _power_of_two(self.queries * self.group))
-
-    @property
-    def padded(self) -> int:
-        """The bytes of a code as the product takes them."""
-        return max(FEWEST_BYTES, _power_of_two(self.bytes))
+    def layout(self) -> Layout:
+        """The layout of the queries."""
+        return Layout.of(self.queries * self.group, self.bytes, self.bits)
 
     def held(self, tokens: jax.Array) -> jax.Array | None:
         """Returns which tokens of a chunk are slots of the cache, or None if all are."""
@@ -137,7 +132,7 @@ def linear_scores(
       codes: ``(B, K, C, W)`` uint32, the codes of the keys.
       factor: ``(B, K, C)`` float16, or None for Hamming scores, -(number of differing signs), where
         q8 is the signs of the query.
-      positions: ``(B, T)`` int32, the position of each query, or -1 for one that sees nothing.
+      positions: ``(B, T)`` int32, the position of each query, or below 0 for one that sees nothing.
       unit: ``(B, T, N)`` float32, what a score of each query is worth, or None. If it is given, the
         heads of a group share the largest of their scores in these units.
       bits: b.
@@ -185,7 +180,7 @@ def linear_scores(
         inputs={
             "query": (query, _block(None, None, *query.shape[2:])),
             "positions": (positions, pl.BlockSpec((None, queries), lambda i, k, b: (b, 0))),
-            "codes": (_bytes(codes), _block(None, None, capacity, sizes.padded)),
+            "codes": (_bytes(codes), _block(None, None, capacity, sizes.layout.padded)),
             "factor": (factor, _block(None, None, capacity)),
             "unit": (unit, _block(*by_query, sizes.group)),
         },
@@ -217,7 +212,7 @@ def _by_head(rounded: jax.Array, kv_heads: int, sizes: _Sizes) -> jax.Array:
     query = pad_to(rounded.astype(jnp.int8), parts * sizes.bytes)
     query = query.reshape(batch, queries, kv_heads, sizes.group, parts, sizes.bytes)
     query = query.transpose(0, 2, 4, 1, 3, 5).reshape(batch, kv_heads, parts, -1, sizes.bytes)
-    return pad_to(pad_to(query, sizes.columns, axis=3), sizes.padded)
+    return pad_to(pad_to(query, sizes.layout.columns, axis=3), sizes.layout.padded)
 
 
 def _bytes(codes: jax.Array) -> jax.Array:
@@ -282,17 +277,17 @@ def _columns(refs: SimpleNamespace, sizes: _Sizes) -> _Columns:
 
 def _heads(sizes: _Sizes) -> tuple[jax.Array, jax.Array]:
     """Returns which query and which head of the group a column is."""
-    column = jnp.arange(sizes.columns, dtype=jnp.int32)
+    column = jnp.arange(sizes.layout.columns, dtype=jnp.int32)
     return lax.div(column, sizes.group), lax.rem(column, sizes.group)
 
 
 def _scores(codes, first: jax.Array, tokens: jax.Array, columns: _Columns, factor, sizes: _Sizes):
     """Returns f I of a chunk, ``(chunk, columns)`` float32."""
     held = sizes.held(tokens)
-    if sizes.padded != sizes.bytes:
-        inside = jnp.arange(sizes.padded, dtype=jnp.int32) < sizes.bytes
+    if sizes.layout.padded != sizes.bytes:
+        inside = jnp.arange(sizes.layout.padded, dtype=jnp.int32) < sizes.bytes
         held = jnp.broadcast_to(
-            inside if held is None else held[:, None] & inside, (len(tokens), sizes.padded)
+            inside if held is None else held[:, None] & inside, (len(tokens), sizes.layout.padded)
         )
     codes = backend.load(codes, (pl.ds(first, len(tokens)), slice(None)), held)
     products = [

@@ -82,7 +82,7 @@ def plan_for(rows: int, capacity: int, budget: int) -> Plan:
     # The expected number of keys that reach the threshold is the rank that `_threshold_kernel`
     # takes, rounded up, times the tokens for which one of the sample stands. Where the rank is
     # small, single rows have up to three times as many.
-    tokens = capacity / (SAMPLE // 2)  # a sample is at least half full
+    tokens = max(1.0, capacity / (SAMPLE // 2))  # a sample is at least half full
     number = budget + DEVIATIONS * math.sqrt(budget * tokens) + 3.0 * tokens
     number = min(math.ceil(number), capacity)
     held = min(max(_power_of_two(number + number // 16), LEAST_HELD), MOST_HELD)

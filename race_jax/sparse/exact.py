@@ -59,7 +59,7 @@ SOFTMAX = Rule(lambda logits, count: logits)
 
 class _Query(NamedTuple):
     scaled: jax.Array  # (B, T, K, G, H), times the scale of the rule
-    positions: jax.Array  # (B, T) int32, or -1 for a query that sees nothing
+    positions: jax.Array  # (B, T) int32, or below 0 for a query that sees nothing
     slopes: jax.Array | None  # (K, G)
 
 
@@ -81,7 +81,7 @@ def dense(
     Args:
       query: ``(B, T, N, H)``.
       cache: the keys and values.
-      positions: ``(B, T)`` int32, or -1 for a query that sees nothing and gets zeros.
+      positions: ``(B, T)`` int32, or below 0 for a query that sees nothing and gets zeros.
       slopes: ``(K, G)`` float32, by how much a logit falls per token of distance, or None.
       rule: how logits become weights.
 

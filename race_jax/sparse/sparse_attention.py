@@ -30,7 +30,8 @@ class Report(NamedTuple):
     Attributes:
       indices: ``(B, T, M, budget)`` int32, the positions that were read, ascending, and 0 after
         ``count``. M is N, or K if heads share a list. They are all 0 if attention was dense.
-      count: ``(B, T, M)`` int32, the number of tokens that were read.
+      count: ``(B, T, M)`` int32, the number of tokens that were read. It is 0 where the output is
+        NaN because the cache cannot answer the query.
       is_dense: whether attention was dense, because all sequences are short.
     """
 

@@ -110,7 +110,7 @@ def kernel_scores(query, cache: SparseCache, config: SparseConfig, positions) ->
     kernels = dispatch.kernels().sparse
     bits, kv_heads = config.coding().code_bits or 1, cache.kv.key.shape[2]
     is_hamming = config.scorer == "hamming"
-    if query.dtype == jnp.bfloat16:
+    if kernels.supports_queries(query) is None:
         rounded, unit = kernels.rounded_queries(
             query, cache.planes, kv_heads=kv_heads, bits=bits, signs=is_hamming
         )

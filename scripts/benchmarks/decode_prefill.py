@@ -4,37 +4,51 @@ A prompt is read densely. Its keys are coded once and written to the cache. The 
 compared with that of causal attention of the same prompt, in cuDNN on a GPU.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from benchmarks.arrays import Random
-from benchmarks.decode_cells import SPREADS, Cell, Setting, Shape, code_bytes
+from benchmarks.decode_cells import (
+    DEFAULT_RATIO,
+    SPREADS,
+    Cell,
+    Setting,
+    Shape,
+    code_bytes,
+    possible,
+)
 from benchmarks.timing import Clock, time_run, words
-from race_jax.sparse import SparseCache
+from race_jax.sparse import SparseCache, SparseConfig
 
 
 def measure(
-    setting: Setting, lengths: Sequence[int], methods: Sequence[str], clock: Clock, repeats: int
+    setting: Setting, cells: Sequence[Cell], clock: Clock, repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """Yields a row for every method that stores codes and every length of a prompt."""
-    kv_heads, rows = SPREADS[0]
-    for length in sorted(lengths):
-        shape = Shape(rows, kv_heads, length)
-        # The codes do not depend on the ratio, and this one fits the forced tokens of any length.
-        cells = [Cell(shape, method, 1, "head") for method in methods]
-        cells = [c for c in cells if code_bytes(c.config(setting), shape, setting)]
-        if not cells:
-            continue
-        prompt = draw(shape, setting)
-        attention = timed(attend, prompt, clock, repeats)
-        for cell in cells:
-            config = cell.config(setting)
+    """Yields a row for every cell that `prompts` has returned."""
+    attention: dict[Shape, float | str] = {}
+    for cell in cells:
+        shape, config = cell.shape, cell.config(setting)
+        if shape not in attention:
+            attention[shape] = timed(attend, lambda s=shape: draw(s, setting), clock, repeats)
+
+        def inputs(shape: Shape = shape, config: SparseConfig = config) -> Any:
             sizes = shape.rows, shape.capacity, shape.kv_heads, setting.head_dim
             empty = SparseCache.init(jax.random.key(0), *sizes, config=config)
-            coding = timed(code, (empty, *prompt[1:]), clock, repeats)
-            yield row(length, cell.method, coding, attention)
+            return empty, *draw(shape, setting)[1:]
+
+        coding = timed(code, inputs, clock, repeats)
+        yield row(shape.capacity, cell.method, coding, attention[shape])
+
+
+def prompts(setting: Setting, lengths: Sequence[int], methods: Sequence[str]) -> list[Cell]:
+    """Returns a cell for every length of a prompt and every method that stores codes."""
+    kv_heads, rows = SPREADS[0]
+    shapes = [Shape(rows, kv_heads, length) for length in sorted(lengths)]
+    cells = [Cell(shape, method, DEFAULT_RATIO, "head") for shape in shapes for method in methods]
+    found = [cell for part in possible([cells], setting) for cell in part]
+    return [cell for cell in found if code_bytes(cell.config(setting), cell.shape, setting)]
 
 
 def draw(shape: Shape, setting: Setting) -> list[jax.Array]:
@@ -59,9 +73,10 @@ def code(inputs: Any) -> list[jax.Array]:
     return jax.tree.leaves((full.codes, full.factor, full.value_norm, full.pages))
 
 
-def timed(call: Any, inputs: Any, clock: Clock, repeats: int) -> float | str:
-    """Microseconds of a program, or why it did not run."""
+def timed(call: Callable, draw: Callable[[], Any], clock: Clock, repeats: int) -> float | str:
+    """Microseconds of a program of what is drawn, or why it did not run."""
     try:
+        inputs = draw()
         run = jax.jit(call).lower(inputs).compile()
         return time_run(run, inputs, clock, repeats).ms * 1e3
     except Exception as error:  # noqa: BLE001 - whatever it is, the other lines still count

@@ -284,7 +284,10 @@ def test_decoding_by_interpreted_kernels_is_that_of_xla(scorer, monkeypatch, ass
         linear_scores=interpreted(sparse.linear_scores, tile=SMALL),
         **{function.__name__: interpreted(function) for function in named},
         **dict.fromkeys(
-            ("supports", "supports_selection", "supports_attention", "supports_codes"),
+            (
+                *("supports", "supports_queries", "supports_selection"),
+                *("supports_attention", "supports_codes"),
+            ),
             lambda *_, **__: None,
         ),
     )
