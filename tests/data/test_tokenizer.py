@@ -249,6 +249,9 @@ class TestBytePairs:
         inner = tokenizers.Tokenizer.from_str(byte_pairs.json_text)
         inner.decoder = tokenizers.decoders.Metaspace()
         assert not BytePairTokenizer(inner.to_str()).keeps_text
+        inner = tokenizers.Tokenizer.from_str(byte_pairs.json_text)
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+        assert not BytePairTokenizer(inner.to_str()).keeps_text
 
     def test_a_file_that_cannot_be_written_is_named(self, tmp_path):
         pytest.importorskip("tokenizers")
