@@ -38,9 +38,10 @@ def sample_shift(end: jax.Array, size: int, capacity: int) -> jax.Array:
 
 
 def sampled_slots(places: jax.Array, shift: jax.Array) -> jax.Array:
-    """Returns which of the 2^s slots from place 2^s on stands at a place of the sample.
+    """Returns the slot that each place of the sample stands for.
 
-    It is another one at each place, as if drawn at random, because scores may have a period.
+    Place i stands for one of the 2^s slots from i 2^s on. Which one it is differs from place to
+    place, as if it were drawn at random, because scores may have a period.
     """
     mixed = lax.shift_right_logical(places * jnp.int32(GOLDEN), 12)
     return (places << shift) + (mixed & ((1 << shift) - 1))
