@@ -67,10 +67,15 @@ class Classification(Task):
         digests: as for `Task`. None takes the digest of every split.
         augment: changes the inputs of a training example each time that it is read.
         description: one line about where the examples come from. Their numbers are added to it.
+        declared: whether the user has listed the classes. Then held-out examples may have a class
+            that no training example has.
+        way_out: what to change if the training examples lack a class. By default errors speak of
+            the files of `config.data`.
 
     Raises:
         ValueError: there are no examples, or one is too long; or the training examples have one
-            class only, or lack a class that held-out examples have; or a label is no class.
+            class only, or lack a class that held-out examples have, and the classes are not
+            declared; or a label is no class.
     """
 
     config_class = ClassificationConfig
@@ -91,9 +96,14 @@ class Classification(Task):
         digests: dict[str, str] | None = None,
         augment: Augment | None = None,
         description: str = "",
+        declared: bool = False,
+        way_out: str = "",
     ):
         length, run = config.data.sequence_length, config.run
-        _check_classes(splits, classes, _origin(config.data))
+        _check_labels(splits, classes, config.data)
+        _check_training(splits["train"], classes, config.data, way_out)
+        if not declared:
+            _check_held_out(splits, classes, config.data, way_out)
         lengths = bucket_lengths(length, config.task_config().num_buckets)
         masked = any((split.lengths != length).any() for split in splits.values())
         self.train = train_batches(
@@ -178,41 +188,70 @@ def _longest(shapes: dict[str, jax.ShapeDtypeStruct], length: int) -> dict:
     }
 
 
-def _check_classes(splits: dict[str, Examples], classes: Sequence[str], origin: str) -> None:
-    """Raises ValueError unless at least two classes, and all that are scored, can be learned."""
+def _check_labels(splits: dict[str, Examples], classes: Sequence[str], data: Any) -> None:
+    """Raises ValueError unless every label is the number of a class."""
     for name, split in splits.items():
         strange = split.labels[(split.labels < 0) | (split.labels >= len(classes))]
         if len(strange):
             raise ValueError(
-                f"{origin}the {name} examples have the label {strange[0]}, and there are "
-                f"{len(classes)} classes, counted from 0"
+                f"{_start(data, name)}the {name} examples have the label {strange[0]}, and there "
+                f"are {len(classes)} classes, counted from 0; correct the label, or add its class"
             )
-    trained = np.bincount(splits["train"].labels, minlength=len(classes))
-    if np.count_nonzero(trained) < 2:
+
+
+def _check_training(train: Examples, classes: Sequence[str], data: Any, way_out: str) -> None:
+    """Raises ValueError unless the training examples have at least two classes."""
+    counts = np.bincount(train.labels, minlength=len(classes))
+    if np.count_nonzero(counts) < 2:
         raise ValueError(
-            f"{origin}all {trained.sum():,} training examples have the class "
-            f"{classes[trained.argmax()]!r}; at least two classes are needed"
+            f"{_start(data, 'train')}all {len(train):,} training examples have the class "
+            f"{classes[counts.argmax()]!r}; at least two classes are needed, so "
+            f"{way_out or 'add examples of another class'}"
         )
+
+
+def _check_held_out(
+    splits: dict[str, Examples], classes: Sequence[str], data: Any, way_out: str
+) -> None:
+    """Raises ValueError if a class that is scored has no training examples."""
+    trained = np.bincount(splits["train"].labels, minlength=len(classes))
     for name, split in splits.items():
         counts = np.bincount(split.labels, minlength=len(classes)) * (trained == 0)
         if counts.any():
             raise ValueError(
-                f"{origin}no training example has the class {classes[counts.argmax()]!r}, and "
-                f"{counts.max():,} of the {len(split):,} {name} examples have it; add some to the "
-                f"training data, or leave them out of the {name} data"
+                f"{_start(data, name)}{counts.max():,} of the {len(split):,} {name} examples have "
+                f"the class {classes[counts.argmax()]!r}, and no training example has it; "
+                f"{way_out or more_examples(data, name)}"
             )
 
 
-def _origin(data: Any) -> str:
-    """Returns where the training examples come from, for the beginning of an error."""
-    names = {"files": ", ".join(data.train_files), "huggingface": data.dataset}.get(data.source)
-    return f"{names}: " if names else ""
+def more_examples(data: Any, name: str) -> str:
+    """Says what to change if only held-out examples have a class.
+
+    Args:
+        data: the `DataConfig`.
+        name: the split of these examples.
+    """
+    if name == "valid" and data.source == "files" and not data.valid_files:
+        return (
+            "add some to the training files, lower "
+            f"config.data.valid_fraction={data.valid_fraction}, which holds out a share of these "
+            "files, or name config.data.valid_files"
+        )
+    return f"add some to the training data, or leave them out of the {name} data"
+
+
+def _start(data: Any, name: str) -> str:
+    """Returns where the examples of a split come from, for the beginning of an error."""
+    files = getattr(data, f"{name}_files") or data.train_files
+    origin = {"files": ", ".join(files), "huggingface": data.dataset}.get(data.source)
+    return f"{origin}: " if origin else ""
 
 
 def _numbers(splits: dict[str, Examples], classes: Sequence[str]) -> str:
     counts = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     unused = len(classes) - len(np.unique(splits["train"].labels))
-    without = f" ({unused} of them without an example)" if unused else ""
+    without = f" ({unused} of them without a training example)" if unused else ""
     mean = _mean(splits["train"])
     return f"{counts} examples of {len(classes)} classes{without}, mean length {mean}"
 

@@ -71,16 +71,19 @@ class ListOps(Classification):
     def __init__(self, config):
         if config.data.source == "files":
             splits, origin = _read(config.data), ", ".join(config.data.train_files)
+            way_out = ""
         else:
             options = config.task_config()
             splits = _drawn(options, config.data.sequence_length)
             origin = f"drawn from the seed {options.data_seed}"
+            way_out = f"raise config.listops.train_examples={options.train_examples}"
         super().__init__(
             config,
             splits,
             classes=CLASSES,
             vocab_size=VOCAB_SIZE,
             description=f"ListOps, {origin}; ",
+            way_out=way_out,
         )
 
 

@@ -5,6 +5,7 @@ A pair is read as one sequence, the two texts with a separator between them.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from race_jax.data.examples import Examples
 from race_jax.data.labeled import FORMS, Columns, LabeledText, read_splits
 from race_jax.data.tokenizer import Tokenizer, build_tokenizer, from_dict
 from race_jax.records import one_of
-from race_jax.tasks.classification import Classification, ClassificationConfig
+from race_jax.tasks.classification import Classification, ClassificationConfig, more_examples
 
 
 @dataclasses.dataclass
@@ -28,7 +29,8 @@ class TextClassificationConfig(ClassificationConfig):
         test_text_columns: the columns of the text in the test files, if they have other names.
         test_label_column: the column of the label in the test files, if it has another name.
         classes: the labels in their order, as in `negative|0,positive|1`, where "|" divides other
-            spellings of the same label. If it is empty, the labels of the training files count.
+            spellings of the same label. If it is empty, the labels of the training examples count.
+            A class that is listed may occur in held-out examples only.
         pooling: as for every classification: "mean" or "cls".
         num_buckets: the number of lengths that batches are padded to.
     """
@@ -79,13 +81,14 @@ class TextClassification(Classification):
         options, data = config.task_config(), config.data
         texts = read_splits(data, options.columns("train"), options.columns("test"))
         names, numbers = _classes(options.classes, texts["train"])
+        _check_labels(texts, numbers, config)
         words = (part for text in texts["train"] for part in text.parts)
         tokenizer = build_tokenizer(data, words)
         is_pair = len(options.text_columns) == 2
         cut: dict[str, int] = {}
         splits = {}
         for name, split in texts.items():
-            labels = np.array([_number(text, names, numbers) for text in split], np.int32)
+            labels = np.array([numbers[text.label] for text in split], np.int32)
             inputs, cut[name] = _encode(split, tokenizer, data.sequence_length)
             splits[name] = Examples(inputs, labels)
         super().__init__(
@@ -97,6 +100,7 @@ class TextClassification(Classification):
             description=f"{data.dataset or data.source}: {tokenizer.name}, vocabulary "
             f"{tokenizer.vocab_size:,}, {_shares(cut, splits)} of the texts cut to "
             f"{data.sequence_length} tokens; ",
+            declared=bool(options.classes),
         )
 
     @staticmethod
@@ -117,13 +121,26 @@ def _classes(given: tuple[str, ...], texts: list[LabeledText]) -> tuple[list[str
     return [group[0] for group in spellings], numbers
 
 
-def _number(text: LabeledText, names: list[str], numbers: dict[str, int]) -> int:
-    if text.label not in numbers:
+def _check_labels(
+    texts: dict[str, list[LabeledText]], numbers: dict[str, int], config: Any
+) -> None:
+    """Raises ValueError naming the first text whose label is no class."""
+    field, classes = "config.text_classification.classes", config.task_config().classes
+    for name, split in texts.items():
+        text = next((text for text in split if text.label not in numbers), None)
+        if text is None:
+            continue
+        if classes:
+            raise ValueError(
+                f"{text.place}: the label {text.label!r} is none of {field}={','.join(classes)}; "
+                f"add it there, as a class of its own or as another spelling of one "
+                f"({classes[0]}|{text.label}), or leave the text out"
+            )
         raise ValueError(
-            f"{text.place}: the label {text.label!r} is none of the classes {', '.join(names)}; "
-            "config.text_classification.classes lists them"
+            f"{text.place}: no training example has the label {text.label!r} of this {name} "
+            f"example; list all classes in {field} to score such examples all the same, or "
+            f"{more_examples(config.data, name)}"
         )
-    return numbers[text.label]
 
 
 def _encode(

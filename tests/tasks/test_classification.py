@@ -18,9 +18,9 @@ def labeled(*labels):
     ("train", "valid", "message"),
     [
         ((1, 1), (1,), "all 2 training examples have the class 'b'; at least two classes are"),
-        ((0, 1), (2, 1, 2), "no .* has the class 'c', and 2 of the 3 valid examples have it; add"),
+        ((0, 1), (2, 1, 2), "^2 of the 3 valid examples have the class 'c', and no .* has it; add"),
         ((0, 1, 3), (1,), "the train examples have the label 3, and there are 3 classes, counted"),
-        ((0, 1), (-1,), "the valid examples have the label -1, and there are 3 classes"),
+        ((0, 1), (-1,), "the valid examples have the label -1, .*; correct the label, or add its"),
     ],
 )
 def test_labels_that_cannot_be_learned_are_named(train, valid, message):
@@ -31,4 +31,40 @@ def test_labels_that_cannot_be_learned_are_named(train, valid, message):
         Classification(config.validate(), splits, classes="abc", vocab_size=3)
     splits = {"train": labeled(0, 1), "valid": labeled(1)}
     task = Classification(config, splits, classes="abc", vocab_size=3)
-    assert task.description.endswith("3 classes (1 of them without an example), mean length 2")
+    assert task.description.endswith(
+        "3 classes (1 of them without a training example), mean length 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("valid_files", "message"),
+    [
+        (
+            (),
+            r"^t\.txt: 1 of the 2 valid .*, lower config\.data\.valid_fraction=0\.05, which holds",
+        ),
+        (
+            ("v.txt",),
+            r"^v\.txt: 1 of the 2 valid examples .* it; add some .* leave them out of the",
+        ),
+    ],
+)
+def test_a_class_that_is_not_trained_is_told_with_its_file_and_what_to_change(valid_files, message):
+    config = small_config()
+    config.task, config.model.attention, config.data.source = "listops", "softmax", "files"
+    config.data.train_files, config.data.valid_files = ("t.txt",), valid_files
+    splits = {"train": labeled(0, 1), "valid": labeled(2, 1)}
+    with pytest.raises(ValueError, match=message):
+        Classification(config.validate(), splits, classes="abc", vocab_size=3)
+    splits["valid"] = labeled(7)
+    with pytest.raises(ValueError, match=rf"^{(valid_files or ('t.txt',))[0]}: the valid examples"):
+        Classification(config, splits, classes="abc", vocab_size=3)
+
+
+def test_a_declared_class_may_occur_in_held_out_examples_only():
+    config = small_config()
+    config.task, config.model.attention = "listops", "softmax"
+    splits = {"train": labeled(0, 1), "valid": labeled(2)}
+    options = {"classes": "abc", "vocab_size": 3, "declared": True}
+    task = Classification(config.validate(), splits, **options)
+    assert next(iter(task.held_out["valid"]))["labels"][0] == 2

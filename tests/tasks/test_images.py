@@ -100,7 +100,9 @@ def test_what_does_not_fit_is_refused(folder):
 def test_a_class_that_is_only_held_out_and_one_class_only_are_refused(folder):
     config = images_config(folder)
     write_idx(folder / "test-labels", np.arange(12) % 6 + 1)
-    message = r"train-labels: no training example has the class '6', and 2 of the 12 test examples"
+    message = (
+        r"test-labels: 2 of the 12 test examples have the class '6', and no training example has"
+    )
     with pytest.raises(ValueError, match=message):
         ImageClassification(config.validate())
     write_idx(folder / "train-labels", np.full(60, 3))

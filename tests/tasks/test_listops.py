@@ -71,11 +71,21 @@ def test_one_digit_only_and_a_digit_that_is_not_trained_are_refused(tmp_path):
     ):
         ListOps(config.validate())
     config.data.train_files, config.data.test_files = ("two.tsv",), ("nine.tsv",)
-    message = r"two\.tsv: no training .* class '9', and 2 of the 3 test examples have it; add some"
+    message = r"nine\.tsv: 2 of the 3 test .* class '9', and no training example has it; add some"
     with pytest.raises(ValueError, match=message):
         ListOps(config.validate())
     config.data.test_files = ()
-    assert "10 classes (8 of them without an example)" in ListOps(config.validate()).description
+    assert (
+        "10 classes (8 of them without a training example)"
+        in ListOps(config.validate()).description
+    )
+
+
+def test_too_few_drawn_examples_are_refused_by_the_name_of_their_field():
+    for count in (1, 4, 16):
+        config = listops_config(train_examples=count)
+        with pytest.raises(ValueError, match=rf"raise config\.listops\.train_examples={count}$"):
+            ListOps(config.validate())
 
 
 def test_what_cannot_be_drawn_is_refused():

@@ -141,8 +141,13 @@ def test_a_run_learns_and_resumes_to_the_bit(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("classes", ("no", "maybe"), r"t\.tsv:3: the label 'yes' is none of the classes no, maybe"),
-        ("label_column", "text", r"the label '.*' is none of the classes"),
+        (
+            "classes",
+            ("no", "maybe"),
+            r"t\.tsv:3: the label 'yes' is none of config\.text_classification\.classes=no,maybe; "
+            r"add it there, .* of one \(no\|yes\), or leave the text out",
+        ),
+        ("label_column", "text", r"no training example has the label '.*' of this valid example"),
         ("text_columns", ("body",), r"t\.tsv:1: there is no column 'body'"),
         ("text_columns", ("a", "b", "c"), r"config\.text_classification\.text_columns must be one"),
         ("test_text_columns", ("a", "b"), r"test_text_columns must be as many as text_columns, 1"),
@@ -158,6 +163,27 @@ def test_what_cannot_be_used_is_named(tmp_path, field, value, message):
     setattr(config.text_classification, field, value)
     with pytest.raises(ValueError, match=message):
         make(config)
+
+
+def test_a_rare_class_is_refused_until_it_is_declared(tmp_path):
+    config = text_config(tmp_path)
+    with open(tmp_path / "t.tsv", "a") as file:
+        file.write("\nc a bad\trare")  # its hash is below `valid_fraction`
+    message = (
+        r"t\.tsv:92: no .* 'rare' of this valid example; list all .* or add .*"
+        r"lower config\.data\.valid_fraction=0\.2, which holds out"
+    )
+    with pytest.raises(ValueError, match=message):
+        make(config)
+    for split in ("valid", "test"):
+        (tmp_path / f"{split}.tsv").write_text("text\tlabel\na bad\tno\nb good\trarest")
+        setattr(config.data, f"{split}_files", (str(tmp_path / f"{split}.tsv"),))
+        config.text_classification.classes = ()
+        with pytest.raises(ValueError, match=rf"{split}\.tsv:3: no .* 'rarest' of this {split} ex"):
+            make(config)
+        config.text_classification.classes = ("no", "yes", "rare", "rarest")
+        assert "(1 of them without a training example)" in make(config).description
+        config.data.valid_files = (str(tmp_path / "t.tsv"),)
 
 
 def test_labels_of_one_kind_only_and_unknown_words_are_refused(tmp_path):
