@@ -7,7 +7,6 @@ nats / (ln 2 * num_bytes).
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -37,9 +36,10 @@ class HeldOut:
         num_tokens: the number of tokens that are scored, which is the sum of all weights. The first
             token of the stream, or of each packed document, is not scored, because nothing comes
             before it.
-        num_bytes: the bytes of text that the scored tokens stand for.
-        encodes_text: whether it is certain that the text can be recovered from the tokens. If not,
-            a loss in bits per byte of text has no meaning.
+        num_bytes: the bytes of documents that the scored tokens stand for. Separators between
+            documents are scored, but are no bytes of a document.
+        encodes_text: whether it is certain that each document can be recovered from its tokens. If
+            not, a loss in bits per byte of text has no meaning.
         num_unknown: how many of the scored tokens are `<unk>`.
         batches: one pass in a fixed order. The last batch is filled up with rows of weight 0.
     """
@@ -138,7 +138,7 @@ def build_data(config: DataConfig, *, batch_size: int, seed: int, unread: bool =
         return _stored_data(config, batch_size, seed, unread)
     corpus = _divided(load_corpus(config), config)
     tokenizer = build_tokenizer(config, _vocabulary_texts(corpus, config))
-    train = _encode(corpus.train, tokenizer, config)
+    train = _stream(_encode(corpus.train, tokenizer), tokenizer, config)
     _check_length(corpus.train, train, config)
     digest = corpus.digest()
     return Data(
@@ -278,13 +278,17 @@ def _vocabulary_texts(corpus: Corpus, config: DataConfig) -> Iterator[str]:
         yield Tokenizer.separator
 
 
-def _encode(documents: Sequence[Document], tokenizer: Tokenizer, config: DataConfig) -> TokenStream:
+def _encode(documents: Sequence[Document], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Returns the ids of each document."""
+    return [_encode_document(document, tokenizer) for document in documents]
+
+
+def _stream(encoded: list[np.ndarray], tokenizer: Tokenizer, config: DataConfig) -> TokenStream:
     """Returns the ids of a split.
 
     With packing the documents stay apart. Otherwise the separator joins them.
     """
-    encoded = [_encode_document(document, tokenizer) for document in documents]
-    if config.packing == "packed" or len(documents) == 1:
+    if config.packing == "packed" or len(encoded) == 1:
         return TokenStream.of(encoded)
     separator = tokenizer.encode(tokenizer.separator)
     joined = [part for ids in encoded for part in (separator, ids)][1:]
@@ -334,29 +338,28 @@ def _training_batches(
 def _held_out(
     documents: Sequence[Document], tokenizer: Tokenizer, config: DataConfig, batch_size: int
 ) -> HeldOut:
-    stream = _encode(documents, tokenizer, config)
+    encoded = _encode(documents, tokenizer)
+    stream = _stream(encoded, tokenizer, config)
     num_tokens = Pieces(stream, config.sequence_length).num_targets
     if not num_tokens:
         raise ValueError(
             f"{documents[0].name}: the held-out text has no two tokens that follow each other, so "
             "there is nothing to score"
         )
-    text = tokenizer.separator.encode().join(document.data for document in documents)
-    texts = [document.data for document in documents] if config.packing == "packed" else [text]
-    parts = [
-        (data, stream.ids[start:stop])
-        for data, (start, stop) in zip(texts, itertools.pairwise(stream.borders), strict=True)
-    ]
-    scored = [(data, ids) for data, ids in parts if len(ids) > 1]
-    read = windows.held_out_packed if config.packing == "packed" else windows.held_out_windows
+    texts, is_packed = [document.data for document in documents], config.packing == "packed"
+    pairs = zip(texts, encoded, strict=True)
+    scored = [(data, ids) for data, ids in pairs if not is_packed or len(ids) > 1]
+    unscored = [ids[:1] for _, ids in (scored if is_packed else scored[:1])]
+    read = windows.held_out_packed if is_packed else windows.held_out_windows
     return HeldOut(
-        text=text,
+        text=tokenizer.separator.encode().join(texts),
         num_tokens=num_tokens,
-        num_bytes=sum(
-            len(tokenizer.counted(data)) - tokenizer.num_bytes(ids[:1]) for data, ids in scored
-        ),
+        num_bytes=sum(len(tokenizer.counted(data)) for data, _ in scored)
+        - sum(map(tokenizer.num_bytes, unscored)),
         encodes_text=all(tokenizer.encodes(data, ids) for data, ids in scored),
-        num_unknown=sum(tokenizer.num_unknown(ids[1:]) for _, ids in scored),
+        num_unknown=sum(
+            tokenizer.num_unknown(ids[1:]) for ids in np.split(stream.ids, stream.borders[1:-1])
+        ),
         batches=read(stream, config.sequence_length, batch_size=batch_size),
     )
 

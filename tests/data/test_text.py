@@ -120,7 +120,8 @@ class TestEveryPacking:
         data = make_data(texts, texts, packing=packing)
         batches = list(data.valid.batches)
         assert sum(batch["weights"].sum() for batch in batches) == data.valid.num_tokens
-        assert data.valid.num_bytes == data.valid.num_tokens  # bytes: one a token
+        separators = 39 if packing == "contiguous" else 0
+        assert data.valid.num_bytes == data.valid.num_tokens - separators  # bytes: one a token
         assert data.valid.text == b"\0".join(texts)
         assert_same(list(data.valid.batches), batches)
         for batch in batches:
@@ -262,6 +263,24 @@ class TestOtherTokenizers:
                          end_of_line="\n" in text)  # fmt: skip
         assert data.valid.encodes_text
         assert data.valid.num_bytes == num_bytes  # after the first word
+
+    @pytest.mark.parametrize("packing", ["contiguous", "packed"])
+    @pytest.mark.parametrize(
+        ("texts", "num_bytes"),
+        [
+            ([" ab \n cd \n", " ab cd \n"], {"contiguous": 14, "packed": 12}),
+            (["ab cd\nab\n", " ab cd \n"], {"contiguous": 14, "packed": 12}),
+            (["ab cd  ab\n", " ab cd \n"], None),
+        ],
+    )
+    def test_separators_between_files_of_words_are_no_bytes_of_theirs(
+        self, make_data, texts, num_bytes, packing
+    ):
+        data = make_data(b"ab cd ab\n" * 9, [text.encode() for text in texts], tokenizer="words",
+                         sequence_length=2, end_of_line=True, packing=packing)  # fmt: skip
+        assert data.valid.encodes_text == (num_bytes is not None)
+        if num_bytes:
+            assert data.valid.num_bytes == num_bytes[packing]  # after the first words
 
     def test_a_first_token_of_half_a_character_has_its_own_bytes(self, make_data, tmp_path):
         pytest.importorskip("tokenizers")
