@@ -164,8 +164,8 @@ def evaluation_figures(nats: float, weight: float, num_bytes: float | None) -> d
     Args:
         nats: weighted sum over the scored tokens.
         weight: how many tokens were scored.
-        num_bytes: number of bytes that those tokens stand for; None if the tokens do not encode
-            the text.
+        num_bytes: number of bytes that those tokens stand for; None if it is not certain that the
+            tokens encode the text.
 
     Returns:
         The loss (nats per token), the perplexity and, given `num_bytes`, the bits per byte.
@@ -269,14 +269,17 @@ def score_text(record: dict[str, Any], held_out: HeldOut) -> str:
 
     Returns:
         The loss and the perplexity. If the tokens encode the whole text, the bits per byte come
-        first. Otherwise the share of `<unk>` comes last.
+        first. Otherwise the share of `<unk>` and the reason come last.
     """
     text = f"{record['loss']:.4f} nats a token, perplexity {record['perplexity']:.2f}"
     if held_out.encodes_text:
         size = f"over {held_out.num_bytes:,} bytes"
         return f"{record['bits_per_byte']:.3f} bits per byte, {text}, {size}"
     unknown = held_out.num_unknown / held_out.num_tokens
+    reason = "the tokens do not encode the whole text"
+    if held_out.text is None:
+        reason = "the token file does not tell whether its tokens encode the whole text"
     return (
         f"{text}, over {held_out.num_tokens:,} tokens, {unknown:.1%} of them <unk> "
-        "(no bits per byte: the tokens do not encode the whole text)"
+        f"(no bits per byte: {reason})"
     )

@@ -122,6 +122,8 @@ def test_only_tokens_that_keep_every_text_have_bits_per_byte(tmp_path, tokenizer
     assert ("bits_per_byte" in figures) == encodes
     said = "bits per byte, same text" if encodes else "the token file does not have the text"
     assert said in task.end_facts()["xz -9e"]
+    score = task.score_text("valid", {"loss": 1.5, "perplexity": 4.5, "bits_per_byte": 2.0})
+    assert ("does not tell whether its tokens encode the whole text" in score) != encodes
 
 
 def test_byte_pairs_that_begin_within_a_character_are_counted_in_bytes(tmp_path):
