@@ -108,7 +108,6 @@ class Progress:
 
     def __init__(self, table: Table, options: argparse.Namespace, runs: Sequence[Run]):
         self._table, self._options, self._runs = table, options, runs
-        self._ended = sum(map(is_finished, runs))
         self._left = self._at_start = float(sum(r.work for r in runs if not is_finished(r)))
         self._since = self._shown = time.monotonic()
         self._bar = progress_bar(round(self._left))
@@ -121,10 +120,16 @@ class Progress:
     def ended(self, run: Run, outcome: dict[str, Any]) -> None:
         """Says how a run has ended, and renews the table."""
         status = outcome["status"]
-        self._ended += status != "stopped"
         say_more = {"failed": f": {outcome['error']} (log: {run.log})"}.get(status, "")
-        where = f"{self._ended} of {len(self._runs)}"
-        self.say(f"{status:10} {run.name}, {duration(outcome['seconds'])}{say_more}; {where}")
+        self._tell(f"{status:10} {run.name}, {duration(outcome['seconds'])}{say_more}")
+
+    def found(self, run: Run) -> None:
+        """Says that another process has finished a run, and renews the table."""
+        self._tell(f"finished   {run.name}, by another process")
+
+    def _tell(self, text: str) -> None:
+        finished = sum(map(is_finished, self._runs))  # by whatever process
+        self.say(f"{text}; {finished} of {len(self._runs)} are finished")
         write_table(self._table, self._options, self._runs)
 
     def waits(self, run: Run) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,9 @@ class Told:
 
     def waits(self, run):
         self.lines.append(("waits", run.method.name, run.seed))
+
+    def found(self, run):
+        self.lines.append(("found", run.method.name, run.seed))
 
     def progress(self, left):
         self.left.append(left)
@@ -255,6 +259,27 @@ def test_a_run_that_another_process_trains_is_waited_for(train, tmp_path):
     assert ended
     assert told.lines[0][0] == "waits"
     assert told.lines[-1][0] == "finished"
+
+
+def test_runs_are_counted_as_finished_whoever_trained_them(train, tmp_path, capsys):
+    options = reproduce.parse(["listops", "--out", str(tmp_path)])
+    runs = plan.make_runs(TABLE, "small", (0, 1), ["good"], ["copy"], tmp_path)
+    runs[0].directory.mkdir(parents=True)
+    lock = try_lock(runs[0].directory / ".command")
+
+    class Shared(reproduce.Progress):
+        """Another command finishes the first run as soon as this one has trained the second."""
+
+        def ended(self, run, outcome):
+            super().ended(run, outcome)
+            shutil.copy(run.directory / "summary.json", runs[0].directory)
+            lock.close()
+
+    train(seeds=(0, 1), display=Shared(TABLE, options, runs))
+    lines = capsys.readouterr().out.splitlines()
+    ends = [line.split("; ")[-1] for line in lines if line.startswith("finished ")]
+    assert ends == ["1 of 2 are finished", "2 of 2 are finished"]
+    assert ", by another process; " in lines[-1]
 
 
 def test_a_run_that_another_command_has_just_started_is_waited_for(train, tmp_path):

@@ -51,6 +51,9 @@ class Display(Protocol):
     def waits(self, run: Run) -> None:
         """A run waits for another process that trains it. It is told again and again."""
 
+    def found(self, run: Run) -> None:
+        """A run that was waited for has been finished by another process."""
+
     def say(self, text: str) -> None:
         """Something else has happened."""
 
@@ -211,7 +214,9 @@ def _start_next(
         if lock is None or in_use(run.directory):
             waiting.append(run)
             display.waits(run)
-        elif not is_finished(run):
+        elif is_finished(run):
+            display.found(run)
+        else:
             display.started(run)
             return _start(run, environment, lock)
         if lock is not None:
