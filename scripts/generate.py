@@ -29,7 +29,7 @@ from race_jax.sparse.config import SELECTIONS
 try:
     from race_jax.data.tokenizer import Tokenizer
     from race_jax.tasks.registry import task_named
-    from race_jax.train.checkpoint import load_for_inference
+    from race_jax.train.checkpoint import SavedModel, open_for_inference
 except (
     ImportError
 ) as error:  # the extra "train" is not installed; the message says how to install it
@@ -118,21 +118,13 @@ def main(arguments: Sequence[str]) -> None:
         _fail("--prompt is empty; give a text of at least one token, which the model continues")
     try:
         sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _GREEDY.value)
-        model, tokenizer, config = load_for_inference(_CHECKPOINT.value)
-        if not isinstance(tokenizer, Tokenizer):
-            raise ValueError(
-                f"{_CHECKPOINT.value} is a run of the task {config.task!r}, which has no "
-                "tokenizer; give the directory of a run that was trained on text"
-            )
-        if not task_named(config.task).is_causal:
-            raise ValueError(
-                f"{_CHECKPOINT.value} is a run of the task {config.task!r}, whose model does not "
-                "continue a text; give the directory of a run of a language model"
-            )
-        sparse = _sparse_config(model)
-        prompt = np.asarray(tokenizer.encode(_PROMPT.value), np.int32)
-        count = _count(model, len(prompt))
-        stops = [_stop_token(tokenizer, text) for text in _STOP.value]
+        with open_for_inference(_CHECKPOINT.value) as saved:
+            tokenizer = _tokenizer(saved)
+            sparse = _sparse_config(saved.shapes)
+            prompt = np.asarray(tokenizer.encode(_PROMPT.value), np.int32)
+            count = _count(saved.shapes, len(prompt))
+            stops = [_stop_token(tokenizer, text) for text in _STOP.value]
+            model = saved.load()
         tokens = stream(
             model,
             prompt[None],
@@ -164,6 +156,22 @@ def main(arguments: Sequence[str]) -> None:
     _say(_speed(clock))
     if sparse is not None:
         _say(_kept(sparse, len(prompt), len(clock)))
+
+
+def _tokenizer(saved: SavedModel) -> Tokenizer:
+    """Returns the tokenizer of a language model."""
+    tokenizer, task = saved.companion, saved.config.task
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(
+            f"{_CHECKPOINT.value} is a run of the task {task!r}, which has no "
+            "tokenizer; give the directory of a run that was trained on text"
+        )
+    if not task_named(task).is_causal:
+        raise ValueError(
+            f"{_CHECKPOINT.value} is a run of the task {task!r}, whose model does not "
+            "continue a text; give the directory of a run of a language model"
+        )
+    return tokenizer
 
 
 def _sparse_config(model: TransformerLM) -> SparseConfig | None:

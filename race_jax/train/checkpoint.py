@@ -271,15 +271,32 @@ class Checkpoints:
         return f"{bad[0]} is missing or changed" if bad else None
 
 
-def load_for_inference(directory: str | os.PathLike) -> tuple[nnx.Module, Any, Config]:
-    """Loads the model of a run's newest whole checkpoint, ready to be called.
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """The model of a checkpoint, before its parameters are read.
+
+    Attributes:
+        shapes: the NNX model, with shapes in place of values.
+        companion: the companion of the task, for a language model its tokenizer.
+        config: the run's configuration.
+        load: reads the parameters, and returns the model on the default device.
+    """
+
+    shapes: nnx.Module
+    companion: Any
+    config: Config
+    load: Callable[[], nnx.Module]
+
+
+@contextlib.contextmanager
+def open_for_inference(directory: str | os.PathLike) -> Iterator[SavedModel]:
+    """Opens a run's newest whole checkpoint, so that all else can be checked before it is loaded.
 
     Args:
         directory: the run's directory; it may start with `~`. The run may still be writing to it.
 
-    Returns:
-        The NNX model on the default device, the companion of the task (for a language model its
-        tokenizer) and the run's configuration.
+    Yields:
+        The model, which can be loaded until the context ends.
 
     Raises:
         ValueError: there is no checkpoint in `directory`.
@@ -290,9 +307,28 @@ def load_for_inference(directory: str | os.PathLike) -> tuple[nnx.Module, Any, C
     with _opened(directory) as (checkpoints, step):
         config, record = _origin(checkpoints, step)
         graph, variables = _abstract_model(config, record)
-        found = checkpoints.model(step, variables)
-    model = nnx.merge(graph, found["params"], found["fixed"])
-    return model, task_named(config.task).companion(record), config
+
+        def load() -> nnx.Module:
+            return _merged(graph, checkpoints.model(step, variables))
+
+        companion = task_named(config.task).companion(record)
+        yield SavedModel(_merged(graph, variables), companion, config, load)
+
+
+def load_for_inference(directory: str | os.PathLike) -> tuple[nnx.Module, Any, Config]:
+    """Loads the model of a run's newest whole checkpoint, ready to be called.
+
+    Args:
+        directory: as for `open_for_inference`, which raises the same errors.
+
+    Returns:
+        The NNX model on the default device, the companion of the task (for a language model its
+        tokenizer) and the run's configuration.
+
+    Source: beyond the paper.
+    """
+    with open_for_inference(directory) as saved:
+        return saved.load(), saved.companion, saved.config
 
 
 def load_parameters(
@@ -363,6 +399,11 @@ def _abstract_model(config: Config, record: Any) -> tuple[nnx.GraphDef, dict[str
     model = nnx.eval_shape(lambda: task.make_model(config, record, fresh_rngs(0)))
     graph, params, fixed = nnx.split(model, nnx.Param, ...)
     return graph, {"params": params, "fixed": fixed}
+
+
+def _merged(graph: nnx.GraphDef, variables: dict[str, nnx.State]) -> nnx.Module:
+    """Returns the model of the variables that `_abstract_model` names."""
+    return nnx.merge(graph, variables["params"], variables["fixed"])
 
 
 def _shapes(variables: dict[str, nnx.State]) -> dict[str, tuple[int, ...]]:

@@ -177,6 +177,26 @@ def test_what_cannot_be_done_is_said_in_one_line(script, softmax_run, capsys, op
 
 
 @pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"decode_attention": "sparse", "budget": 9}, "budget=9 must hold sink=16"),
+        ({"budget": 9}, "--budget has no effect"),
+        ({"stop": ["the cat"]}, "is 2 tokens"),
+        ({"prompt": "the dog"}, "the word 'dog' does not occur"),
+        ({"prompt": "the cat " * 5}, "does not fit the learned positions"),
+    ],
+    ids=str,
+)
+def test_flags_are_checked_before_parameters_are_read(
+    script, softmax_run, capsys, monkeypatch, options, words
+):
+    monkeypatch.setattr(Checkpoints, "model", lambda *_: pytest.fail("the parameters are read"))
+    with pytest.raises(SystemExit):
+        run(script, **{"checkpoint": softmax_run, "prompt": "the cat"} | options)
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"decode_attention": "sparse"},
