@@ -30,7 +30,7 @@ from race_jax.data.documents import Document
 from race_jax.data.sources import read_file
 from race_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from race_jax.models import TransformerLM
-from race_jax.train.checkpoint import load_for_inference
+from race_jax.train.checkpoint import open_for_inference
 
 FIRST = 1024  # positions of the first bucket
 CHUNK = 1024  # tokens whose logits are in memory at a time
@@ -144,14 +144,15 @@ def table_lines(sums: dict[int, dict[int, tuple[float, int]]]) -> list[str]:
 
 def score(options: argparse.Namespace) -> dict[int, dict[int, tuple[float, int]]]:
     """Returns the sums of all books by context and bucket."""
-    model, tokenizer, _ = load_for_inference(options.checkpoint)
-    if not isinstance(tokenizer, Tokenizer):
-        raise ValueError(f"{options.checkpoint} is not a run that was trained on text")
-    has_fixed_state = model.trunk.carries_state and not model.trunk.keeps_tokens
-    if 0 in options.context and not has_fixed_state:
-        raise ValueError(
-            "this model has no state of fixed size; give --context without 0, as in 2048"
-        )
+    with open_for_inference(options.checkpoint) as saved:
+        tokenizer, trunk = saved.companion, saved.shapes.trunk
+        if not isinstance(tokenizer, Tokenizer):
+            raise ValueError(f"{options.checkpoint} is not a run that was trained on text")
+        if 0 in options.context and not (trunk.carries_state and not trunk.keeps_tokens):
+            raise ValueError(
+                "this model has no state of fixed size; give --context without 0, as in 2048"
+            )
+        model = saved.load()
     sums: dict[int, dict[int, tuple[float, int]]] = {context: {} for context in options.context}
     for path in options.books:
         data = read_file(path)

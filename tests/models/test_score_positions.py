@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from contextlib import nullcontext
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from flax import nnx
 
 from race_jax.data.tokenizer import ByteTokenizer
 from race_jax.models import ModelConfig, TransformerLM
+from race_jax.train.checkpoint import SavedModel
 from scripts import score_positions
 
 pytestmark = pytest.mark.once
@@ -50,8 +52,8 @@ def test_nats_of_every_token_are_those_of_the_whole(model, assert_close):
 
 def test_the_table_has_the_mean_of_every_bucket(model, tmp_path, capsys, monkeypatch):
     (tmp_path / "book.txt").write_bytes(TEXT.tobytes())
-    loads = lambda directory: (model, ByteTokenizer(), None)  # noqa: E731
-    monkeypatch.setattr(score_positions, "load_for_inference", loads)
+    saved = SavedModel(model, ByteTokenizer(), None, lambda: model)
+    monkeypatch.setattr(score_positions, "open_for_inference", lambda _: nullcontext(saved))
     words = [str(tmp_path / "book.txt"), "--checkpoint", "run", "--context", "0,200"]
     words += ["--json", str(tmp_path / "sums.json"), "--segment_length", "700"]
     assert score_positions.main(words) == 0
@@ -74,6 +76,16 @@ def test_the_table_has_the_mean_of_every_bucket(model, tmp_path, capsys, monkeyp
 def test_what_cannot_be_scored_is_said(tmp_path, capsys):
     assert score_positions.main([str(tmp_path / "a"), "--checkpoint", str(tmp_path)]) == 2
     assert "no checkpoints in" in capsys.readouterr().err
+
+
+def test_a_state_that_grows_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
+    config = ModelConfig(num_layers=1, width=16, num_heads=2, attention="softmax")
+    model = TransformerLM(config, 256, keep_rngs=False, rngs=nnx.Rngs(0))
+    saved = SavedModel(model, ByteTokenizer(), None, lambda: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(score_positions, "open_for_inference", lambda _: nullcontext(saved))
+    words = [str(tmp_path / "a"), "--checkpoint", "run", "--context", "0,200"]
+    assert score_positions.main(words) == 2
+    assert "no state of fixed size; give --context without 0" in capsys.readouterr().err
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
