@@ -29,9 +29,14 @@ MASS = 16
 TINY = 1e-30
 
 
+def power_of_two(size: int) -> int:
+    """Returns the least power of two that is not below a size, at least 1."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
 def padded(size: int) -> int:
     """Returns the next power of two that a matrix product takes, at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, power_of_two(size))
 
 
 def padded_features(tables: int, planes: int) -> int:

@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.backend import LOG2_E, Arithmetic, Output, launch, load, store
 from pallas_kernels.blocks import Block
 from pallas_kernels.plan import traced_alike
+from pallas_kernels.tiles import power_of_two
 
 ROWS = 16  # the fewest rows of a matrix product, of which G·T are used
 LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -303,7 +304,7 @@ def _merged(problem: Problem, sums: dict, positions: jax.Array | None, out: Outp
 
 def _merge_kernel(problem: Problem, refs: SimpleNamespace) -> None:
     splits = problem.plan.splits
-    split = lax.iota(jnp.int32, 1 << (splits - 1).bit_length())
+    split = lax.iota(jnp.int32, power_of_two(splits))
     real, split = split < splits, jnp.minimum(split, splits - 1)
     largest = jnp.where(real, load(refs.largest, (split,), real), LOWEST)
     scale = problem.arithmetic.exp2(largest - jnp.max(largest))

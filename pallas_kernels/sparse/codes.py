@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import backend
 from pallas_kernels.backend import Output
 from pallas_kernels.plan import traced_alike
+from pallas_kernels.tiles import power_of_two
 
 STEPS = {1: 1.0, 2: 0.9957, 4: 0.3352}  # of a coordinate of standard deviation one
 FACTOR_LIMIT = 65504.0  # of float16
@@ -64,7 +65,7 @@ class _Sizes:
 
 
 def _padded(size: int) -> int:
-    return max(NARROWEST, 1 << (size - 1).bit_length())
+    return max(NARROWEST, power_of_two(size))
 
 
 @traced_alike

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.tiles import power_of_two
+
 LEAST, MOST = -(2**31), 2**31 - 1  # hidden tokens have LEAST, and forced ones MOST
 SAMPLE = 4096  # tokens of a row from which the selection takes its threshold, at most
 GOLDEN = 0x9E3779B1 - 2**32  # 2^32 over the golden ratio; products with it are well mixed
@@ -23,7 +25,7 @@ def sample_size(capacity: int, most: int = SAMPLE) -> int:
       >>> sample_size(700), sample_size(131072)
       (1024, 4096)
     """
-    return min(most, 1 << max(capacity - 1, 0).bit_length())
+    return min(most, power_of_two(capacity))
 
 
 def sample_shift(end: jax.Array, size: int, capacity: int) -> jax.Array:

@@ -22,9 +22,10 @@ from pallas_kernels import backend
 from pallas_kernels.backend import Output
 from pallas_kernels.blocks import Block
 from pallas_kernels.plan import traced_alike
+from pallas_kernels.sparse.attend import ROWS
 from pallas_kernels.sparse.scores import Layout
+from pallas_kernels.tiles import padded
 
-ROWS = 16  # of a product; T G of them are queries
 MOST = 127.0
 TO_INTEGER = 1.5 * 2.0**23  # added and subtracted, it rounds a small float32 to an integer
 
@@ -40,7 +41,7 @@ class _Sizes:
 
     @property
     def padded_width(self) -> int:
-        return max(ROWS, 1 << (self.width - 1).bit_length())
+        return padded(self.width)
 
 
 @traced_alike

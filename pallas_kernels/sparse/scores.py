@@ -27,6 +27,7 @@ from pallas_kernels import backend
 from pallas_kernels.backend import Output
 from pallas_kernels.plan import pad_to, traced_alike
 from pallas_kernels.sparse.keys import SAMPLE, sample_shift, sample_size, sampled_slots
+from pallas_kernels.tiles import power_of_two
 
 MOST_QUERIES = 16  # of a key/value head, T G
 FEWEST_COLUMNS = 8  # of a product
@@ -55,7 +56,7 @@ PROGRAMS = 528  # four for each multiprocessor of an H200
 
 def tile_for(heads: int, capacity: int) -> Tile:
     """Returns the tile for so many key/value heads of all rows: smaller ones for short caches."""
-    tokens = _power_of_two(max(1, heads * capacity // PROGRAMS))
+    tokens = power_of_two(max(1, heads * capacity // PROGRAMS))
     return Tile(tokens=min(max(tokens, Tile.chunk), Tile.tokens))
 
 
@@ -73,9 +74,9 @@ class Layout:
         """Returns the layout of so many queries of a head, T G."""
         return cls(
             parts=8 // bits,
-            columns=max(FEWEST_COLUMNS, _power_of_two(queries)),
+            columns=max(FEWEST_COLUMNS, power_of_two(queries)),
             bytes=code_bytes,
-            padded=max(FEWEST_BYTES, _power_of_two(code_bytes)),
+            padded=max(FEWEST_BYTES, power_of_two(code_bytes)),
         )
 
 
@@ -102,10 +103,6 @@ class _Sizes:
     def held(self, tokens: jax.Array) -> jax.Array | None:
         """Returns which tokens of a chunk are slots of the cache, or None if all are."""
         return tokens < self.capacity if self.capacity % self.tile.chunk else None
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
 
 
 @traced_alike

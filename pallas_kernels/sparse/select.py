@@ -43,6 +43,7 @@ from pallas_kernels.sparse.keys import (
     sample_size,
     sampled_slots,
 )
+from pallas_kernels.tiles import power_of_two
 
 STEPS = 20  # of the search in the sample, which leave 2**12 of 2**32 keys
 GRANULE = 4  # a power of two that divides the sizes of all tiles
@@ -85,7 +86,7 @@ def plan_for(rows: int, capacity: int, budget: int) -> Plan:
     tokens = max(1.0, capacity / (SAMPLE // 2))  # a sample is at least half full
     number = budget + DEVIATIONS * math.sqrt(budget * tokens) + 3.0 * tokens
     number = min(math.ceil(number), capacity)
-    held = min(max(_power_of_two(number + number // 16), LEAST_HELD), MOST_HELD)
+    held = min(max(power_of_two(number + number // 16), LEAST_HELD), MOST_HELD)
     warps = 4 if held < 4096 else 8 if held < MOST_HELD else 16  # the fastest on an H100
     return Plan(splits, min(3 * number + 512, capacity), held, final_warps=warps)
 
@@ -474,7 +475,3 @@ def _scores_of(problem: Problem, refs: SimpleNamespace, slots: list) -> list[jax
 def _padded(size):
     """Returns the least multiple of GRANULE that is not below a size."""
     return (size + (GRANULE - 1)) // GRANULE * GRANULE
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << max(size - 1, 0).bit_length()
