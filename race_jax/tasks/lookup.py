@@ -202,21 +202,19 @@ def _held_out(split: grain.IterDataset[Batch], options: LookupConfig) -> grain.I
     """Returns held-out batches with lines. The first row has none, so that some text is scored."""
     first = next(iter(split))
     plain = np.append(first["inputs"][0], first["targets"][0, -1]).tobytes()
-    return split.map(
-        lambda batch: _with_lines(batch, options, seed=0, is_held_out=True, plain=plain)
-    )
+    return split.map(lambda batch: _with_lines(batch, options, seed=0, plain=plain))
 
 
 def _with_lines(
-    batch: Batch, options: LookupConfig, seed: int, is_held_out: bool = False, plain: bytes = b""
+    batch: Batch, options: LookupConfig, seed: int, plain: bytes | None = None
 ) -> dict[str, Any]:
     """Returns a batch in which a share of the full rows have lines, chosen by their bytes.
 
-    A row with the bytes `plain` has no lines.
+    `plain` is given for held-out batches. A row of these bytes has no lines.
     """
     batch = {name: array.copy() for name, array in batch.items()}
     batch["asked"] = np.zeros_like(batch["weights"])
-    share = min(options.share, HELD_OUT_SHARE) if is_held_out else options.share
+    share = options.share if plain is None else min(options.share, HELD_OUT_SHARE)
     for row in range(len(batch["inputs"])):
         ids = np.append(batch["inputs"][row], batch["targets"][row, -1])
         rng = np.random.default_rng((seed, zlib.crc32(ids.tobytes())))
@@ -224,13 +222,13 @@ def _with_lines(
         if not is_full or rng.random() >= share or ids.tobytes() == plain:
             continue
         questions = 1
-        if not is_held_out:
+        if plain is None:
             questions = rng.integers(options.least_questions, options.most_questions + 1)
         ids, asked, _ = with_lookups(rng, ids, options, questions)
         batch["inputs"][row], batch["targets"][row] = ids[:-1], ids[1:]
         batch["asked"][row] = asked[1:]
         weight = np.where(asked[1:], options.answer_weight, 1)
-        batch["weights"][row] = 0 if is_held_out else weight
+        batch["weights"][row] = weight if plain is None else 0
     return batch
 
 
