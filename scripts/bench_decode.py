@@ -162,6 +162,8 @@ def main(words: Sequence[str]) -> None:
     while not bench.is_late() and (row := next(coded, None)):
         content["prefill"].append(row)
         options.out.write_text(json.dumps(content, indent=1))
+    if missing := len(prompts) - len(content["prefill"]):
+        content["notes"].append(f"{missing} lines about prompts were left out: raise --seconds.")
     page = report(content)
     print("\n" + page)
     table: pathlib.Path = options.out.with_suffix(".md")
