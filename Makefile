@@ -9,11 +9,13 @@ VENV := .venv$(addprefix -,$(filter-out 3,$(patsubst python%,%,$(notdir $(PYTHON
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help train test docs lint format $(VENV)
+.PHONY: help install train test docs lint format $(VENV)
 
 help:  ## say what can be made
 	@echo "make TARGET [PYTHON=python3.12] [ARGS=...]"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: $(VENV)  ## make the environment .venv, and install race-jax and what it needs
 
 # Large pages: fresh arrays cost fewer page faults (docs/benchmarks.md).
 train: $(VENV)  ## train a language model on this machine's own text; ARGS="--config.model.num_layers=4"

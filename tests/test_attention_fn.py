@@ -169,9 +169,18 @@ def test_what_needs_the_weight_matrix_is_refused_in_words(options, message):
 @pytest.mark.parametrize("shape", [(BATCH, 1, 5, 5), (BATCH, HEADS, 1, 5), (BATCH, 5), (5, 5)])
 def test_masks_that_are_not_key_padding_are_refused_with_the_way_out(shape):
     x = jnp.zeros((BATCH, 5, HEADS, HEAD_DIM))
-    sentence = "key-padding masks only; for causal use is_causal=True, for packing use segment_ids"
+    sentence = "key-padding masks only, such as .*; for causal use is_causal=True, for packing use"
     with pytest.raises(ValueError, match=sentence):
         attend(x, x, x, mask=jnp.ones(shape, bool))
+
+
+def test_masks_that_are_added_to_logits_are_refused():
+    x = jnp.zeros((BATCH, 5, HEADS, HEAD_DIM))
+    added = jnp.where(jnp.arange(5) < 3, 0.0, -1e9)[None, None, None]
+    with pytest.raises(ValueError, match=r"negative numbers.*pass mask == 0"):
+        attend(x, x, x, mask=added)
+    kept = attend(x, x, x, mask=(added == 0).astype(jnp.float32))
+    assert (kept == attend(x, x, x, mask=added == 0)).all()
 
 
 def test_sowing_and_attention_dropout_are_refused_inside_flax():

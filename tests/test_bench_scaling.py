@@ -323,6 +323,21 @@ def test_the_figure_names_lines_apart_and_the_table_has_every_cell(tmp_path):
     assert cells[4] == ["32k", "", "", "", "over / 8"]
 
 
+@pytest.mark.parametrize(("base", "values"), [(2, (0.40, 0.48)), (10, (0.02, 0.03))])
+def test_an_axis_has_two_numbers_however_narrow_the_range(base, values):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axes = figure.subplots()
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=base)
+    axes.plot([1024, 2048], values)
+    scaling_figure.style_axes(axes, [1024, 2048], base)
+    low, high = axes.get_ylim()
+    assert low <= min(values)
+    assert max(values) <= high
+    inside = [tick for tick in axes.yaxis.get_majorticklocs() if low <= tick <= high]
+    assert len(inside) >= 2
+
+
 def test_a_record_without_a_time_is_drawn_as_well(tmp_path):
     record = Record(tmp_path / "scaling.json", MACHINE, SETTING)
     record.add(STREAMED, 64, {"stopped": "would need 12.3 GiB of 8 GiB"})

@@ -154,7 +154,7 @@ def test_forward_mode_is_refused_in_words(mode, is_causal):
         return race_jax.race_attention(x, x, x, planes, is_causal=is_causal)
 
     with pytest.raises(
-        (NotImplementedError, TypeError), match=r"reverse mode.*race_jax\.reference"
+        (NotImplementedError, TypeError), match=r"reverse mode.*race_jax\.core\.reference"
     ):
         jax.jvp(attend, (x,), (x,)) if mode == "jvp" else jax.jacfwd(attend)(x)
 

@@ -453,5 +453,6 @@ def _reverse_mode(
             raise
         raise TypeError(
             "race_attention supports differentiation in reverse mode (jax.grad, jax.vjp) only; "
-            "for forward mode (jax.jvp, jax.jacfwd) differentiate race_jax.reference instead"
+            "for forward mode (jax.jvp, jax.jacfwd) differentiate "
+            "race_jax.core.reference instead"
         ) from error

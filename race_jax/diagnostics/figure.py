@@ -26,7 +26,7 @@ def draw(
     """Draws one panel for each argument that is given.
 
     Args:
-      path: the SVG file.
+      path: the SVG file, whose name ends in ".svg".
       errors: by the name of its line, the error by the number of tables. A dotted line shows
         1 / sqrt(L).
       buckets: what `buckets` returned. The shares of each table are sorted, and drawn over the rank
@@ -35,7 +35,8 @@ def draw(
         of one head.
 
     Raises:
-      ValueError: if there is nothing to draw.
+      ValueError: if there is nothing to draw, or the file has another ending.
+      TypeError: if `errors` is not a dict.
       ModuleNotFoundError: if matplotlib is not installed.
 
     Example:
@@ -54,6 +55,8 @@ def draw(
     panels: list[tuple[Any, Callable]] = [(what, how) for what, how in given if what is not None]
     if not panels:
         raise ValueError("nothing to draw: give errors, buckets or context")
+    if pathlib.Path(path).suffix.lower() != ".svg":
+        raise ValueError(f"the figure is an SVG file; got {str(path)!r}, so name it with .svg")
     with matplotlib.rc_context(STYLE):
         size = 3.6 * len(panels) + 0.4, 3.2
         figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
@@ -66,6 +69,8 @@ def draw(
 
 
 def _errors(axes: Any, errors: Mapping[str, Errors]) -> None:
+    if not isinstance(errors, Mapping):
+        raise TypeError(f"errors must be a dict, as in {{'P = 4': errors}}; got {type(errors)}")
     for label, found in errors.items():
         axes.errorbar(found.tables, found.mean, found.deviation, marker="o", capsize=3, label=label)
     first = next(iter(errors.values()))

@@ -149,7 +149,8 @@ def key_padding(mask: jax.Array | None, lead: tuple[int, ...], length: int) -> j
       ``(prod(lead), S)`` bool, or None.
 
     Raises:
-      ValueError: if the mask differs between heads or between queries, or has a wrong shape.
+      ValueError: if the mask differs between heads or between queries, or has a wrong shape; or
+        if it has negative numbers, as masks have that are added to logits (not seen under jit).
     """
     if mask is None:
         return None
@@ -160,7 +161,14 @@ def key_padding(mask: jax.Array | None, lead: tuple[int, ...], length: int) -> j
     ):
         raise ValueError(
             f"mask must broadcast to {shape}, got shape {mask.shape}. RACE attention takes "
-            "key-padding masks only; for causal use is_causal=True, for packing use segment_ids"
+            "key-padding masks only, such as mask[:, None, None, :] of a boolean for each key; for "
+            "causal use is_causal=True, for packing use segment_ids"
+        )
+    values = masking.concrete(mask if mask.dtype != jnp.bool_ else None)
+    if values is not None and (values < 0).any():
+        raise ValueError(
+            "mask has negative numbers, as masks have that are added to logits. RACE attention "
+            "takes masks that are True or nonzero where there is a token; pass mask == 0"
         )
     return jnp.broadcast_to(mask != 0, shape).reshape(math.prod(lead), length)
 

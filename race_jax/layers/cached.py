@@ -125,5 +125,5 @@ def _check(call: Call, scheme: str, rule: Rule) -> None:
     ):
         if is_there:
             raise NotImplementedError(
-                f"sparse scores know nothing of {what}; use decode_attention='dense'."
+                f"sparse scores know nothing of {what}; decode without a SparseConfig."
             )

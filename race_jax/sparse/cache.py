@@ -81,7 +81,7 @@ class KVCache:
 
         Raises:
           ValueError: if the capacity is out of range, or there are no heads.
-          TypeError: if the dtype is not floating.
+          TypeError: if the dtype is not floating, or has fewer than 16 bits.
 
         Example:
           >>> import race_jax
@@ -95,6 +95,8 @@ class KVCache:
             raise ValueError(f"{kv_heads=} and {head_dim=} must be at least 1.")
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"dtype must be floating, such as jnp.bfloat16; got {dtype}.")
+        if jnp.dtype(dtype).itemsize < 2:
+            raise TypeError(f"dtype must have at least 16 bits, as jnp.bfloat16; got {dtype}.")
         value_dim = head_dim if value_dim is None else value_dim
         return cls(
             jnp.zeros((batch, capacity, kv_heads, head_dim), dtype),

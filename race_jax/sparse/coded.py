@@ -124,7 +124,7 @@ class SparseCache:
             raise TypeError(f"config must be a SparseConfig; got {type(config).__name__}.")
         if kv.decay is not None:
             raise NotImplementedError(
-                "sparse scores know nothing of a forget gate; use decode_attention='dense'."
+                "sparse scores know nothing of a forget gate; decode without a SparseConfig."
             )
         coding = config.coding()
         size = coding.page_size

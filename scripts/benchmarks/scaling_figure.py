@@ -4,6 +4,7 @@ Both panels have logarithmic axes. The name of a line stands at its end. Causal 
 lines, bidirectional attention dashed ones.
 """
 
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -101,6 +102,8 @@ def style_axes(axes: Any, lengths: Sequence[int], base: int) -> None:
     axes.set_xticks(powers[::step], [length_name(tick) for tick in powers[::step]])
     axes.set_xticks(powers, minor=True)
     axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = (math.log(edge, base) for edge in axes.get_ylim())
+    axes.set_ylim(base ** math.floor(low), base ** math.ceil(high))  # two numbers at least
     axes.yaxis.set_major_locator(LogLocator(base, numticks=20))
     between = [1.5] if base == 2 else range(2, 10)
     axes.yaxis.set_minor_locator(LogLocator(base, subs=between, numticks=200))

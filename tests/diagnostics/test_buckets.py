@@ -69,6 +69,10 @@ def test_the_figure_shows_what_it_is_given(tmp_path):
         assert words in text
     with pytest.raises(ValueError, match="nothing to draw"):
         diagnostics.draw(path)
+    with pytest.raises(ValueError, match=r"an SVG file; got .*found.png"):
+        diagnostics.draw(tmp_path / "found.png", buckets=found)
+    with pytest.raises(TypeError, match="errors must be a dict"):
+        diagnostics.draw(path, errors=errors)
 
 
 def test_a_flat_target_is_met_by_the_softest_hash_and_a_sharp_one_by_a_harder_hash():

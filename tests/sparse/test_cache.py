@@ -325,6 +325,8 @@ def wrong_kinds():
         "lost and grown": (lambda: append(held, x.repeat(2, 1), v.repeat(2, 1)).grow(16),
                            ValueError, "row 0 was given 9 tokens and has room for 8"),
         "no heads": (lambda: KVCache.init(1, 8, 0, 4), ValueError, "kv_heads=0 and head_dim=4"),
+        "cache of 8 bits": (lambda: KVCache.init(1, 8, 1, 4, dtype=jnp.float8_e4m3fn), TypeError,
+                            "dtype must have at least 16 bits"),
         "dtype of a cache": (lambda: KVCache.init(1, 8, 1, 4, dtype=int), TypeError,
                              "dtype must be floating"),
         "capacity of a fraction": (lambda: KVCache.init(1, 8.0, 1, 4), TypeError,
