@@ -79,7 +79,7 @@ SOURCES = {
     "layers.sliding_window": "core.sliding_window layers.positions",
     "layers.registry": "",
     "linen": "layers.race_linen",
-    "models": "layers.registry sparse core.masking core.state core.shards core.sequence "
+    "models": "layers.registry sparse streaming core.masking core.state core.shards core.sequence "
     "core.rotary",
     "extras": "",
     "records": "",

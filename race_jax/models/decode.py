@@ -25,11 +25,13 @@ from race_jax.models.transformer import TransformerState
 from race_jax.sparse.cache import KVCache
 from race_jax.sparse.coded import SparseCache
 from race_jax.sparse.config import SparseConfig
+from race_jax.streaming.memory import fold
 
 _NO_TOKENS = (
     "this model keeps no keys, so there is nothing to select from; its state has constant size "
     "already. Leave out the options of sparse decoding."
 )
+PROMPT_SEGMENT = 4096  # tokens of a prompt that are read at a time
 CAPACITY_STEP = 1024  # tokens; the room of a cache is a multiple of it
 
 
@@ -126,12 +128,13 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Draws the continuation of each prompt, and yields it token by token.
 
-    The prompt is read once. With a state of fixed size, every further token costs the same time and
-    memory, whatever the length so far. With softmax, sigmoid and angular attention the state is a
-    cache of the keys and values of all tokens, and a further token costs as much as the cache is
-    long. Its room is that of the prompt and ``max_tokens``, rounded up. An attention without a
-    state reads the whole sequence again for every token. With learned positions the continuation
-    ends where their table ends, with a warning.
+    The prompt is read once. With a state of fixed size it is read piece by piece, in memory that
+    does not grow with it, and every further token costs the same, whatever the length so far. With
+    softmax, sigmoid and angular attention the state is a cache of the keys and values of all
+    tokens, and a further token costs as much as the cache is long. Its room is that of the prompt
+    and ``max_tokens``, rounded up. An attention without a state reads the whole sequence again for
+    every token. With learned positions the continuation ends where their table ends, with a
+    warning.
 
     Args:
         model: a causal language model.
@@ -428,17 +431,31 @@ def _carry_state(model, prompt, mask, count, plan, sampling, key) -> Iterator[np
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def _prefill(graph, variables, prompt, mask, key, plan, sampling):
     model = nnx.merge(graph, variables)
-    hidden, state = model.hidden(
-        prompt,
-        key_value_mask=mask,
-        state=model.init_state(prompt.shape[0], plan.capacity),
-        deterministic=True,
-    )
+    state = model.init_state(prompt.shape[0], plan.capacity)
+
+    def read(variables, carry, segment):
+        state, last = carry
+        model = nnx.merge(graph, variables)
+        mask = segment.get("mask")
+        out, state = model.hidden(
+            segment["tokens"], key_value_mask=mask, state=state, deterministic=True
+        )
+        if mask is None:
+            return (state, out[:, -1]), ()
+        is_seen = jnp.any(mask, axis=1, keepdims=True)
+        return (state, jnp.where(is_seen, _last_hidden(out, mask), last)), ()
+
+    # A state of fixed size goes from segment to segment, so memory does not grow with the prompt.
+    length = prompt.shape[1] if model.trunk.keeps_tokens else PROMPT_SEGMENT
+    sequence = {"tokens": prompt} if mask is None else {"tokens": prompt, "mask": mask}
+    token = {name: x[:, :1] for name, x in sequence.items()}
+    last = jax.eval_shape(read, variables, (state, None), token | {"mask": None})[0][1]
+    carry = state, jnp.zeros(last.shape, last.dtype)
+    (state, last), _ = fold(read, segment_length=length)(variables, carry, sequence)
     if plan.sparse is not None:
         # The prompt is read densely. The rotations are the same for every seed of the draws.
         options = {"dense_layers": plan.dense_layers}
         state = sparse_state(state, plan.sparse, jax.random.key(0), **options)
-    last = _last_hidden(hidden, jnp.ones(prompt.shape, bool) if mask is None else mask)
     return sample(model.logits(last), jax.random.fold_in(key, 0), sampling), state
 
 

@@ -1,6 +1,7 @@
 """Decoding with a carried state draws the tokens that are drawn when everything is read again."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,46 @@ def test_greedy_decoding_equals_reading_everything_again(prompts, name):
         want = choices[row, length - 1 : length + 6]
         np.testing.assert_array_equal(drawn["right"][row], want)
     assert len(np.unique(drawn["right"])) > 2
+
+
+def prefill(model, length, tokens, mask):
+    """Reads prompts in segments of a length, without the programs of other tests."""
+    graph, variables = nnx.split(model)
+    plan = decode._Plan(None, None, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "PROMPT_SEGMENT", length)
+        read = functools.partial(decode._prefill.__wrapped__, graph)
+        program = jax.jit(lambda *arrays: read(*arrays, plan, GREEDY))  # a new one is traced anew
+        return program(variables, tokens, mask, jax.random.key(0))
+
+
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+def test_a_prompt_is_read_in_segments_of_any_length(prompts, side, assert_close):
+    model = compiled("race with everything").model
+    tokens, mask = prompts["right" if side == "none" else side]
+    mask = None if side == "none" else mask
+    want, want_state = prefill(model, 5, tokens, mask)
+    for length in (1, 2, 3):
+        got, state = prefill(model, length, tokens, mask)
+        np.testing.assert_array_equal(got, want)
+        for mine, theirs in zip(*map(jax.tree.leaves, (state, want_state)), strict=True):
+            assert_close("state", mine, theirs, kind="outputs")
+
+
+def test_the_memory_of_a_prompt_is_that_of_a_segment():
+    model = build(**CONFIGS["race"])
+    graph, variables = nnx.split(model)
+    plan = decode._Plan(None, None, 0)
+
+    def memory(length):
+        tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        key = jax.random.key(0)
+        program = decode._prefill.lower(graph, variables, tokens, None, key, plan, GREEDY).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    short, long = memory(2 * decode.PROMPT_SEGMENT), memory(16 * decode.PROMPT_SEGMENT)
+    tokens_bytes = 14 * decode.PROMPT_SEGMENT * 4
+    assert long - short < 3 * tokens_bytes
 
 
 @pytest.mark.parametrize("name", ["softmax rope", "softmax with every part"])
