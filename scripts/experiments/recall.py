@@ -4,8 +4,8 @@ Each row has convolutions on queries, keys and values, so that rows differ in th
 The state is given in numbers a layer, for two heads of 64: F (V + 1) for RACE and linear attention,
 whose F is 2^P L and 64, F V for the delta rule on RACE's features, and H V for the matrices of the
 gated ones. Fewer or more heads change it. The gated methods and the delta rule on RACE's features
-have the output norm and the output gate, which are there by default. The rows of RACE and one of
-the delta rule have neither.
+have the output norm and the output gate, which are there by default. Two rows of RACE have the
+norm. The other ones, and one of the delta rule, have neither.
 All rows have one learning rate. `small` has half of the steps of `configs/recall.py`, half of its
 rows in a batch, and three times its learning rate.
 """
@@ -46,7 +46,10 @@ def of_state(method: Method, heads: int) -> Method:
 
 
 def race_rows() -> tuple[Method, ...]:
-    """Returns RACE with 32 to 256 features a head, from P = 2 and growing L, and P = 4, L = 4."""
+    """Returns RACE with 32 to 256 features a head: P = 2 with several L, and P = 4, L = 4.
+
+    Those with 64 features are there with the output norm as well.
+    """
     own = {"short_conv": "qkv", "use_tanh": False, "sharpness": 1.0, "num_planes": 2}
     first = race("race_32", f"RACE, P = 2, L = 8: {HEADS * 32 * 65:,}", num_tables=8, **own)
     wider = (
@@ -62,7 +65,12 @@ def race_rows() -> tuple[Method, ...]:
         f"RACE, P = 4, L = 4: {HEADS * 64 * 65:,}",
         options("race", num_planes=4, num_tables=4),
     )
-    return (first, *wider, sharper)
+    rows = (first, *wider, sharper)
+    normed = [
+        row.but(f"{row.name}_norm", f"{row.label}, output norm", options("race", output_norm="rms"))
+        for row in (rows[1], sharper)
+    ]
+    return (*rows, *normed)
 
 
 def delta_rows() -> tuple[Method, ...]:
