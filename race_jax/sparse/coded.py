@@ -182,6 +182,24 @@ class SparseCache:
             pages = _written(pages, found, rows, touched)
         return dataclasses.replace(self, kv=kv, pages=pages, **parts)
 
+    def first(self, slots: int) -> SparseCache:
+        """Returns a cache of the first ``slots`` slots, beyond which no row may hold a token."""
+        kv = self.kv
+        sides = {
+            name: None if x is None else x[:, :slots]
+            for name in ("key", "value", "decay")
+            for x in [getattr(kv, name)]
+        }
+        parts = {
+            name: None if x is None else x[:, :, :slots]
+            for name in ("codes", "factor", "value_norm")
+            for x in [getattr(self, name)]
+        }
+        pages = self.pages
+        if pages is not None:
+            pages = pages[:, :, : slots // self.config.coding().page_size]
+        return dataclasses.replace(self, kv=dataclasses.replace(kv, **sides), pages=pages, **parts)
+
     def truncate(self, length: jax.Array) -> SparseCache:
         """Returns the cache cut back to ``length`` ``(B,)`` tokens, as `KVCache.truncate`."""
         return dataclasses.replace(self, kv=self.kv.truncate(length))

@@ -23,6 +23,8 @@ from race_jax.sparse.config import SparseConfig
 from race_jax.sparse.selection import Selection
 from race_jax.sparse.steps import Steps
 
+SHORTEST_PREFIX = 4096  # slots; a cache of no more is always read whole in XLA
+
 
 class Report(NamedTuple):
     """What the queries of a call have read.
@@ -121,7 +123,8 @@ def _attend(
 
     def sparse(query: jax.Array) -> tuple[jax.Array, Report]:
         kernels = steps.of_kernels(query, cache, config)
-        xla, pallas = (functools.partial(_sparse, take, config) for take in (steps.XLA, kernels))
+        xla = functools.partial(_sparse_of_prefix, config)
+        pallas = functools.partial(_sparse, kernels, config)
         return dispatch.by_platform(choice, xla, pallas)(query, cache, positions)
 
     def dense(query: jax.Array) -> tuple[jax.Array, Report]:
@@ -137,6 +140,36 @@ def _attend(
         return sparse(query)
     short = cache.length.max(initial=0) < config.dense_below
     return jax.lax.cond(short, dense, sparse, query)
+
+
+def _sparse_of_prefix(config: SparseConfig, query, cache: SparseCache, positions):
+    """Reads the shortest of some prefixes that holds all tokens, so that free slots cost little."""
+    sizes = _prefix_sizes(cache.capacity, config)
+    if len(sizes) == 1:
+        return _sparse(steps.XLA, config, query, cache, positions)
+    branches = [
+        lambda query, cache, positions, size=size: _sparse(
+            steps.XLA, config, query, cache.first(size), positions
+        )
+        for size in sizes
+    ]
+    index = jnp.searchsorted(jnp.array(sizes[:-1], jnp.int32), cache.length.max(initial=0))
+    return jax.lax.switch(index, branches, query, cache, positions)
+
+
+def _prefix_sizes(capacity: int, config: SparseConfig) -> list[int]:
+    """Returns lengths that grow by a factor of four, in whole pages, and the capacity.
+
+    Example:
+      >>> _prefix_sizes(70000, SparseConfig(budget=512))
+      [4096, 16384, 65536, 70000]
+    """
+    page = config.coding().page_size or 1
+    size, sizes = max(SHORTEST_PREFIX, config.budget), []
+    while size < capacity:
+        sizes.append(-(-size // page) * page)
+        size *= 4
+    return [*(size for size in sizes if size < capacity), capacity]
 
 
 def _sparse(take: Steps, config: SparseConfig, query, cache: SparseCache, positions):

@@ -14,7 +14,15 @@ from race_jax import (
     dense_decode_attention,
     sparse_decode_attention,
 )
-from race_jax.sparse import SCORERS, codes, kept, reference, score, scores
+from race_jax.sparse import (
+    SCORERS,
+    codes,
+    kept,
+    reference,
+    score,
+    scores,
+    sparse_attention,
+)
 from tests import quick
 from tests.sparse.problems import draw_tokens
 
@@ -79,6 +87,35 @@ def defined_scores(config, cache, query, key, value, length, t, n):
             positions = jnp.array([[t]])
             drawn = scores.random(jnp.zeros((1, 1, N, H)), cache, config, positions)
             return np.asarray(drawn)[0, 0, n, :length]
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_in_xla_the_free_slots_are_not_read(assert_close, monkeypatch, scorer):
+    config, cache, query, *_ = problem(scorer)
+    read = []
+
+    def recorded(query, cache, *rest):
+        read.append(cache.capacity)
+        return xla(query, cache, *rest)
+
+    xla = sparse_attention.steps.XLA.scores
+    steps = sparse_attention.steps.XLA._replace(scores=recorded)
+    monkeypatch.setattr(sparse_attention.steps, "XLA", steps)
+    calls = {}
+    for shortest in (4096, 12):
+        monkeypatch.setattr(sparse_attention, "SHORTEST_PREFIX", shortest)
+        attend = functools.partial(sparse_attention._sparse_of_prefix, config)
+        calls[shortest] = quick.jit(lambda *arrays, attend=attend: attend(*arrays))
+        for lengths in ([12, 7, 9], [48, 37, 9], LENGTHS):
+            cut = cache.truncate(jnp.array(lengths))
+            positions = jnp.array(lengths)[:, None] - T + jnp.arange(T)
+            calls[shortest, *lengths] = calls[shortest](query, cut, positions)
+    assert set(read) == {12, 48, C}
+    for lengths in ([12, 7, 9], [48, 37, 9], LENGTHS):
+        (want, listed), (out, report) = (calls[shortest, *lengths] for shortest in (4096, 12))
+        np.testing.assert_array_equal(report.indices, listed.indices)
+        np.testing.assert_array_equal(report.count, listed.count)
+        assert_close("out", out, want, kind="outputs")
 
 
 @pytest.mark.parametrize("selection", ["head", "group"])
