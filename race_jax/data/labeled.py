@@ -34,14 +34,19 @@ class Columns:
 
     Attributes:
         text: the names of the columns, or keys, of the text. If there are two, the text is a pair.
-        label: the name of the column, or key, of the label. Columns of a table without a header
+        label: the name of the column, or key, of the label. None is for texts whose labels are not
+            read, which may have none. They get the label "". Columns of a table without a header
             line are given by their numbers, from 0 on.
         form: "tsv", "csv", "jsonl", "classes", or "auto", which looks at the content.
     """
 
     text: tuple[str, ...] = ("text",)
-    label: str = "label"
+    label: str | None = "label"
     form: str = AUTO
+
+    def wanted(self) -> tuple[str, ...]:
+        """Returns the columns that are read: those of the text, and then that of the label."""
+        return self.text if self.label is None else (*self.text, self.label)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +217,7 @@ def _table(
     name: str, rows: Iterator[tuple[int, list[str]]], columns: Columns
 ) -> Iterator[LabeledText]:
     """Yields the texts of the rows of a table. Names of columns stand in its first row."""
-    wanted = (*columns.text, columns.label)
+    wanted = columns.wanted()
     if all(column.isdecimal() for column in wanted):
         places = [int(column) for column in wanted]
     else:
@@ -229,8 +234,9 @@ def _table(
             raise ValueError(
                 f"{name}:{number}: has {len(fields)} columns, and column {max(places) + 1} is read"
             )
-        *parts, label = (fields[place] for place in places)
-        if not label.strip() or "\t" in label:
+        parts = [fields[place] for place in places]
+        label = "" if columns.label is None else parts.pop()
+        if columns.label is not None and (not label.strip() or "\t" in label):
             raise ValueError(f"{name}:{number}: {label!r} is no label; it is empty, or has a tab")
         yield LabeledText(tuple(parts), label.strip(), f"{name}:{number}")
 
@@ -249,10 +255,11 @@ def _read_jsonl(name: str, content: str, columns: Columns) -> Iterator[LabeledTe
             ) from None
         if not isinstance(record, dict):
             raise ValueError(f"{place}: must be a JSON object, got {line[:40]!r}")
-        for key in (*columns.text, columns.label):
+        for key in columns.wanted():
             if key not in record:
                 raise ValueError(f"{place}: there is no key {key!r} among {', '.join(record)}")
-        yield _checked(place, [record[key] for key in columns.text], record[columns.label])
+        label = "" if columns.label is None else record[columns.label]
+        yield _checked(place, [record[key] for key in columns.text], label)
 
 
 def _checked(place: str, parts: Sequence[Any], label: Any) -> LabeledText:

@@ -25,6 +25,8 @@ from race_jax.models.classifier import POOLINGS, Classifier
 from race_jax.records import at_least, one_of
 from race_jax.tasks.task import Task, TaskConfig, shapes_of
 
+MOST_NAMED = 12  # with more classes than this, a run does not name them when it starts
+
 
 @dataclasses.dataclass
 class ClassificationConfig(TaskConfig):
@@ -253,7 +255,12 @@ def _numbers(splits: dict[str, Examples], classes: Sequence[str]) -> str:
     unused = len(classes) - len(np.unique(splits["train"].labels))
     without = f" ({unused} of them without a training example)" if unused else ""
     mean = _mean(splits["train"])
-    return f"{counts} examples of {len(classes)} classes{without}, mean length {mean}"
+    line = f"{counts} examples of {len(classes)} classes{without}, mean length {mean}"
+    if len(classes) > MOST_NAMED:
+        return line
+    by_class = np.bincount(splits["train"].labels, minlength=len(classes)).tolist()
+    named = (f"{name} ({count:,})" for name, count in zip(classes, by_class, strict=True))
+    return f"{line}; training examples by class: {', '.join(named)}"
 
 
 def _mean(examples: Examples) -> str:

@@ -7,11 +7,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 
-from race_jax.data.examples import Examples
+from race_jax.data.examples import Examples, bucket_lengths, held_out_batches
 from race_jax.data.labeled import FORMS, Columns, LabeledText, read_splits
 from race_jax.data.tokenizer import Tokenizer, build_tokenizer, from_dict
+from race_jax.models.classifier import Classifier
 from race_jax.records import one_of
 from race_jax.tasks.classification import Classification, ClassificationConfig, more_examples
 
@@ -107,6 +110,65 @@ class TextClassification(Classification):
     def companion(record):
         """Returns the tokenizer."""
         return from_dict(record["tokenizer"])
+
+
+def class_probabilities(
+    model: Classifier,
+    tokenizer: Tokenizer,
+    config: Any,
+    texts: Sequence[str | Sequence[str]],
+    names: Sequence[str] = (),
+) -> np.ndarray:
+    """Computes the probabilities of the classes of texts, as the evaluation of a run does.
+
+    Args:
+        model: the trained model.
+        tokenizer: the tokenizer of the run, its companion.
+        config: the configuration of the run.
+        texts: the texts, or the pairs of texts if the run was trained on pairs.
+        names: what errors call the texts. By default they are counted from 0.
+
+    Returns:
+        Shape (texts, classes) float32. The record of the run names the "classes" in their order.
+
+    Raises:
+        ValueError: there is no text, or one is empty, is not a pair where the run reads pairs, or
+            cannot be encoded. The error names it.
+    """
+    if not texts:
+        raise ValueError("there is no text to classify; give at least one")
+    options, data = config.task_config(), config.data
+    names = names or [f"text {i}" for i in range(len(texts))]
+    count = len(options.text_columns)
+    read = [_unlabeled(text, count, name) for text, name in zip(texts, names, strict=True)]
+    inputs, _ = _encode(read, tokenizer, data.sequence_length)
+    rows = np.arange(len(texts))  # in place of labels, because batches are in a mixed order
+    batches = held_out_batches(
+        Examples(inputs, rows),
+        bucket_lengths(data.sequence_length, options.num_buckets),
+        batch_size=min(config.run.batch_size, len(texts)),
+    )
+    found = np.zeros((len(texts), model.head.out_features), np.float32)
+    for batch in batches:
+        real = batch["weights"] > 0
+        found[batch["labels"][real]] = _softmax(model, batch["inputs"], batch["mask"])[real]
+    return found
+
+
+@nnx.jit
+def _softmax(model: Classifier, inputs: jax.Array, mask: jax.Array) -> jax.Array:
+    return jax.nn.softmax(model(inputs, key_value_mask=mask, deterministic=True))
+
+
+def _unlabeled(text: str | Sequence[str], count: int, name: str) -> LabeledText:
+    """Returns a text, or a pair, without a label."""
+    parts = (text,) if isinstance(text, str) else tuple(text)
+    if len(parts) != count:
+        needed = "one text" if count == 1 else "a pair of texts"
+        raise ValueError(f"{name}: the run reads {needed} at a time, got {len(parts)}: {text!r}")
+    if not all(part.strip() for part in parts):
+        raise ValueError(f"{name}: the text is empty; leave it out")
+    return LabeledText(parts, "", name)
 
 
 def _classes(given: tuple[str, ...], texts: list[LabeledText]) -> tuple[list[str], dict[str, int]]:

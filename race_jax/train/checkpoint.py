@@ -280,12 +280,15 @@ class SavedModel:
         companion: the companion of the task, for a language model its tokenizer.
         config: the run's configuration.
         load: reads the parameters, and returns the model on the default device.
+        record: the record of the task. That of a classifier has the names of the "classes", in the
+            order of the model's outputs.
     """
 
     shapes: nnx.Module
     companion: Any
     config: Config
     load: Callable[[], nnx.Module]
+    record: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -312,7 +315,7 @@ def open_for_inference(directory: str | os.PathLike) -> Iterator[SavedModel]:
             return _merged(graph, checkpoints.model(step, variables))
 
         companion = task_named(config.task).companion(record)
-        yield SavedModel(_merged(graph, variables), companion, config, load)
+        yield SavedModel(_merged(graph, variables), companion, config, load, record)
 
 
 def load_for_inference(directory: str | os.PathLike) -> tuple[nnx.Module, Any, Config]:

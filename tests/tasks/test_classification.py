@@ -32,7 +32,8 @@ def test_labels_that_cannot_be_learned_are_named(train, valid, message):
     splits = {"train": labeled(0, 1), "valid": labeled(1)}
     task = Classification(config, splits, classes="abc", vocab_size=3)
     assert task.description.endswith(
-        "3 classes (1 of them without a training example), mean length 2"
+        "3 classes (1 of them without a training example), mean length 2; training examples by "
+        "class: a (1), b (1), c (0)"
     )
 
 

@@ -65,6 +65,22 @@ def test_texts_become_tokens_and_classes(tmp_path):
     }
 
 
+def test_a_header_that_is_read_as_an_example_is_seen_among_the_classes(tmp_path):
+    config = text_config(tmp_path)
+    options = config.text_classification
+    options.text_columns, options.label_column = ("0",), "1"
+    config.data.valid_files = (str(tmp_path / "valid.tsv"),)
+    (tmp_path / "valid.tsv").write_text("a bad\tno\n")
+    named = "training examples by class: label (1), no (45), yes (45)"
+    assert make(config).description.endswith(named)
+    with open(tmp_path / "t.tsv", "a") as file:
+        file.writelines(f"\na\tclass {i}" for i in range(9))
+    assert "class 8 (1)" in make(config).description
+    with open(tmp_path / "t.tsv", "a") as file:
+        file.write("\na\tthe thirteenth")
+    assert "by class" not in make(config).description
+
+
 def test_a_pair_has_a_separator_and_the_longer_text_is_cut():
     first, second = np.arange(5, dtype=np.uint8), np.arange(10, 13, dtype=np.uint8)
     assert join((first, second), 256, 9).tolist() == [0, 1, 2, 3, 4, 256, 10, 11, 12]
