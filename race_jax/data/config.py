@@ -25,7 +25,8 @@ class DataConfig:
         root: the folder that relative file names start from. None takes the environment variable
             RACE_JAX_DATA, which is used for nothing else.
         train_files, valid_files, test_files: file names, as a tuple or as one comma-separated
-            string. They may contain spaces. In a tuple they may also contain commas.
+            string. They may contain spaces. In a tuple they may also contain commas. A folder
+            stands for the files in it, and a name with * or ? for the files that match it.
         dataset, dataset_config, text_field: the names of a Hugging Face data set, of its
             configuration, and of its column of text.
         tokenizer: "bytes", "characters", "words" or "bpe" (byte pairs). The vocabulary of

@@ -101,10 +101,10 @@ def _read_files(config: DataConfig, columns: Columns, test_columns: Columns) -> 
     return {
         name: [
             text
-            for document in read_documents(config, f"{name}_files")
+            for document in documents
             for text in labeled_texts(document, test_columns if name == "test" else columns)
         ]
-        for name in ("train", "valid", "test")
+        for name, documents in read_documents(config).items()
     }
 
 

@@ -5,11 +5,12 @@ the splits train, valid and test.
 """
 
 import codecs
+import glob
 import hashlib
 import importlib
 import os
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from race_jax.data.unpack import plain_text, unpacked
 from race_jax.records import as_names, one_of
 
 ROOT_VARIABLE = "RACE_JAX_DATA"
+SPLITS = ("train", "valid", "test")
+MOST_PROBLEMS = 10  # files that an error names at most
 
 # Some files of the standard library are left out: tests and installed packages, bundled programs,
 # and generated tables (character maps, the help text, build settings). The tables are long and
@@ -52,8 +55,8 @@ def load_corpus(config: DataConfig) -> Corpus:
         files are held out.
 
     Raises:
-        ValueError: a file is missing, empty, a folder, unreadable or damaged, or a name is
-            unknown. The error names it.
+        ValueError: files are missing, empty, unreadable or damaged, or a name is unknown. The
+            error names them.
         ImportError: `source` is "huggingface" and `datasets` is not installed.
 
     Example:
@@ -81,7 +84,7 @@ def the_file(config: DataConfig, field: str) -> Path:
     Raises:
         ValueError: the field does not name one file.
     """
-    paths = list(_resolve(config, field, getattr(config, field)))
+    paths = named_paths(config, field)
     if len(paths) != 1:
         raise ValueError(
             f'config.data.{field} must name one token file for source="tokens", got '
@@ -197,50 +200,97 @@ def _unit_hash(text: str) -> float:
 
 def _read_files(config: DataConfig) -> Corpus:
     """Reads local files by their names."""
-    train, valid, test = (
-        read_documents(config, field) for field in ("train_files", "valid_files", "test_files")
-    )
-    return _corpus(config, train, valid, test)
+    return _corpus(config, **read_documents(config))
 
 
-def read_documents(config: DataConfig, field: str) -> list[Document]:
-    """Reads the files that one field names. Training files must be named.
+def read_documents(config: DataConfig) -> dict[str, list[Document]]:
+    """Reads the files of all splits. Training files must be named.
 
     Args:
         config: `root` is the folder of relative names.
-        field: "train_files", "valid_files" or "test_files".
 
     Returns:
-        One document for each file.
+        For "train", "valid" and "test", one document for each file.
 
     Raises:
-        ValueError: a file cannot be read, or there is no training file. The error names it.
+        ValueError: files cannot be read, or there is no training file. The error names them.
     """
-    names = getattr(config, field)
-    if not names and field == "train_files":
+    if not config.train_files:
         raise ValueError(
             "config.data.train_files: no file is named; give --config.data.train_files=FILE[,FILE]"
         )
-    return [Document(str(path), read_file(path)) for path in _resolve(config, field, names)]
+    documents: dict[str, list[Document]] = {name: [] for name in SPLITS}
+    problems = []
+    for name in SPLITS:
+        for path in named_paths(config, f"{name}_files"):
+            try:
+                documents[name].append(Document(str(path), read_file(path)))
+            except ValueError as error:
+                problems.append(str(error))
+    if problems:
+        more = len(problems) - MOST_PROBLEMS
+        rest = [f"and {more} other files cannot be read"] if more > 0 else []
+        raise ValueError("; ".join([*problems[:MOST_PROBLEMS], *rest]))
+    return documents
 
 
 def named_paths(config: DataConfig, field: str) -> list[Path]:
-    """Returns the paths of the files that a field such as "train_files" names."""
-    return list(_resolve(config, field, getattr(config, field)))
+    """Returns the paths of the files that a field such as "train_files" names.
+
+    A folder stands for the files in it, and a pattern for those that match it, in sorted order.
+    Hidden files and the folders in a folder are left out.
+
+    Raises:
+        ValueError: a folder or a pattern has no files, or a name was cut at its comma.
+    """
+    names = as_names(getattr(config, field), f"config.data.{field}")
+    paths = []
+    for index, name in enumerate(names):
+        path = _placed(config, field, name)
+        if not path.exists():
+            _check_commas(config, field, names, index)
+        paths += _files_of(path, f"config.data.{field}")
+    return paths
 
 
-def _resolve(config: DataConfig, field: str, names: str | Sequence[str]) -> Iterator[Path]:
-    """Yields the paths of the files that one field names."""
-    root = config.root or os.environ.get(ROOT_VARIABLE)
-    for name in as_names(names, f"config.data.{field}"):
-        path = expand(name, f"config.data.{field}")
-        if not path.is_absolute():
-            path = _root_folder(root, config, field, name) / path
-        yield path
+def _placed(config: DataConfig, field: str, name: str) -> Path:
+    """Returns the path of a name, which may be relative to the root."""
+    path = expand(name, f"config.data.{field}")
+    return path if path.is_absolute() else _root_folder(config, field, name) / path
 
 
-def _root_folder(root: str | None, config: DataConfig, field: str, name: str) -> Path:
+def _files_of(path: Path, field: str) -> list[Path]:
+    """Returns the files that one path stands for, which may be a folder or a pattern."""
+    if path.is_dir():
+        found = [file for file in path.iterdir() if not file.name.startswith(".")]
+        none = f"the folder {path} holds no file; hidden files and the folders in it do not count"
+    elif path.exists() or not {"*", "?"} & set(str(path)):
+        return [path]
+    else:
+        found = [Path(file) for file in glob.glob(str(path).replace("[", "[[]"))]
+        none = f"no file matches the pattern {path}; correct it, or name a file or a folder"
+    files = sorted(file for file in found if file.is_file())
+    if not files:
+        raise ValueError(f"{field}: {none}")
+    return files
+
+
+def _check_commas(config: DataConfig, field: str, names: Sequence[str], index: int) -> None:
+    """Raises ValueError if a name and those after it are one name that was cut at its commas."""
+    for end in range(index + 2, len(names) + 1):
+        for comma in (", ", ","):
+            name = comma.join(names[index:end])
+            if _placed(config, field, name).exists():
+                written = (*names[:index], name, *names[end:])
+                raise ValueError(
+                    f"config.data.{field}: the name of the file {name!r} was cut at its comma; "
+                    f'write --config.data.{field}="{written}"'
+                )
+
+
+def _root_folder(config: DataConfig, field: str, name: str) -> Path:
     """Returns the folder that relative names start from."""
+    root = config.root or os.environ.get(ROOT_VARIABLE)
     ways = f"--config.data.root=FOLDER or the environment variable {ROOT_VARIABLE}"
     if not root:
         raise ValueError(

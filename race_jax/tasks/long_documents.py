@@ -76,7 +76,7 @@ class LongDocuments(Classification):
                 'config.data.source must be files for config.task="long_documents", got '
                 f"{data.source!r}"
             )
-        documents = {name: read_documents(data, f"{name}_files") for name in SPLITS}
+        documents = read_documents(data)
         length = data.sequence_length
         stride = options.train_stride or max(1, length // 8)
         make = _by_book if options.target == "book" else _by_author

@@ -1,5 +1,6 @@
 """Text is read from every source, a part is held out, and every bad file is a clear error."""
 
+import ast
 import gzip
 import lzma
 import sys
@@ -39,6 +40,22 @@ class TestFiles:
         config = files(text_files, valid_files=("a.txt",))
         config.train_files = "a.txt, b.txt.gz"  # as the command line sets it
         assert len(load_corpus(config).train) == 2
+
+    def test_a_folder_and_a_pattern_stand_for_their_files_in_sorted_order(self, tmp_path):
+        for name in ("b.txt", "a.txt", ".c.txt", "inner/d.txt", "e[1].md", "f*.md"):
+            (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "texts" / name).write_bytes(TEXT)
+        for name, want in (
+            ("texts", ["a.txt", "b.txt", "e[1].md", "f*.md"]),
+            ("texts/*.txt", ["a.txt", "b.txt"]),
+            ("texts/?.txt,texts/a.txt", ["a.txt", "b.txt", "a.txt"]),
+            ("texts/e[1]*", ["e[1].md"]),
+            ("texts/f*.md", ["f*.md"]),
+            ("*/*/d.txt", ["inner/d.txt"]),
+        ):
+            config = files(tmp_path, train_files=name, valid_files=("texts/a.txt",))
+            names = [document.name for document in load_corpus(config).train]
+            assert names == [str(tmp_path / "texts" / file) for file in want]
 
     def test_the_root_may_come_from_the_environment(self, text_files, monkeypatch):
         monkeypatch.setenv("RACE_JAX_DATA", str(text_files))
@@ -91,12 +108,40 @@ class TestBadFiles:
         assert name in message
         assert words in message
 
-    def test_a_missing_file_and_a_folder_are_named(self, tmp_path):
-        (tmp_path / "folder").mkdir()
-        for name, words in (("absent.txt", "no such file"), ("folder", "is a folder")):
+    def test_a_missing_file_and_what_stands_for_no_file_are_named(self, tmp_path):
+        (tmp_path / "folder" / "inner").mkdir(parents=True)
+        (tmp_path / "folder" / ".hidden").write_bytes(TEXT)
+        for name, words in (
+            ("absent.txt", "no such file"),
+            ("folder", "config.data.train_files: the folder FILE holds no file; hidden files and"),
+            ("*", "config.data.train_files: no file matches the pattern FILE; correct it"),
+        ):
             message = self.corpus_error(files(tmp_path, train_files=(name,)))
             assert str(tmp_path / name) in message
-            assert words in message
+            assert words.replace("FILE", str(tmp_path / name)) in message
+
+    def test_all_files_that_cannot_be_read_are_named_at_once(self, tmp_path):
+        (tmp_path / "a.txt").write_bytes(TEXT)
+        (tmp_path / "empty.txt").write_bytes(b"")
+        fields = {"train_files": ("no.txt", "a.txt", "empty.txt"), "test_files": ("gone.txt",)}
+        assert self.corpus_error(files(tmp_path, **fields)) == (
+            f"{tmp_path}/no.txt: no such file; {tmp_path}/empty.txt: the file is empty; "
+            f"{tmp_path}/gone.txt: no such file"
+        )
+        names = tuple(f"{i}.txt" for i in range(12))
+        message = self.corpus_error(files(tmp_path, train_files=names))
+        assert message.endswith("9.txt: no such file; and 2 other files cannot be read")
+
+    @pytest.mark.parametrize("name", ["a, b.txt", "a,b,c.txt"])
+    def test_a_name_that_was_cut_at_its_comma_is_written_out(self, tmp_path, name):
+        for file in (name, "c d.txt"):
+            (tmp_path / file).write_bytes(TEXT)
+        message = self.corpus_error(files(tmp_path, train_files=f"c d.txt,{name},c d.txt"))
+        start, _, written = message.partition("--config.data.train_files=")
+        assert f"the name of the file {name!r} was cut at its comma; write " in start
+        assert written == f"\"('c d.txt', {name!r}, 'c d.txt')\""
+        again = files(tmp_path, train_files=ast.literal_eval(written[1:-1]), valid_files=(name,))
+        assert len(load_corpus(again).train) == 3
 
     def test_a_file_without_permission_is_named(self, tmp_path, monkeypatch):
         def refuse(*_):
