@@ -22,6 +22,7 @@ from race_jax.records import as_names, one_of
 ROOT_VARIABLE = "RACE_JAX_DATA"
 SPLITS = ("train", "valid", "test")
 MOST_PROBLEMS = 10  # files that an error names at most
+MOST_COMMAS = 8  # commas in a name of a file that are looked for
 
 # Some files of the standard library are left out: tests and installed packages, bundled programs,
 # and generated tables (character maps, the help text, build settings). The tables are long and
@@ -139,8 +140,12 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        known = (reason for kind, reason in _READ_ERRORS if isinstance(error, kind))
-        raise ValueError(f"{path}: {next(known, str(error))}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> ValueError:
+    known = (reason for kind, reason in _READ_ERRORS if isinstance(error, kind))
+    return ValueError(f"{path}: {next(known, str(error))}")
 
 
 def expand(name: str, field: str) -> Path:
@@ -247,7 +252,7 @@ def named_paths(config: DataConfig, field: str) -> list[Path]:
     paths = []
     for index, name in enumerate(names):
         path = _placed(config, field, name)
-        if not path.exists():
+        if not os.path.exists(path):
             _check_commas(config, field, names, index)
         paths += _files_of(path, f"config.data.{field}")
     return paths
@@ -261,15 +266,19 @@ def _placed(config: DataConfig, field: str, name: str) -> Path:
 
 def _files_of(path: Path, field: str) -> list[Path]:
     """Returns the files that one path stands for, which may be a folder or a pattern."""
-    if path.is_dir():
-        found = [file for file in path.iterdir() if not file.name.startswith(".")]
+    # Other than those of Path, the tests of os.path are False where a user may not look.
+    if os.path.isdir(path):
+        try:
+            found = [path / name for name in os.listdir(path) if not name.startswith(".")]
+        except OSError as error:
+            raise _unreadable(path, error) from error
         none = f"the folder {path} holds no file; hidden files and the folders in it do not count"
-    elif path.exists() or not {"*", "?"} & set(str(path)):
+    elif os.path.exists(path) or not {"*", "?"} & set(str(path)):
         return [path]
     else:
         found = [Path(file) for file in glob.glob(str(path).replace("[", "[[]"))]
         none = f"no file matches the pattern {path}; correct it, or name a file or a folder"
-    files = sorted(file for file in found if file.is_file())
+    files = sorted(file for file in found if os.path.isfile(file))
     if not files:
         raise ValueError(f"{field}: {none}")
     return files
@@ -277,10 +286,10 @@ def _files_of(path: Path, field: str) -> list[Path]:
 
 def _check_commas(config: DataConfig, field: str, names: Sequence[str], index: int) -> None:
     """Raises ValueError if a name and those after it are one name that was cut at its commas."""
-    for end in range(index + 2, len(names) + 1):
+    for end in range(index + 2, min(len(names), index + MOST_COMMAS + 1) + 1):
         for comma in (", ", ","):
             name = comma.join(names[index:end])
-            if _placed(config, field, name).exists():
+            if os.path.exists(_placed(config, field, name)):
                 written = (*names[:index], name, *names[end:])
                 raise ValueError(
                     f"config.data.{field}: the name of the file {name!r} was cut at its comma; "

@@ -143,6 +143,21 @@ class TestBadFiles:
         again = files(tmp_path, train_files=ast.literal_eval(written[1:-1]), valid_files=(name,))
         assert len(load_corpus(again).train) == 3
 
+    def test_many_missing_files_and_a_folder_that_may_not_be_read_are_named(
+        self, tmp_path, monkeypatch
+    ):
+        names = ",".join(f"{'n' * 60}{i}" for i in range(200))  # joined, too long for any name
+        message = self.corpus_error(files(tmp_path, train_files=names))
+        assert message.endswith("and 190 other files cannot be read")
+
+        def refuse(*_):
+            raise PermissionError(13, "Permission denied")
+
+        (tmp_path / "folder").mkdir()
+        monkeypatch.setattr("os.listdir", refuse)
+        message = self.corpus_error(files(tmp_path, train_files="folder"))
+        assert message == f"{tmp_path}/folder: may not be read by this user"
+
     def test_a_file_without_permission_is_named(self, tmp_path, monkeypatch):
         def refuse(*_):
             raise PermissionError(13, "Permission denied")
