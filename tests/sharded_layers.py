@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 import race_jax
 from race_jax.core.linear import linear_attention
 from race_jax.models import ModelConfig, TransformerLM
+from race_jax.models import decode as decode_module
 from race_jax.models.decode import Sampling, generate
 from tests import quick
 from tests.conftest import compare
@@ -204,7 +205,8 @@ def compare_case(name: str, case: Case) -> None:
 
 
 def decoding(**options: Any) -> None:
-    """A prompt whose rows are split is continued as on one device."""
+    """A prompt whose rows are split is continued as on one device. It is read in two pieces."""
+    decode_module.PROMPT_SEGMENT = 3
     model = make_model(**options)
     prompt = np.arange(8).reshape(2, 4)
     mask = np.array([[True] * 4, [False, True, True, True]])

@@ -338,7 +338,7 @@ X = jnp.zeros((BATCH, LENGTH, WIDTH))
         ((X, X, X[:, :4]), {}, "keys and values one length"),
         ((X, X[:1]), {}, "one batch size"),
         ((X[:, :4], X), {"is_causal": True}, "as many keys as queries, got 9 keys and 4 queries"),
-        ((X,), {"mask": np.ones((2, 1, 9, 9), bool)}, "key-padding masks only; for causal use"),
+        ((X,), {"mask": np.ones((2, 1, 9, 9), bool)}, "key-padding masks only, such as"),
         ((X,), {"mask": np.ones((2, 9, 9), bool)}, "for packing use segment_ids"),
         ((X,), {"mask": np.ones((2, 5), bool)}, r"broadcast to \(2, 1, 1, 9\), got shape"),
     ],

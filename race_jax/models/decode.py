@@ -434,24 +434,26 @@ def _prefill(graph, variables, prompt, mask, key, plan, sampling):
     state = model.init_state(prompt.shape[0], plan.capacity)
 
     def read(variables, carry, segment):
-        state, last = carry
-        model = nnx.merge(graph, variables)
-        mask = segment.get("mask")
-        out, state = model.hidden(
-            segment["tokens"], key_value_mask=mask, state=state, deterministic=True
+        (state, last), (tokens, mask) = carry, segment
+        out, state = nnx.merge(graph, variables).hidden(
+            tokens, key_value_mask=mask, state=state, deterministic=True
         )
-        if mask is None:
-            return (state, out[:, -1]), ()
-        is_seen = jnp.any(mask, axis=1, keepdims=True)
-        return (state, jnp.where(is_seen, _last_hidden(out, mask), last)), ()
+        seen = jnp.ones(tokens.shape, bool) if mask is None else mask
+        found = _last_hidden(out, seen)
+        if last is not None:
+            found = jnp.where(jnp.any(seen, axis=1, keepdims=True), found, last)
+        return (state, found), ()
 
     # A state of fixed size goes from segment to segment, so memory does not grow with the prompt.
-    length = prompt.shape[1] if model.trunk.keeps_tokens else PROMPT_SEGMENT
-    sequence = {"tokens": prompt} if mask is None else {"tokens": prompt, "mask": mask}
-    token = {name: x[:, :1] for name, x in sequence.items()}
-    last = jax.eval_shape(read, variables, (state, None), token | {"mask": None})[0][1]
-    carry = state, jnp.zeros(last.shape, last.dtype)
-    (state, last), _ = fold(read, segment_length=length)(variables, carry, sequence)
+    # The first piece, which may be shorter, gives the state its sharding.
+    length = prompt.shape[1]
+    size = length if model.trunk.keeps_tokens else (length - 1) % PROMPT_SEGMENT + 1
+    first = jax.tree.map(lambda x: x[:, :size], (prompt, mask))
+    rest = jax.tree.map(lambda x: x[:, size:], (prompt, mask))
+    carry, _ = read(variables, (state, None), first)
+    if size < length:
+        carry, _ = fold(read, segment_length=PROMPT_SEGMENT)(variables, carry, rest)
+    state, last = carry
     if plan.sparse is not None:
         # The prompt is read densely. The rotations are the same for every seed of the draws.
         options = {"dense_layers": plan.dense_layers}
