@@ -31,7 +31,7 @@ _NO_TOKENS = (
     "this model keeps no keys, so there is nothing to select from; its state has constant size "
     "already. Leave out the options of sparse decoding."
 )
-PROMPT_SEGMENT = 4096  # tokens of a prompt that are read at a time
+PROMPT_SEGMENT = 16384  # tokens of a prompt that are read at a time
 CAPACITY_STEP = 1024  # tokens; the room of a cache is a multiple of it
 
 

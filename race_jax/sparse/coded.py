@@ -8,6 +8,7 @@ It is a `KVCache` and codes beside it, with the same slots and lengths:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -184,21 +185,10 @@ class SparseCache:
 
     def first(self, slots: int) -> SparseCache:
         """Returns a cache of the first ``slots`` slots, beyond which no row may hold a token."""
-        kv = self.kv
-        sides = {
-            name: None if x is None else x[:, :slots]
-            for name in ("key", "value", "decay")
-            for x in [getattr(kv, name)]
-        }
-        parts = {
-            name: None if x is None else x[:, :, :slots]
-            for name in ("codes", "factor", "value_norm")
-            for x in [getattr(self, name)]
-        }
-        pages = self.pages
-        if pages is not None:
-            pages = pages[:, :, : slots // self.config.coding().page_size]
-        return dataclasses.replace(self, kv=dataclasses.replace(kv, **sides), pages=pages, **parts)
+        kv = dataclasses.replace(
+            self.kv, key=self.kv.key[:, :slots], value=self.kv.value[:, :slots]
+        )
+        return self._resized(kv, lambda x, size, axis: jax.lax.slice_in_dim(x, 0, size, axis=axis))
 
     def truncate(self, length: jax.Array) -> SparseCache:
         """Returns the cache cut back to ``length`` ``(B,)`` tokens, as `KVCache.truncate`."""
@@ -216,16 +206,19 @@ class SparseCache:
                 f"{capacity=} must be a multiple of page_size={size}; "
                 f"{-(-capacity // size) * size} is."
             )
-        kv = self.kv.grow(capacity)
+        return self._resized(self.kv.grow(capacity), cache_module.grown)
+
+    def _resized(self, kv: KVCache, resize: Callable[..., jax.Array]) -> SparseCache:
+        """Returns the cache with other keys and values, and codes of as many slots."""
+        sizes = dict.fromkeys(("codes", "factor", "value_norm"), kv.capacity)
+        if self.pages is not None:
+            sizes["pages"] = kv.capacity // self.config.coding().page_size
         parts = {
-            name: None if x is None else cache_module.grown(x, capacity, axis=2)
-            for name in ("codes", "factor", "value_norm")
-            for x in [getattr(self, name)]
+            name: resize(x, size, axis=2)
+            for name, size in sizes.items()
+            if (x := getattr(self, name)) is not None
         }
-        pages = self.pages
-        if pages is not None:
-            pages = cache_module.grown(pages, capacity // size, axis=2)
-        return dataclasses.replace(self, kv=kv, pages=pages, **parts)
+        return dataclasses.replace(self, kv=kv, **parts)
 
 
 def _code(key: jax.Array, value: jax.Array, planes: jax.Array, coding: Any) -> dict[str, Any]:
