@@ -1,7 +1,9 @@
-r"""Starts one training run as several processes on this machine, each with CPU devices of its own.
+r"""Starts one training run as several processes on this machine, each with devices of its own.
 
     .venv/bin/python scripts/launch_local.py --processes 2 --devices 4 -- \
         scripts/train_lm.py --config configs/lm_default.py --config.mesh.seq=2
+
+A process has CPU devices, or with --gpus one GPU: the first process the first one, and so on.
 
 The words after `--` are a script and its options. Each process gets them, and the fields
 config.mesh.coordinator, processes and process. The output of the first process is shown as it is,
@@ -12,6 +14,7 @@ that failed. SIGTERM and Ctrl-C are passed on to all.
 """
 
 import argparse
+import glob
 import os
 import signal
 import socket
@@ -32,6 +35,33 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
+def devices_of(index: int, options: argparse.Namespace) -> dict[str, str]:
+    """Returns the environment variables that give a process its devices.
+
+    Example:
+        >>> devices_of(1, argparse.Namespace(gpus=["2", "3"]))
+        {'CUDA_VISIBLE_DEVICES': '3'}
+    """
+    if options.gpus:
+        return {"CUDA_VISIBLE_DEVICES": options.gpus[index]}
+    return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(options.devices)}
+
+
+def gpus_of(processes: int) -> list[str]:
+    """Returns the GPU of each process, from those that CUDA_VISIBLE_DEVICES leaves, or from all.
+
+    Raises:
+        ValueError: there are fewer GPUs than processes.
+    """
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        known = visible.split(",")
+    else:
+        known = [str(index) for index in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+    if len(known) < processes:
+        raise ValueError(f"--gpus needs a GPU for each of {processes} processes; found {known}")
+    return known[:processes]
+
+
 def start(command: list[str], index: int, options: argparse.Namespace) -> subprocess.Popen:
     """Starts one process of the run."""
     fields = {
@@ -40,14 +70,10 @@ def start(command: list[str], index: int, options: argparse.Namespace) -> subpro
         "process": index,
     }
     words = [f"--config.mesh.{name}={value}" for name, value in fields.items()]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(options.devices),
-    }
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "bufsize": 1}
     process = subprocess.Popen(
         [sys.executable, *command, *words],
-        env=environment,
+        env=os.environ | devices_of(index, options),
         start_new_session=True,  # Ctrl-C reaches them through this program only
         **(pipe if index else {}),
     )
@@ -102,12 +128,18 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--processes", type=int, default=2, help="number of processes")
-    parser.add_argument("--devices", type=int, default=1, help="CPU devices of each process")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--devices", type=int, default=1, help="CPU devices of each process")
+    kinds.add_argument("--gpus", action="store_true", help="one GPU for each process")
     parser.add_argument("--port", type=int, default=0, help="the port of the first; 0 finds one")
     parser.add_argument("command", nargs="+", metavar="-- SCRIPT OPTION", help="what to run")
     options = parser.parse_args(argv)
     if options.processes < 1 or options.devices < 1:
         parser.error("--processes and --devices must be at least 1")
+    try:
+        options.gpus = gpus_of(options.processes) if options.gpus else []
+    except ValueError as error:
+        parser.error(str(error))
     options.port = options.port or free_port()
     processes = [start(options.command, index, options) for index in range(options.processes)]
     say("processes " + " ".join(str(process.pid) for process in processes))

@@ -13,7 +13,7 @@ from experiments.table import Table
 
 NAMES = (
     *("causal_lm", "race_forms", "masked_lm", "text", "images", "listops"),
-    *("long_documents", "recall"),
+    *("long_documents", "recall", "speed"),
 )
 
 

@@ -103,6 +103,11 @@ RACE_PAPER = race(
 )
 RACE_PLAIN = race("race_plain", "RACE (P = 3, L = 8)", num_planes=3, num_tables=8, forget_gate=None)
 RACE = RACE_PLAIN.but("race", "RACE, data gate", options("race", forget_gate="data"))
+RACE_P4 = RACE.but(
+    "race_p4",
+    "RACE, data gate, P = 4, L = 4, no positions",
+    NO_POSITIONS | options("race", num_planes=4, num_tables=4),
+)
 RACE_CONV = RACE.but("race_conv", "… and convolutions", options("race", short_conv="qkv"))
 RACE_NORM = RACE_CONV.but("race_norm", "… and output norm", options("race", output_norm="rms"))
 RACE_FULL = RACE_NORM.but("race_full", "RACE, all parts", options("race", output_gate="sigmoid"))

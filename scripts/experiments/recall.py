@@ -4,7 +4,7 @@ Each row has convolutions on queries, keys and values, so that rows differ in th
 The state is given in numbers a layer, for two heads of 64: F (V + 1) for RACE and linear attention,
 whose F is 2^P L and 64, F V for the delta rule on RACE's features, and H V for the matrices of the
 gated ones. Fewer or more heads change it. The gated methods and the delta rule on RACE's features
-have the output norm and the output gate, which are there by default. Two rows of RACE have the
+have the output norm and the output gate, which are there by default. Four rows of RACE have the
 norm. The other ones, and one of the delta rule, have neither.
 All rows have one learning rate. `small` has half of the steps of `configs/recall.py`, half of its
 rows in a batch, and three times its learning rate.
@@ -48,7 +48,8 @@ def of_state(method: Method, heads: int) -> Method:
 def race_rows() -> tuple[Method, ...]:
     """Returns RACE with 32 to 256 features a head: P = 2 with several L, and P = 4, L = 4.
 
-    Those with 64 features are there with the output norm as well.
+    Those with 64 features are there with the output norm as well, and so are fewer tables of more
+    planes.
     """
     own = {"short_conv": "qkv", "use_tanh": False, "sharpness": 1.0, "num_planes": 2}
     first = race("race_32", f"RACE, P = 2, L = 8: {HEADS * 32 * 65:,}", num_tables=8, **own)
@@ -60,15 +61,18 @@ def race_rows() -> tuple[Method, ...]:
         )
         for tables in (16, 64)
     )
-    sharper = first.but(
-        "race_p4",
-        f"RACE, P = 4, L = 4: {HEADS * 64 * 65:,}",
-        options("race", num_planes=4, num_tables=4),
-    )
-    rows = (first, *wider, sharper)
+    sharper = [
+        first.but(
+            f"race_p{planes}",
+            f"RACE, P = {planes}, L = {tables}: {HEADS * 64 * 65:,}",
+            options("race", num_planes=planes, num_tables=tables),
+        )
+        for planes, tables in ((4, 4), (5, 2), (6, 1))
+    ]
+    rows = (first, *wider, sharper[0])
     normed = [
         row.but(f"{row.name}_norm", f"{row.label}, output norm", options("race", output_norm="rms"))
-        for row in (rows[1], sharper)
+        for row in (rows[1], *sharper)
     ]
     return (*rows, *normed)
 

@@ -22,6 +22,7 @@ TRIAL = (
     "unless `--data` is given. Models and data are smaller than the names of rows and of data sets "
     "say. It shows that every part works."
 )
+SPEED = "training.tokens_per_second"  # the path of a metric that no split has
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -111,7 +112,12 @@ def _tokens_per_second(run: Run, speed: dict[str, Any] | None) -> float | None:
 
 
 def score(record: Mapping[str, Any], path: str) -> float | None:
-    """Returns a number of a run by its path, such as "valid.perplexity", or None."""
+    """Returns a number of a run by its path, or None.
+
+    The path names a split and a score, such as "valid.perplexity", or is SPEED.
+    """
+    if path == SPEED:
+        return record["tokens_per_second"]
     split, name = path.split(".")
     return record["scores"].get(split, {}).get(name)
 
@@ -185,7 +191,9 @@ def _conditions(content: dict[str, Any]) -> str:
 
 def _section(data: Data, methods: Sequence[Method], records: Sequence[dict[str, Any]]) -> str:
     """Returns the table of one data set."""
-    heads = ["attention", *(metric.label for metric in data.metrics), f"{_units(records)}/s"]
+    heads = ["attention", *(metric.label for metric in data.metrics)]
+    if not _scores_speed(data):
+        heads.append(f"{_units(records)}/s")
     lines = [[*heads, "parameters", "peak memory", "seeds"]]
     best = [_best(metric, data, methods, records) for metric in data.metrics]
     for method in methods:
@@ -209,7 +217,8 @@ def _row(
         text = Cell(found.mean * metric.scale, deviation).text(metric.digits)
         texts.append(f"**{text}**" if found.mean == winner else text)
     speeds = cell([speed for record in records if (speed := _speed(record)) is not None])
-    texts.append(f"{speeds.mean:,.0f}" if speeds else "")
+    if not _scores_speed(data):
+        texts.append(f"{speeds.mean:,.0f}" if speeds else "")
     texts.append(_one_of(f"{r['parameters']:,}" for r in records if r["parameters"]))
     peaks = [r["peak_bytes"] for r in records if r["peak_bytes"]]
     texts.append(_bytes(max(peaks)) if peaks else "")
@@ -217,6 +226,11 @@ def _row(
     failed = sum(record["status"] == "failed" for record in records)
     texts.append(f"{finished} of {len(records)}" + (f", {failed} failed" if failed else ""))
     return texts
+
+
+def _scores_speed(data: Data) -> bool:
+    """Returns whether the speed is a metric, which has a column already."""
+    return any(metric.path == SPEED for metric in data.metrics)
 
 
 def _units(records: Sequence[dict[str, Any]]) -> str:

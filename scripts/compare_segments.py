@@ -1,0 +1,126 @@
+"""How far the gradient of a model depends on the segments that it is computed in, and on the dtype.
+
+    .venv/bin/python scripts/compare_segments.py --length 16M --segments 64k,1M
+    .venv/bin/python scripts/compare_segments.py --length 4k --segments 512,1000 --dtype float32
+
+The model is a language model of bytes with RACE attention, that of `bench_scaling.py --model small`
+unless the flags say otherwise, with random parameters and random bytes. A line is the relative
+distance of two gradients with respect to all parameters, |a - b| / |b|, each as one long vector:
+
+* of each length of segments from the last one in the list;
+* of each length from float64, for the first --prefix bytes. The float64 gradient is computed over
+  the whole prefix at once, without kernels.
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench_kernels import lengths, positive
+from bench_streaming import one_length, random_bytes
+from benchmarks.byte_model import ByteModel, shifted
+from benchmarks.model_scaling import PLAIN_RACE
+from benchmarks.text import length_name
+from race_jax import streaming
+from race_jax.models import ModelConfig
+
+DTYPES = ("float32", "bfloat16")
+
+
+class Float64Config(ModelConfig):
+    """A model that computes in float64, which `ModelConfig` refuses: states are float32."""
+
+    def validate(self) -> ModelConfig:
+        """Returns this record. The float32 model of the same sizes has been checked."""
+        return self
+
+
+def sizes(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `ModelConfig` that the flags ask for."""
+    return {
+        "num_layers": options.layers,
+        "width": options.width,
+        "num_heads": options.heads,
+        "positions": "none",
+        "race": {"num_tables": 4, "num_planes": 4, **PLAIN_RACE},
+    }
+
+
+def as_vector(gradient: Any) -> np.ndarray:
+    """All numbers of a gradient in float64."""
+    return np.concatenate([np.ravel(np.float64(x)) for x in jax.tree.leaves(gradient)])
+
+
+def in_segments(options: argparse.Namespace, tokens: np.ndarray, segment: int) -> np.ndarray:
+    """The gradient of the sum of the nats, computed in segments."""
+    model = ByteModel(ModelConfig(**sizes(options), dtype=options.dtype))
+    params, fixed = model.variables()
+    run = streaming.value_and_grad(model.step(fixed), segment_length=segment)
+    got = jax.jit(run)(params, model.state(params, fixed), shifted(tokens))
+    return as_vector(got.d_params)
+
+
+def exact(options: argparse.Namespace, tokens: np.ndarray) -> np.ndarray:
+    """The gradient in float64, of the whole at once."""
+    params, fixed = jax.device_get(ByteModel(ModelConfig(**sizes(options))).variables())
+    with jax.enable_x64(True):
+        widened = jax.tree.map(
+            lambda x: jnp.asarray(x, jnp.float64 if x.dtype == np.float32 else None),
+            (params, fixed),
+        )
+        own = {"dtype": "float64", "implementation": "xla", "remat": True}
+        model = ByteModel(Float64Config(**sizes(options), **own))
+        return as_vector(jax.jit(jax.grad(model.nats))(*widened, shifted(tokens)))
+
+
+def distance(got: np.ndarray, want: np.ndarray) -> str:
+    """|got - want| / |want| in words."""
+    return f"{np.linalg.norm(got - want) / np.linalg.norm(want):.2e}"
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="Lengths are given as 4096, 4k or 1M. k is 1024, and M is 1024 k.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add, count = parser.add_argument, positive(int)
+    add("--length", type=one_length, default="16k", help="bytes of the sequence")
+    add("--segments", type=lengths, default="1k,4k", help="lengths of segments, by commas")
+    add("--prefix", type=one_length, default="4k", help="bytes that float64 computes")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the gradient in segments")
+    add("--layers", type=count, default=4, help="blocks of the model")
+    add("--width", type=count, default=256, help="width of the model")
+    add("--heads", type=count, default=4, help="heads of the model")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str]) -> None:
+    """Prints a line for each distance."""
+    options = parse(words)
+    tokens = random_bytes(options.length + 1)[None].astype(np.int32)
+    gradient = functools.partial(in_segments, options)
+    *others, last = options.segments
+    about = f"{options.dtype}, {length_name(options.length)} bytes"
+    want = gradient(tokens, last)
+    for segment in others:
+        found = distance(gradient(tokens, segment), want)
+        print(f"{about}, segments of {length_name(segment)} from {length_name(last)}: {found}")
+    prefix = tokens[:, : options.prefix + 1]
+    want = exact(options, prefix)
+    about = f"{options.dtype}, {length_name(options.prefix)} bytes"
+    for segment in options.segments:
+        found = distance(gradient(prefix, segment), want)
+        print(f"{about}, segments of {length_name(segment)} from float64: {found}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
