@@ -1,10 +1,11 @@
-"""A run of two processes with two CPU devices each: its steps, the death of one, and a restart."""
+"""A run of two processes with four CPU devices each: its steps, one's death, and a restart."""
 
 import json
 import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +24,7 @@ from tests.test_commands import shell_commands
 from tests.train.small import small_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-STEPS = 8  # that are compared with one device
-SAVED = 30  # the first step with a checkpoint
+SAVED = 6  # the first step with a checkpoint
 CONFIG = """
 from tests import test_processes
 def get_config():
@@ -37,8 +37,10 @@ def configuration(source: str, ending: str) -> Config:
     config.model.race.short_conv, config.model.race.forget_gate = "before", "data"
     config.data.source, config.data.train_files = source, (f"train.{ending}",)
     config.data.valid_files = (f"valid.{ending}",)
-    config.optimizer.segment_length, config.optimizer.schedule = 8, "constant"
+    config.data.sequence_length = 23  # which two devices do not divide
+    config.optimizer.segment_length, config.optimizer.schedule = 12, "constant"
     config.run.checkpoint_every, config.run.log_every, config.run.tensorboard = SAVED, 1, False
+    config.run.eval_every = SAVED
     return config
 
 
@@ -57,35 +59,36 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def launch(folder, steps) -> subprocess.Popen:
+def launch(folder, steps, *words) -> subprocess.Popen:
     """Starts the command of docs/sharding.md with the configuration of this file.
 
-    The stretches of a sequence lie in different processes, and parameters in both of them.
+    The mesh is data x seq x fsdp = 2 x 2 x 2, unless words change it. Each process has half of the
+    sequences, and parameters of its own.
     """
     page = (ROOT / "docs" / "sharding.md").read_text("utf-8")
     (command,) = (line for line in shell_commands(page) if "launch_local.py" in line)
-    assert command.startswith(".venv/bin/python scripts/launch_local.py --processes 2 --devices 2")
-    assert command.endswith("--config.mesh.seq=2 --config.mesh.fsdp=2")
+    assert command.startswith(".venv/bin/python scripts/launch_local.py --processes 2 --devices 4")
+    assert command.endswith("--config.mesh.data=2 --config.mesh.seq=2 --config.mesh.fsdp=2")
     command = command.replace("configs/lm_default.py", str(folder / "config.py"))
     command = [sys.executable, *shlex.split(command)[1:], f"--config.data.root={folder}"]
-    command += [f"--config.run.directory={folder / 'two'}", f"--config.run.steps={steps}"]
+    command += [f"--config.run.directory={folder / 'two'}", f"--config.run.steps={steps}", *words]
     with (folder / "log.txt").open("w") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
 
 
-def records(folder, run="two") -> dict[int, dict[str, float]]:
+def records(folder, run="two", kind="train") -> dict[int, dict[str, float]]:
     """The metrics of each step that are written so far."""
     path = folder / run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return {r["step"]: r for r in found if r["kind"] == "train"}
+    return {r["step"]: r for r in found if r["kind"] == kind}
 
 
 @pytest.mark.once
 def test_two_processes_are_one_run(folder, assert_close):
     running = launch(folder, 10**6)
     end = time.monotonic() + 300
-    while running.poll() is None and len(records(folder)) < SAVED + 5 and time.monotonic() < end:
+    while running.poll() is None and len(records(folder)) < SAVED + 2 and time.monotonic() < end:
         time.sleep(0.05)
     log = (folder / "log.txt").read_text()
     pids = re.search(r"processes (\d+) (\d+)$", log, re.MULTILINE)
@@ -94,18 +97,25 @@ def test_two_processes_are_one_run(folder, assert_close):
     assert running.wait(60) == 128 + signal.SIGKILL
     log = (folder / "log.txt").read_text()
     assert "process 1 was ended by SIGKILL; the others have 10 seconds to end" in log
-    assert "devices    4 x cpu" in log
+    assert "devices    8 x cpu" in log
     assert log.count("step       1/") == 1  # one process prints
 
-    before = records(folder)
-    assert launch(folder, max(before) + 2).wait(300) == 0, (folder / "log.txt").read_text()
+    shutil.copytree(folder / "two", folder / "resumed")
+    before, evaluated = records(folder), records(folder, kind="eval")
+    last = max(before) + 1
+    assert launch(folder, last).wait(300) == 0, (folder / "log.txt").read_text()
     log = (folder / "log.txt").read_text()
     resumed = int(re.search(r"resuming +after step (\d+)", log)[1])
     after = records(folder)
     assert SAVED <= resumed < max(before)
-    assert len(after) == max(before) + 2
+    assert len(after) == last
     assert {step: after[step] for step in before} == before
     assert "held out" in log
+    # On this mesh the stretches of a sequence lie in different processes.
+    done = launch(folder, last + 2, "--config.mesh.data=1", "--config.mesh.seq=4").wait(300)
+    assert done == 0, (folder / "log.txt").read_text()
+    two = records(folder)
+    assert len(two) == last + 2
 
     def here(run, steps, *data):
         """Trains in this process, on one device."""
@@ -114,14 +124,18 @@ def test_two_processes_are_one_run(folder, assert_close):
         config.run.steps = steps
         train(config)
 
-    here("two", max(after) + 1, "tokens", "npy")  # goes on from a checkpoint of two processes
-    assert len(records(folder)) == len(after) + 1
-    here("one", STEPS, "files", "txt")
-    one = records(folder, "one")
-    assert len(one) == STEPS
+    here("resumed", last + 2, "tokens", "npy")  # goes on from a checkpoint of two processes
+    here("one", SAVED, "files", "txt")
+    again = records(folder, "resumed")
+    one = records(folder, "one") | {step: again[step] for step in range(resumed + 1, last + 3)}
+    assert len(one) == SAVED + last + 2 - resumed
     for name in ("loss", "grad_norm"):
-        got, want = (np.array([x[step][name] for step in one]) for x in (before, one))
+        got, want = (np.array([x[step][name] for step in one]) for x in (two, one))
         assert_close(name, got, want, kind="gradients")
+    (got,), (want,) = (records(folder, run, "final").values() for run in ("two", "resumed"))
+    assert_close("held out", got["loss"], want["loss"], kind="gradients")
+    got, want = evaluated[SAVED], records(folder, "one", "eval")[SAVED]
+    assert_close("held out", got["loss"], want["loss"], kind="gradients")
 
 
 def start_alone(folder, index, port, *words) -> subprocess.Popen:

@@ -63,7 +63,7 @@ class UnreadRows:
 
         Args:
             first: index of the first token.
-            stop: index after the last token, at most T.
+            stop: index after the last token. From T on there are zeros of weight 0.
             rows: the rows to read, in this order; None reads all.
 
         Returns:

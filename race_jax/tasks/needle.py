@@ -221,9 +221,10 @@ def _check_length(options: NeedleConfig, length: int, devices: int) -> None:
             f"config.data.sequence_length must be >= {lines}, the bytes of "
             f"{options.num_needles} needles and {options.num_questions} questions, got {length}"
         )
-    if options.num_questions * options.needle_bytes > length // devices:
+    last = max(0, length - (devices - 1) * -(-length // devices))
+    if options.num_questions * options.needle_bytes > last:
         raise ValueError(
             f"config.mesh.seq={devices} must leave {options.num_questions * options.needle_bytes} "
-            "bytes to a device, so that no question is cut, got "
-            f"{length // devices}; lower config.needle.num_questions"
+            f"bytes to the last device, so that no question is cut, got {last}; lower "
+            "config.needle.num_questions"
         )

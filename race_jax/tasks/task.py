@@ -54,7 +54,9 @@ class Task(abc.ABC):
         is_causal: whether a token of the model sees only itself and earlier tokens. If it is False,
             attentions that work in one direction only are refused.
         splits_sequences: whether every array of a batch is (B, T, ...) and the loss is a sum over
-            tokens, so that several devices can share a sequence.
+            tokens, so that several devices can share a sequence. If they do not divide T, zeros
+            are added at the end, and the batch has a `mask` (B, T) that is False there. It hides
+            them if `is_causal` is False.
         reads_token_files: whether batches are `UnreadRows` if `config.reads_from_disk()`.
         weight_name: what the weights of a batch count, such as "tokens". The speed of a run is
             given in these per second, and the metrics hold their number by this name.

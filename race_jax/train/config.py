@@ -94,7 +94,8 @@ class MeshConfig:
     Attributes:
         data: number of devices that share the sequences of a batch. None takes as many local
             devices (on a CPU, usable cores) as divide the batch.
-        seq: number of devices that share every sequence. Each gets a stretch of its tokens.
+        seq: number of devices that share every sequence. Each gets a stretch of its tokens. If
+            they do not divide the length, tokens that count for nothing are added at the end.
         fsdp: number of devices that share the parameters and the state of the optimizer. They share
             the sequences of a batch too.
         coordinator: for a run of several processes, HOST:PORT of the first one, which all of them
@@ -271,17 +272,12 @@ class Config:
 
     def _validate_stretches(self) -> None:
         """Checks what a mesh needs whose axis "seq" splits the sequences."""
-        seq, length = self.mesh.seq, self.data.sequence_length
-        if length % seq:
+        seq, segment = self.mesh.seq, self.optimizer.segment_length
+        if segment is not None and segment < self.data.sequence_length and segment % seq:
             raise ValueError(
-                f"config.mesh.seq must divide config.data.sequence_length {length}, got {seq}"
-            )
-        segment = self.optimizer.segment_length
-        segment = None if segment is None else min(segment, length)
-        if segment is not None and (segment % seq or length % segment):
-            raise ValueError(
-                f"config.optimizer.segment_length must be a multiple of config.mesh.seq {seq} and "
-                f"divide config.data.sequence_length {length}, got {segment}"
+                f"config.optimizer.segment_length must be a multiple of config.mesh.seq={seq}, or "
+                f"at least config.data.sequence_length, got {segment}; try "
+                f"{-(-segment // seq) * seq}"
             )
         if not registry.task_named(self.task).splits_sequences:
             raise ValueError(
@@ -294,10 +290,17 @@ class Config:
                     f"config.mesh.seq must be 1 with {attention!r} attention, which reads whole "
                     f"sequences; got {seq}"
                 )
-        if self.model.positions != "none":
+
+    def _validate_positions(self) -> None:
+        """Checks that there is a learned position for every token, if positions are learned."""
+        length, seq = self.data.sequence_length, self.mesh.seq
+        filled = -(-length // seq) * seq
+        if self.model.positions == "learned" and filled > self.model.max_length:
+            rounded = f", which config.mesh.seq={seq} rounds up to {filled}"
             raise ValueError(
-                f'config.mesh.seq > 1 needs config.model.positions="none", got '
-                f"{self.model.positions!r}"
+                "config.data.sequence_length must not exceed config.model.max_length "
+                f"{self.model.max_length} with learned positions, got {length}"
+                f"{rounded if filled > length else ''}"
             )
 
     def _validate_direction(self) -> None:
@@ -353,11 +356,7 @@ class Config:
                 f"{self.optimizer.warmup_steps}; add --config.optimizer.warmup_steps="
                 f"{run.steps // 4}"
             )
-        if self.model.positions == "learned" and self.data.sequence_length > self.model.max_length:
-            raise ValueError(
-                "config.data.sequence_length must not exceed config.model.max_length "
-                f"{self.model.max_length} with learned positions, got {self.data.sequence_length}"
-            )
+        self._validate_positions()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record as nested dicts of JSON values. Tuples become lists.

@@ -34,6 +34,7 @@ from race_jax.train.mesh import (
     per_device,
     put_batch,
     put_blocks,
+    whole_stretches,
 )
 from race_jax.train.programs import PerLength, compile_together, compiler_options
 from race_jax.train.state import TrainState
@@ -97,6 +98,7 @@ class DiskStep:
         """Compiles the programs of a step, and returns the largest one."""
         rows, length = next(iter(self._shapes.values())).shape[:2]
         length = min(self._segments.length * self._mesh.shape[SEQ], length)
+        length = whole_stretches(self._mesh, length)
         shape = rows // self._parts, length
         zeros = {name: np.zeros(shape + x.shape[2:], x.dtype) for name, x in self._shapes.items()}
         segment = put_batch(self._mesh, zeros)
@@ -214,7 +216,7 @@ class RowSegments:
     def __getitem__(self, index: int) -> tuple[int, list[dict[str, np.ndarray]]]:
         """Reads what the devices of this process need, and returns it after the length."""
         first = index * self._length
-        length = min(self._length, self._batch.length - first)
+        length = whole_stretches(self._mesh, min(self._length, self._batch.length - first))
         blocks = local_blocks(self._mesh, len(self._rows), length)
         return length, [
             self._batch.piece(first + time.start, first + time.stop, self._rows[rows])

@@ -22,6 +22,7 @@ SHARES = (DATA, FSDP)  # the axes that share the sequences of a batch
 LEAST_SHARDED = 2**12
 WHOLE = P()  # arrays that every device holds whole
 TOKENS = P(SHARES, SEQ)  # arrays (B, T, ...) of a batch
+MASK = "mask"  # the array (B, T) of a batch that is False where there is no token
 
 
 def prepare_cpu_devices(config: Config) -> None:
@@ -108,11 +109,39 @@ def batch_spec(x: Any) -> P:
 
 
 def batch_shapes(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes, dtypes and shardings of the arrays of a batch."""
-    return {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, batch_spec(x)))
-        for name, x in batch.items()
-    }
+    """Returns the shapes, dtypes and shardings that the arrays of a batch have on the devices."""
+    missing = _missing(mesh, batch)
+    if missing:
+        tokens = next(iter(batch.values())).shape[:2]
+        batch = {MASK: jax.ShapeDtypeStruct(tokens, bool)} | batch
+
+    def on_devices(x: Any) -> jax.ShapeDtypeStruct:
+        shape = (x.shape[0], x.shape[1] + missing, *x.shape[2:]) if missing else x.shape
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, batch_spec(x)))
+
+    return {name: on_devices(x) for name, x in batch.items()}
+
+
+def whole_stretches(mesh: Mesh, length: int) -> int:
+    """Returns the least length from `length` on that the devices of the axis "seq" divide."""
+    return -(-length // mesh.shape[SEQ]) * mesh.shape[SEQ]
+
+
+def _missing(mesh: Mesh, batch: dict[str, Any]) -> int:
+    """Returns how many tokens a batch needs more, so that the devices divide its sequences."""
+    if mesh.shape[SEQ] == 1:
+        return 0
+    length = next(iter(batch.values())).shape[1]
+    return whole_stretches(mesh, length) - length
+
+
+def _spans(mesh: Mesh, length: int, stretch: int | None) -> list[tuple[int, int]]:
+    """Returns the first token of each segment, and how many tokens each device has of it."""
+    devices = mesh.shape[SEQ]
+    segment = length if stretch is None else devices * stretch
+    return [
+        (first, -(-min(segment, length - first) // devices)) for first in range(0, length, segment)
+    ]
 
 
 def parameter_specs(parameters: Any, mesh: Mesh) -> Any:
@@ -174,18 +203,28 @@ def put_batch(
     If sequences are read segment by segment, every device of the axis "seq" gets its stretch of
     every segment, one after the other.
 
+    If these devices do not divide T, zeros are added at the end, and a "mask" (B, T) that is False
+    there, unless the batch has one. The weights of these tokens are 0. They come after all others,
+    so they change nothing in a causal model, and other models are given the mask.
+
     Args:
         mesh: the mesh of the run.
         batch: the arrays.
         stretch: number of tokens of a segment on one device, or None if sequences are read whole.
     """
-    devices = mesh.shape[SEQ]
+    devices, missing = mesh.shape[SEQ], _missing(mesh, batch)
+    if missing:
+        batch = {MASK: np.ones(next(iter(batch.values())).shape[:2], bool)} | batch
+        add = lambda x: np.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
+        batch = jax.tree.map(add, batch)
     if stretch is not None and devices > 1:
 
         def by_device(x: np.ndarray) -> np.ndarray:
-            x = np.asarray(x)
-            parts = x.reshape(x.shape[0], -1, devices, stretch, *x.shape[2:])
-            return np.moveaxis(parts, 2, 1).reshape(x.shape)
+            parts = [
+                x[:, first : first + devices * size].reshape(len(x), devices, size, *x.shape[2:])
+                for first, size in _spans(mesh, x.shape[1], stretch)
+            ]
+            return np.concatenate(parts, axis=2).reshape(x.shape)
 
         batch = jax.tree.map(by_device, batch)
     return jax.tree.map(lambda x: put(x, NamedSharding(mesh, batch_spec(x))), batch)
@@ -201,17 +240,23 @@ def put_rows(mesh: Mesh, batch: UnreadRows, stretch: int | None = None) -> dict[
     """
 
     def read(rows: slice, time: slice) -> dict[str, np.ndarray]:
-        chosen = range(len(batch))[rows]
-        if stretch is None:
-            return batch.piece(time.start, time.stop, chosen)
+        chosen, pieces = range(len(batch))[rows], []
         device = time.start // (time.stop - time.start)
-        starts = range(device * stretch, batch.length, mesh.shape[SEQ] * stretch)
-        pieces = [batch.piece(start, start + stretch, chosen) for start in starts]
+        for first, size in spans:
+            start = first + device * size
+            piece = batch.piece(start, start + size, chosen)
+            if length > batch.length:
+                tokens = np.arange(start, start + size) < batch.length
+                piece[MASK] = np.broadcast_to(tokens, (len(chosen), size))
+            pieces.append(piece)
+        if len(pieces) == 1:
+            return pieces[0]
         return {name: np.concatenate([p[name] for p in pieces], axis=1) for name in pieces[0]}
 
-    stretch = None if mesh.shape[SEQ] == 1 else stretch
-    blocks = local_blocks(mesh, len(batch), batch.length)
-    return put_blocks(mesh, len(batch), batch.length, [read(*block) for block in blocks])
+    length = whole_stretches(mesh, batch.length)
+    spans = _spans(mesh, batch.length, None if mesh.shape[SEQ] == 1 else stretch)
+    blocks = local_blocks(mesh, len(batch), length)
+    return put_blocks(mesh, len(batch), length, [read(*block) for block in blocks])
 
 
 def local_blocks(mesh: Mesh, rows: int, length: int) -> list[tuple[slice, slice]]:

@@ -34,6 +34,7 @@ from race_jax.train.mesh import (
     put_parameters,
     put_rows,
     put_whole,
+    whole_stretches,
 )
 from race_jax.train.metrics import MetricsLog, Record
 from race_jax.train.optimizer import make_optimizer, make_schedule
@@ -339,7 +340,7 @@ class Trainer:
         if isinstance(self._train_step, DiskStep):
             compiled = self._train_step.compile(self._state, self._key)
         else:
-            compiled = self._program(self._task.batch)
+            compiled = self._program(batch_shapes(self._mesh, self._task.batch))
         seconds = time.monotonic() - start
         cache = self._config.run.compilation_cache
         say("\n".join(report.compiled_lines(compiled, seconds, cache)))
@@ -364,7 +365,7 @@ class Trainer:
             ) from None
         length = min(options.segment_length, self._config.data.sequence_length)
         return Segments(
-            length // self._mesh.shape[SEQ],
+            whole_stretches(self._mesh, length) // self._mesh.shape[SEQ],
             options.truncate_gradient,
             report=lambda: self._progress.part(),
         )

@@ -11,7 +11,7 @@ import pytest
 from race_jax.data.rows import UnreadRows
 from race_jax.tasks.language_model import LanguageModel
 from race_jax.tasks.task import shapes_of
-from race_jax.train import mesh
+from race_jax.train import mesh, trainer
 from race_jax.train.disk_step import DiskStep, make_disk_eval_step
 from race_jax.train.loop import train
 from race_jax.train.mesh import put_batch
@@ -24,11 +24,15 @@ from tests.train.small import small_batch, small_config, small_parts
 pytestmark = pytest.mark.once
 
 # Sizes of the axes, the length of segments of the sequences of 24 tokens, and whether rows are
-# read from the disk.
+# read from the disk. Seven devices do not divide 24, nor do segments of 21: whole sequences are
+# filled up with 4 tokens, which are all that the last device has, and so are last segments of 3.
 MESHES = {
     "data x seq x fsdp": ((2, 2, 2), None, False),
     "streamed, data x seq x fsdp": ((2, 2, 2), 8, False),
     "from the disk, data x seq x fsdp": ((2, 2, 2), 8, True),
+    "uneven": ((1, 7, 1), None, False),
+    "streamed, uneven": ((1, 7, 1), 21, False),
+    "from the disk, uneven": ((1, 7, 1), 21, True),
 }
 
 
@@ -46,13 +50,14 @@ def run_steps(sizes, segment_length=None, from_disk=False, steps=3):
     config.run.batch_size = 4
     config.model.race.short_conv = "before"
     config.model.race.forget_gate = "data"
+    config.model.positions, config.model.max_length = "learned", 28
     config.mesh.data, config.mesh.seq, config.mesh.fsdp = sizes
     config.optimizer.segment_length = segment_length
     devices, optimizer, graph, state, batch = small_parts(config)
     segments = None
     if segment_length is not None:
         segments = Segments(segment_length // sizes[1])
-        batch = put_batch(devices, jax.device_get(batch), segments.length)
+        batch = put_batch(devices, small_batch(), segments.length)
     schedule = make_schedule(config.optimizer, config.run.steps)
     makes = LanguageModel, graph, optimizer, schedule, devices
     if from_disk:
@@ -105,24 +110,33 @@ def test_steps_without_the_check_of_devices_are_the_same(
     assert_close("optimizer", got, want, kind="gradients")
 
 
-@pytest.mark.parametrize("stretch", [None, 4])
-def test_rows_that_are_read_where_they_are_needed_are_the_batch(stretch):
+@pytest.mark.parametrize(
+    ("sizes", "stretch"), [((2, 2, 2), None), ((2, 2, 2), 4), ((1, 7, 1), None), ((1, 7, 1), 3)]
+)
+def test_rows_that_are_read_where_they_are_needed_are_the_batch(sizes, stretch):
     config = small_config()
-    config.mesh.data, config.mesh.seq, config.mesh.fsdp = 2, 2, 2
+    config.mesh.data, config.mesh.seq, config.mesh.fsdp = sizes
     devices, rows = mesh.make_mesh(config), on_disk()
     want = put_batch(devices, rows.piece(0, 24), stretch)
-    for name, got in mesh.put_rows(devices, rows, stretch).items():
+    found = mesh.put_rows(devices, rows, stretch)
+    assert found.keys() == want.keys()
+    for name, got in found.items():
         assert got.sharding == want[name].sharding
         np.testing.assert_array_equal(got, want[name])
 
 
-def test_a_segment_may_be_longer_than_the_sequence(tmp_path):
+def test_a_segment_may_be_longer_than_the_sequence(tmp_path, monkeypatch):
     (tmp_path / "t.txt").write_text("the cat sees the dog\n" * 99)
     config = small_config()
     config.data.source, config.data.train_files = "files", (str(tmp_path / "t.txt"),)
     config.run.directory, config.run.steps, config.run.tensorboard = str(tmp_path / "r"), 3, False
-    config.optimizer.segment_length, config.mesh.seq = 100, 2
+    config.data.sequence_length, config.optimizer.segment_length, config.mesh.seq = 23, 100, 2
+    compiled, compile_together = [], trainer.compile_together
+    monkeypatch.setattr(
+        trainer, "compile_together", lambda *given: compiled.append(0) or compile_together(*given)
+    )
     assert train(config).step == 3
+    assert len(compiled) == 1  # at the start, for the length that batches have on the devices
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path, assert_close):
@@ -134,6 +148,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, assert_close):
             config.task, config.run.directory = "copy", str(tmp_path / directory)
             config.run.steps, config.run.tensorboard, config.run.log_every = 8, False, 1
             config.mesh.data, config.mesh.seq, config.mesh.fsdp = sizes
+            config.data.sequence_length = 23
             with stop_after(steps):
                 train(config)
         records = read_records(tmp_path / directory / "metrics.jsonl")
@@ -163,6 +178,7 @@ def stop_after(steps):
 def test_a_run_with_split_sequences_shows_its_sample(tmp_path, capsys):
     """The sample is drawn on one device, by the model as it is without a mesh."""
     config = small_config()
+    config.data.sequence_length, config.model.positions = 23, "learned"
     config.run.directory, config.run.tensorboard = str(tmp_path / "run"), False
     config.run.steps, config.optimizer.warmup_steps, config.run.batch_size = 2, 1, 32
     config.language_model.sample_length = 3

@@ -132,6 +132,9 @@ def test_what_has_no_room_is_refused():
     config.mesh.seq = 4
     with pytest.raises(ValueError, match=r"mesh\.seq=4 must leave 36 bytes .* got 24"):
         Needle(config.validate())
+    config.data.sequence_length = 145  # of which the first three devices have 37 each
+    with pytest.raises(ValueError, match=r"must leave 36 bytes to the last device, .* got 34"):
+        Needle(config.validate())
     for name, value, words in (
         ("num_needles", 0, "must be >= 1, got 0"),
         ("num_questions", 5, "must be <= num_needles 4, got 5"),

@@ -82,6 +82,23 @@ def test_windows_longer_than_learned_positions_are_refused():
         config.validate()
 
 
+def test_what_stretches_of_sequences_need():
+    config = Config()
+    config.data.sequence_length, config.mesh.seq = 1001, 3
+    config.validate()  # the trainer fills up the length
+    config.model.positions, config.model.max_length = "learned", 1002
+    config.validate()
+    config.model.max_length = 1001
+    with pytest.raises(ValueError, match=r"got 1001, which config\.mesh\.seq=3 rounds up to 1002"):
+        config.validate()
+    config.model.positions, config.optimizer.segment_length = "none", 100
+    with pytest.raises(ValueError, match=r"a multiple of config\.mesh\.seq=3, .*got 100; try 102"):
+        config.validate()
+    for length in (102, 1001, 2000):
+        config.optimizer.segment_length = length
+        config.validate()
+
+
 def test_validation_copies_and_normalizes():
     config = Config()
     config.data.source, config.data.train_files = "files", "one.txt, two.txt.xz,"

@@ -10,6 +10,7 @@ import threading
 import time
 
 import grain
+import jax
 import numpy as np
 import pytest
 
@@ -71,7 +72,7 @@ def test_the_trainer_reads_while_a_step_runs(tmp_path, monkeypatch):
 
     def watched(self, batch):
         step = program(self, batch)
-        if batch is self._task.batch:  # it is compiled, and not run
+        if isinstance(batch["inputs"], jax.ShapeDtypeStruct):  # it is compiled, and not run
             return step
 
         def run(*arguments):
