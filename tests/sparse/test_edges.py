@@ -138,9 +138,13 @@ def test_any_number_of_tokens_may_be_forced(assert_close, sink, window, budget):
 def test_a_cache_is_coded_tile_by_tile(assert_close, monkeypatch, scorer, tile):
     """Whole tiles and a rest, against all slots at once."""
     config, cache, query, *_ = problem(scorer, True if scorer == "socket" else None)
-    whole = SparseCache.of(jax.random.key(3), cache.kv, config)
+
+    def coded():
+        return quick.jit(lambda kv: SparseCache.of(jax.random.key(3), kv, config))(cache.kv)
+
+    whole = coded()
     monkeypatch.setattr(codes, "TILE", tile)
-    tiled = SparseCache.of(jax.random.key(3), cache.kv, config)
+    tiled = coded()
     assert (np.asarray(tiled.codes) != np.asarray(whole.codes)).sum() <= 1  # a border
     assert_close("norms", tiled.value_norm, whole.value_norm, kind="resumed")
     assert_close("out", attend(query, tiled, config), attend(query, whole, config), kind="resumed")
