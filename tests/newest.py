@@ -16,6 +16,7 @@ TESTS = pathlib.Path(__file__).parent
 PLACES = (
     *("kernels", "test_devices.py", "test_attention.py", "test_transforms.py"),
     "devices/test_sequence.py::test_outputs_and_gradients_match_the_oracle",
+    "devices/test_decoding.py::test_an_explicit_mesh_and_shard_map_give_what_one_device_gives",
     "devices/test_models.py::test_loss_and_gradients_are_those_of_one_device",
     "test_causality.py::test_derivative_with_respect_to_the_future_is_exactly_zero",
     "test_layer.py::test_layer_is_its_definition",

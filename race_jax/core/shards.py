@@ -24,6 +24,7 @@ SLOTS = "slots"  # (B, T or S)
 ROWS = "rows"  # (B, ...)
 HEADS = "heads"  # (K, ...)
 TABLES = "tables"  # (B, K, ...)
+SHARED = "shared"  # one for all rows and heads
 
 
 def over_shards(
@@ -42,7 +43,8 @@ def over_shards(
       run: a function that treats batch rows and key/value heads independently. Its second argument
         names the mesh axis that splits the sequence, or is None.
       arrays: a pytree of arrays. Those of kind TOKENS determine how the axes are sharded.
-      axes: TOKENS, SLOTS, ROWS, HEADS or TABLES for every array, in a pytree of the same structure.
+      axes: TOKENS, SLOTS, ROWS, HEADS, TABLES or SHARED for every array, in a pytree of the same
+        structure.
       out_axes: the same for what ``run`` returns.
       kv_heads: K. Heads are split only if the mesh axes that split the query heads divide K.
       axis_name: the axis that the caller gave, inside a ``jax.shard_map`` of its own.
@@ -70,6 +72,7 @@ def over_shards(
         ROWS: PartitionSpec(batch),
         HEADS: PartitionSpec(heads),
         TABLES: PartitionSpec(batch, heads),
+        SHARED: PartitionSpec(),
     }
     in_specs, out_specs = (jax.tree.map(specs.get, tree) for tree in (axes, out_axes))
     place = lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec))  # noqa: E731

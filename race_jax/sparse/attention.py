@@ -43,7 +43,8 @@ def dense_decode_attention(
 
     Args:
         query: shape (B, T, N, H), floating: the queries of the last T tokens appended. Query head
-            n uses key/value head n // (N // K).
+            n uses key/value head n // (N // K). The dtype may be another one than the cache's;
+            logits are float32 in any case. The kernels then leave the call to XLA.
         cache: the keys and values of all tokens, also of these.
         query_mask: shape (B, T) bool, the mask of the `append`, or None. Padded queries return
             zeros.

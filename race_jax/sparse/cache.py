@@ -146,7 +146,7 @@ class KVCache:
         kinds = {name: kind for name, kind in kinds.items() if arrays[name] is not None}
         arrays = {name: arrays[name] for name in (*kinds, "cache")}
         return shards.over_shards(
-            lambda arrays, _: _append(**arrays),
+            lambda arrays, _: with_tokens(**arrays),
             arrays,
             kinds | {"cache": kinds_of(self)},
             kinds_of(self),
@@ -257,7 +257,8 @@ def new_slots(length: jax.Array, mask: jax.Array | None, count: int, capacity: i
     return jnp.where(mask, slots, capacity)
 
 
-def _append(cache: KVCache, key, value, mask=None, log_decay=None) -> KVCache:
+def with_tokens(cache: KVCache, key, value, mask=None, log_decay=None) -> KVCache:
+    """Returns the cache with tokens that have been checked, on one device."""
     count = key.shape[1]
     slots = new_slots(cache.length, mask, count, cache.capacity)
     rows = jnp.arange(key.shape[0])[:, None]

@@ -14,11 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from race_jax.core import dispatch
+from race_jax.core import dispatch, shards
 from race_jax.sparse import cache as cache_module
 from race_jax.sparse import codes
 from race_jax.sparse.cache import KVCache
 from race_jax.sparse.config import SparseConfig
+
+# What is stored beside the keys and values, and comes and goes with the scorer.
+PARTS = ("codes", "factor", "value_norm", "pages")
 
 
 @jax.tree_util.register_dataclass
@@ -135,12 +138,15 @@ class SparseCache:
                 f"{-(-kv.capacity // size) * size} is."
             )
         planes = codes.draw(key, coding, kv.key.shape[-1])
-        parts = _tiled(kv, planes, coding)
-        pages = None
-        if size is not None:
-            by_page = len(kv.length), kv.capacity // size, size, *kv.key.shape[2:]
-            pages = _bounds(kv.key.reshape(by_page))
-        return cls(kv, **parts, pages=pages, planes=planes, config=config)
+        parts = shards.over_shards(
+            lambda arrays, _: _of_all_slots(**arrays, coding=coding),
+            {"kv": kv, "planes": planes},
+            {"kv": cache_module.kinds_of(kv), "planes": shards.SHARED},
+            dict.fromkeys(PARTS, shards.TABLES),
+            kv_heads=kv.key.shape[2],
+            splits_sequence=False,
+        )
+        return cls(kv, **parts, planes=planes, config=config)
 
     @property
     def length(self) -> jax.Array:
@@ -161,27 +167,20 @@ class SparseCache:
         self, key: jax.Array, value: jax.Array, *, key_value_mask: jax.Array | None = None
     ) -> SparseCache:
         """Returns the cache with the tokens added and coded, as `KVCache.append`."""
-        kv = self.kv.append(key, value, key_value_mask=key_value_mask)
-        old, count = self.kv.length, key.shape[1]
-        slots = cache_module.new_slots(old, key_value_mask, count, self.capacity)
-        rows = jnp.arange(len(old))[:, None]
-        new = _code(key, value, self.planes, self.config.coding())
-        parts = {
-            name: None
-            if new[name] is None
-            else _written(getattr(self, name), new[name], rows, slots)
-            for name in new
-        }
-        pages = self.pages
-        if pages is not None:
-            size = self.config.coding().page_size
-            touched = old[:, None] // size + jnp.arange(-(-count // size) + 1)
-            at = touched[..., None] * size + jnp.arange(size)
-            at = at.reshape(len(old), touched.shape[1] * size)
-            keys = kv.key.at[rows, at].get(mode="clip")
-            found = _bounds(keys.reshape(*touched.shape, size, *keys.shape[2:]))
-            pages = _written(pages, found, rows, touched)
-        return dataclasses.replace(self, kv=kv, pages=pages, **parts)
+        cache_module.check_append(self.kv, key, value, key_value_mask)
+        arrays = {"cache": self, "key": key, "value": value}
+        kinds = {"cache": kinds_of(self), "key": shards.TOKENS, "value": shards.TOKENS}
+        if key_value_mask is not None:
+            arrays["mask"], kinds["mask"] = key_value_mask, shards.SLOTS
+        parts = shards.over_shards(
+            lambda arrays, _: _with_tokens(**arrays),
+            arrays,
+            kinds,
+            dict.fromkeys(PARTS, shards.TABLES) | {"kv": cache_module.kinds_of(self.kv)},
+            kv_heads=self.kv.key.shape[2],
+            splits_sequence=False,
+        )
+        return dataclasses.replace(self, **parts)  # the planes stay those of all devices
 
     def first(self, slots: int) -> SparseCache:
         """Returns a cache of the first ``slots`` slots, beyond which no row may hold a token."""
@@ -219,6 +218,43 @@ class SparseCache:
             if (x := getattr(self, name)) is not None
         }
         return dataclasses.replace(self, kv=kv, **parts)
+
+
+def kinds_of(cache: SparseCache) -> SparseCache:
+    """Returns the kind of each array of a cache, for `shards.over_shards`."""
+    parts = {name: None if getattr(cache, name) is None else shards.TABLES for name in PARTS}
+    kv = cache_module.kinds_of(cache.kv)
+    return dataclasses.replace(cache, kv=kv, planes=shards.SHARED, **parts)
+
+
+def _with_tokens(cache: SparseCache, key, value, mask=None) -> dict[str, Any]:
+    """Returns what `SparseCache.append` changes, on one device."""
+    old, count, coding = cache.length, key.shape[1], cache.config.coding()
+    kv = cache_module.with_tokens(cache.kv, key, value, mask)
+    slots = cache_module.new_slots(old, mask, count, cache.capacity)
+    rows = jnp.arange(len(old))[:, None]
+    parts = {
+        name: x if x is None else _written(getattr(cache, name), x, rows, slots)
+        for name, x in _code(key, value, cache.planes, coding).items()
+    }
+    pages = cache.pages
+    if pages is not None:
+        size = coding.page_size
+        touched = old[:, None] // size + jnp.arange(-(-count // size) + 1)
+        at = touched[..., None] * size + jnp.arange(size)
+        keys = kv.key.at[rows, at.reshape(len(old), touched.shape[1] * size)].get(mode="clip")
+        found = _bounds(keys.reshape(*touched.shape, size, *keys.shape[2:]))
+        pages = _written(pages, found, rows, touched)
+    return {"kv": kv, "pages": pages, **parts}
+
+
+def _of_all_slots(kv: KVCache, planes: jax.Array, coding: Any) -> dict[str, Any]:
+    """Returns what is stored of every slot, on one device."""
+    pages, size = None, coding.page_size
+    if size is not None:
+        by_page = len(kv.length), kv.capacity // size, size, *kv.key.shape[2:]
+        pages = _bounds(kv.key.reshape(by_page))
+    return _tiled(kv, planes, coding) | {"pages": pages}
 
 
 def _code(key: jax.Array, value: jax.Array, planes: jax.Array, coding: Any) -> dict[str, Any]:

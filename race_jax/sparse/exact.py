@@ -26,7 +26,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from race_jax.sparse.cache import KVCache, total_decay
+from race_jax.core import shards
+from race_jax.sparse.cache import KVCache, kinds_of, total_decay
 from race_jax.sparse.selection import Selection
 
 # On a CPU a block then stays in its own cache. On a GPU every block costs a wait for its number.
@@ -190,6 +191,17 @@ def listed(query: jax.Array, cache: KVCache, selection: Selection) -> jax.Array:
     Returns:
       ``(B, T, N, V)``, in the dtype of the values, and zeros for an empty list. Sums are float32.
     """
+    return shards.over_shards(
+        lambda arrays, _: _listed(*arrays),
+        (query, cache, selection),
+        (shards.TOKENS, kinds_of(cache), Selection(shards.TOKENS, shards.TOKENS)),
+        shards.TOKENS,
+        kv_heads=cache.key.shape[2],
+        splits_sequence=False,
+    )
+
+
+def _listed(query: jax.Array, cache: KVCache, selection: Selection) -> jax.Array:
     batch, length, heads, width = query.shape
     kv_heads, lists = cache.key.shape[2], selection.indices.shape[2]
     scaled = query.astype(jnp.float32) / math.sqrt(width)

@@ -117,7 +117,10 @@ def oracle(query, cache: SparseCache, config: SparseConfig, positions) -> jax.Ar
 
 
 def random(query, cache: SparseCache, config: SparseConfig, positions) -> jax.Array:
-    """Numbers that say nothing of the keys, the same for the same seed, head and positions."""
+    """Numbers that say nothing of the keys, the same for the same seed, head and positions.
+
+    Where heads are split over devices, each device counts its own.
+    """
     del config
     mixed = cache.planes
     for part in (

@@ -14,16 +14,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from race_jax.core import dispatch
+from race_jax.core import dispatch, shards
 from race_jax.core.dispatch import Choice
 from race_jax.sparse import attention, scores, steps
 from race_jax.sparse.cache import KVCache
-from race_jax.sparse.coded import SparseCache
+from race_jax.sparse.coded import SparseCache, kinds_of
 from race_jax.sparse.config import SparseConfig
 from race_jax.sparse.selection import Selection
 from race_jax.sparse.steps import Steps
 
 SHORTEST_PREFIX = 4096  # slots; a cache of no more is always read whole in XLA
+KINDS = shards.TOKENS, Selection(shards.TOKENS, shards.TOKENS)  # of outputs and lists
 
 
 class Report(NamedTuple):
@@ -61,11 +62,13 @@ def sparse_decode_attention(
     a softmax over the kept tokens alone, so the result is biased where attention is flat. All
     tokens are scored, so a step still takes time in proportion to the length. While every sequence
     is shorter than ``dense_below``, the result is that of `dense_decode_attention` to the last bit;
-    under ``jax.vmap`` both are computed.
+    under ``jax.vmap`` both are computed. Inside ``jax.shard_map`` over the batch, every device goes
+    by the lengths of its own rows, and on an Explicit mesh by those of all rows.
 
     Args:
         query: shape (B, T, N, H), floating: the queries of the last T tokens appended. Each has its
-            own list.
+            own list. The dtype may be another one than the cache's; scores and logits are float32
+            in any case. The kernels then leave some steps to XLA.
         cache: the keys, values and codes of all tokens, also of these.
         config: what to keep, or None for the configuration of the cache. It may differ from that in
             everything that the codes do not depend on.
@@ -119,27 +122,47 @@ def _attend(
     choice: Choice, dense_choice: Choice, config: SparseConfig, query, cache: SparseCache, mask
 ) -> tuple[jax.Array, Report]:
     """Attends to all tokens or to the best of them. It is compiled once, also outside of a jit."""
+    is_dense = jnp.bool_(False)
+    if config.dense_below > 0:  # all rows count, also those of other devices of an Explicit mesh
+        is_dense = cache.length.max(initial=0) < config.dense_below
+    arrays = {"query": query, "cache": cache, "is_dense": is_dense}
+    kinds = {"query": shards.TOKENS, "cache": kinds_of(cache), "is_dense": shards.SHARED}
+    if mask is not None:
+        arrays["mask"], kinds["mask"] = mask, shards.SLOTS
+    out, selection = shards.over_shards(
+        lambda arrays, _: _attend_here(choice, dense_choice, config, **arrays),
+        arrays,
+        kinds,
+        KINDS,
+        kv_heads=cache.kv.key.shape[2],
+        splits_sequence=False,
+    )
+    return out, Report(*selection, is_dense)
+
+
+def _attend_here(
+    choice: Choice, dense_choice: Choice, config: SparseConfig, query, cache, is_dense, mask=None
+) -> tuple[jax.Array, Selection]:
+    """Attends on one device."""
     positions = attention.query_positions(query.shape[1], cache.kv, mask)
 
-    def sparse(query: jax.Array) -> tuple[jax.Array, Report]:
+    def sparse(query: jax.Array) -> tuple[jax.Array, Selection]:
         kernels = steps.of_kernels(query, cache, config)
         xla = functools.partial(_sparse_of_prefix, config)
         pallas = functools.partial(_sparse, kernels, config)
         return dispatch.by_platform(choice, xla, pallas)(query, cache, positions)
 
-    def dense(query: jax.Array) -> tuple[jax.Array, Report]:
+    def dense(query: jax.Array) -> tuple[jax.Array, Selection]:
         out = attention.over_all(dense_choice, query, cache.kv, positions)
         lists = query.shape[2] if config.selection == "head" else cache.kv.key.shape[2]
         seen = jnp.maximum(positions + 1, 0)[..., None]
         count = jnp.broadcast_to(seen, (*positions.shape, lists))
         indices = jnp.zeros((*count.shape, config.budget), jnp.int32)
-        indices += 0 * count[..., None]  # varies over the axes of a shard_map as the others do
-        return out, Report(indices, count, jnp.bool_(True))
+        return shards.vary_alike((out, Selection(indices, count)), KINDS)
 
     if config.dense_below == 0:
         return sparse(query)
-    short = cache.length.max(initial=0) < config.dense_below
-    return jax.lax.cond(short, dense, sparse, query)
+    return jax.lax.cond(is_dense, dense, sparse, query)
 
 
 def _sparse_of_prefix(config: SparseConfig, query, cache: SparseCache, positions):
@@ -189,7 +212,8 @@ def _sparse(take: Steps, config: SparseConfig, query, cache: SparseCache, positi
     else:
         by_time = jnp.moveaxis(query, 1, 0), jnp.moveaxis(positions, 1, 0)
         out, selection = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), jax.lax.map(one, by_time))
-    return out, Report(*selection, jnp.bool_(False))
+    # The branches of a `lax.cond` must vary over the same axes of a shard_map.
+    return shards.vary_alike((out, selection), KINDS)
 
 
 def score(query: jax.Array, cache: SparseCache, config: SparseConfig | None = None) -> jax.Array:
@@ -209,11 +233,24 @@ def score(query: jax.Array, cache: SparseCache, config: SparseConfig | None = No
       (1, 1, 2, 8)
     """
     config = _checked(query, cache, config, None)
-    positions = attention.query_positions(query.shape[1], cache.kv, None)
-    return _scores(query, cache, config, positions)
+    return _scores(config, query, cache)
 
 
-_scores = jax.jit(scores.by_name, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=0)
+def _scores(config: SparseConfig, query: jax.Array, cache: SparseCache) -> jax.Array:
+    def run(arrays: tuple[jax.Array, SparseCache], _: None) -> jax.Array:
+        query, cache = arrays
+        positions = attention.query_positions(query.shape[1], cache.kv, None)
+        return scores.by_name(query, cache, config, positions)
+
+    return shards.over_shards(
+        run,
+        (query, cache),
+        (shards.TOKENS, kinds_of(cache)),
+        shards.TOKENS,
+        kv_heads=cache.kv.key.shape[2],
+        splits_sequence=False,
+    )
 
 
 def explain(query: jax.Array, cache: SparseCache, config: SparseConfig | None = None) -> Choice:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import backend, sparse
 from pallas_kernels.sparse import Forced
@@ -16,9 +18,10 @@ from pallas_kernels.sparse.codes import Tile as CodeTile
 from pallas_kernels.sparse.keys import sampled_slots
 from pallas_kernels.sparse.scores import Tile
 from race_jax import SparseCache, SparseConfig, sparse_decode_attention
-from race_jax.core import dispatch
+from race_jax.core import dispatch, shards
 from race_jax.core.hashing import init_rotations
 from race_jax.sparse import codes
+from race_jax.sparse.coded import kinds_of
 from tests.sparse.problems import draw_tokens
 
 HOW = [
@@ -373,3 +376,35 @@ def test_a_limit_of_codes_is_named_with_what_was_given():
     assert "codes up to 1024 bits; got 1088" in said(count=272)
     assert "no empty arrays" in said(length=0)
     assert said() == limit() == backend.missing("sparse")
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
+def test_they_lower_for_cuda_where_rows_and_heads_are_split(kind):
+    """On an Explicit mesh, and inside ``jax.shard_map``, with dense attention for short rows."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    sizes = (2, 2), ("data", "model")
+    mesh = jax.sharding.AbstractMesh(*sizes, abstract_device=device, axis_types=(kind,) * 2)
+    config = SparseConfig(budget=256, dense_below=300)
+    shape = 4, 512, 2, 64
+    cache = jax.eval_shape(lambda: SparseCache.init(jax.random.key(0), *shape, config=config))
+    arrays = cache, *(jax.ShapeDtypeStruct((4, 1, heads, 64), jnp.bfloat16) for heads in (8, 2))
+    tokens, tables = P("data", None, "model"), P("data", "model")
+    by_kind = {shards.TOKENS: tokens, shards.TABLES: tables, shards.ROWS: P("data")}
+    kinds = kinds_of(cache), shards.TOKENS, shards.TOKENS
+    specs = jax.tree.map(lambda kind: by_kind.get(kind, P()), kinds)
+
+    def step(cache, query, key):
+        cache = cache.append(key, key)
+        out, report = sparse_decode_attention(query, cache, return_report=True)
+        return cache, out, report.indices, report.count
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        if kind == AxisType.Explicit:
+            run, split = step, lambda x, spec: x.update(sharding=NamedSharding(mesh, spec))
+            arrays = jax.tree.map(split, arrays, specs)
+        else:
+            run = jax.shard_map(step, in_specs=specs, out_specs=(specs[0], *[tokens] * 3))
+        text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("codes", "queries", "scores", "threshold", "attend"):
+        assert f'name = "sparse_{name}"' in text
+    assert 'name = "dense_attend"' in text

@@ -37,6 +37,7 @@ def test_equal_scores_give_the_first_tokens():
     assert run(np.zeros(9), everything, ~everything, 4) == [0, 1, 2, 3]
     assert run(np.full(9, np.nan), everything, ~everything, 4) == [0, 1, 2, 3]
     assert run(np.zeros(9), ~everything, ~everything, 4) == []
+    assert run(np.zeros(9), everything, ~everything, 0) == []
 
 
 def test_zeros_of_both_signs_are_equal_in_compiled_code():
