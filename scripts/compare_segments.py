@@ -8,8 +8,8 @@ unless the flags say otherwise, with random parameters and random bytes. A line 
 distance of two gradients with respect to all parameters, |a - b| / |b|, each as one long vector:
 
 * of each length of segments from the last one in the list;
-* of each length from float64, for the first --prefix bytes. The float64 gradient is computed over
-  the whole prefix at once, without kernels.
+* of each length from float64, for the first --prefix bytes. The float64 gradient is computed on the
+  CPU, over the whole prefix at once.
 """
 
 import argparse
@@ -67,9 +67,9 @@ def in_segments(options: argparse.Namespace, tokens: np.ndarray, segment: int) -
 
 
 def exact(options: argparse.Namespace, tokens: np.ndarray) -> np.ndarray:
-    """The gradient in float64, of the whole at once."""
+    """The gradient in float64, of the whole at once, on the CPU: GPUs lack some of its products."""
     params, fixed = jax.device_get(ByteModel(ModelConfig(**sizes(options))).variables())
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         widened = jax.tree.map(
             lambda x: jnp.asarray(x, jnp.float64 if x.dtype == np.float32 else None),
             (params, fixed),

@@ -14,7 +14,6 @@ that failed. SIGTERM and Ctrl-C are passed on to all.
 """
 
 import argparse
-import glob
 import os
 import signal
 import socket
@@ -22,6 +21,8 @@ import subprocess
 import sys
 import threading
 import time
+
+from gpus import visible_gpus
 
 GRACE = 10.0  # seconds that the others have, to end by themselves
 STOPPED = 75  # the exit status of a run that was stopped early and is saved
@@ -48,17 +49,16 @@ def devices_of(index: int, options: argparse.Namespace) -> dict[str, str]:
 
 
 def gpus_of(processes: int) -> list[str]:
-    """Returns the GPU of each process, from those that CUDA_VISIBLE_DEVICES leaves, or from all.
+    """Returns the GPU of each process.
 
     Raises:
         ValueError: there are fewer GPUs than processes.
     """
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        known = visible.split(",")
-    else:
-        known = [str(index) for index in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+    known = visible_gpus(os.environ)
     if len(known) < processes:
-        raise ValueError(f"--gpus needs a GPU for each of {processes} processes; found {known}")
+        raise ValueError(
+            f"--gpus needs a GPU for each of {processes} processes; found {len(known)}: {known}"
+        )
     return known[:processes]
 
 

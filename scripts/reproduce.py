@@ -32,11 +32,12 @@ import experiments
 from bench_kernels import positive
 from benchmarks.text import progress_bar
 from experiments.table import BUDGETS, Table
+from gpus import visible_gpus
 from race_jax.train.console import say, warn
 from race_jax.train.progress import duration
 from reproduction import figure, miniature, results
 from reproduction.plan import OWN_FIELDS, Run, check_files, make_runs
-from reproduction.work import environments, is_finished, visible_cards, work
+from reproduction.work import environments, is_finished, work
 
 FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75
 LINE_SECONDS = 60.0  # between two lines of progress where no terminal shows a bar
@@ -201,7 +202,7 @@ def run(options: argparse.Namespace) -> int:
         return REFUSED
     if not options.show:
         given = dict(os.environ)
-        slots = environments(options.jobs, visible_cards(given), options.data, given)
+        slots = environments(options.jobs, visible_gpus(given), options.data, given)
         progress = Progress(table, options, runs)
         try:
             work(runs, slots, progress, keep=options.keep)

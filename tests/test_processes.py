@@ -1,5 +1,6 @@
 """A run of two processes with four CPU devices each: its steps, one's death, and a restart."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -14,11 +15,11 @@ import time
 import numpy as np
 import pytest
 
+import launch_local
 from race_jax.data.token_file import write_token_file
 from race_jax.data.tokenizer import ByteTokenizer
 from race_jax.train.config import Config
 from race_jax.train.loop import train
-from scripts import launch_local
 from tests import quick
 from tests.test_commands import shell_commands
 from tests.train.small import small_config
@@ -182,6 +183,19 @@ def test_processes_must_agree_before_they_train(folder, what, own, said, by_the_
     assert re.search(said, outputs[1]), outputs[1]
     assert by_the_first in outputs[0], outputs[0]
     assert not list(folder.glob("run/.seen-*"))
+
+
+def test_each_process_gets_a_gpu_of_its_own(monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    gpus = launch_local.gpus_of(2)
+    assert gpus == ["4", "6"]
+    options = argparse.Namespace(gpus=gpus, devices=1)
+    assert launch_local.devices_of(1, options) == {"CUDA_VISIBLE_DEVICES": "6"}
+    with pytest.raises(SystemExit):
+        launch_local.main(["--processes", "3", "--gpus", "--", "train.py"])
+    assert (
+        "--gpus needs a GPU for each of 3 processes; found 2: ['4', '6']" in capsys.readouterr().err
+    )
 
 
 def test_what_does_not_fit_is_refused():

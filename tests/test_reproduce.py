@@ -5,6 +5,7 @@ a step every hundredth of a second. One test trains real models.
 """
 
 import collections
+import dataclasses
 import doctest
 import json
 import math
@@ -22,6 +23,7 @@ import pytest
 import experiments
 import reproduce
 from experiments.table import Data, Method, Metric, Table
+from gpus import visible_gpus
 from race_jax.train.files import run_directory, try_lock
 from race_jax.train.metrics import read_records
 from reproduction import figure, plan, results, work
@@ -363,6 +365,17 @@ def test_the_speed_is_in_examples_if_batches_have_several_lengths(train, monkeyp
     assert "| 500 |" in text
 
 
+def test_the_speed_may_be_what_a_table_compares(train):
+    runs, _, _ = train(seeds=(0,), methods=("good",))
+    data = dataclasses.replace(TABLE.data[0], metrics=experiments.find("speed").data[0].metrics)
+    table = dataclasses.replace(TABLE, data=(data,))
+    lines = results.markdown(table, results.collect(table, "small", runs)).splitlines()
+    heads = next(line for line in lines if line.startswith("| attention"))
+    assert heads == "| attention | million tokens/s | parameters | peak memory | seeds |"
+    row = next(line for line in lines if "good" in line)
+    assert row.startswith(f"| good | {2 * 16 * 256 / 1e6:.2f} | 1,234 |")
+
+
 def test_the_best_mean_is_bold():
     def record(method, loss):
         return {
@@ -385,9 +398,9 @@ def test_several_runs_share_the_cards_and_their_memory():
     assert {slot["RACE_JAX_DATA"] for slot in slots} == {"data"}
     (alone,) = work.environments(1, [], None, given)
     assert "CUDA_VISIBLE_DEVICES" not in alone
-    assert work.visible_cards({"CUDA_VISIBLE_DEVICES": "2, 3"}) == ["2", "3"]
-    assert work.visible_cards({"CUDA_VISIBLE_DEVICES": ""}) == []
-    assert work.visible_cards({"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "2"}) == []
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "2, 3"}) == ["2", "3"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
+    assert visible_gpus({"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "2"}) == []
 
 
 def test_a_table_inside_the_project_names_no_folder_of_this_machine():

@@ -188,20 +188,6 @@ def environments(
     ]
 
 
-def visible_cards(environment: dict[str, str]) -> list[str]:
-    """Returns the names of the GPUs that JAX would use, without starting JAX."""
-    if (environment.get("JAX_PLATFORMS") or "cuda").split(",")[0] not in ("cuda", "gpu"):
-        return []
-    if (names := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name.strip() for name in names.split(",") if name.strip()]
-    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    return found.split()
-
-
 def _start_next(
     waiting: collections.deque[Run], environment: dict[str, str], display: Display
 ) -> Started | None:

@@ -3,6 +3,7 @@
 import pytest
 
 import bench_streaming
+import compare_segments
 
 SMALL = "--segment_length 64 --layers 1 --width 16 --repeats 1".split()
 
@@ -20,3 +21,17 @@ def test_it_compares_the_ways_to_a_gradient(capsys):
 def test_it_reads_a_file(capsys):
     bench_streaming.main(["--file", "130", *SMALL])
     assert capsys.readouterr().out.startswith("130 tokens from a file: ")
+
+
+@pytest.mark.once
+def test_gradients_are_compared_between_segments_and_with_float64(capsys, tolerance):
+    sizes = "--layers 1 --width 16 --heads 2 --dtype float32".split()
+    compare_segments.main(["--length", "200", "--segments", "30,100", "--prefix", "90", *sizes])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rsplit(":", 1)[0] for line in lines] == [
+        "float32, 200 bytes, segments of 30 from 100",
+        "float32, 90 bytes, segments of 30 from float64",
+        "float32, 90 bytes, segments of 100 from float64",
+    ]
+    distances = [float(line.rsplit(":", 1)[1]) for line in lines]
+    assert all(0 < distance < tolerance("streamed").rms for distance in distances)
