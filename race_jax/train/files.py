@@ -75,6 +75,8 @@ def write_text(path: Path, text: str) -> None:
 def run_directory(path: Path, *, is_first: bool = True) -> Iterator[Path]:
     """Opens the folder of a run for this process alone.
 
+    A folder that was made here and in which nothing was written is removed at the end.
+
     Args:
         path: the folder. It is made if it is missing.
         is_first: False for the other processes of a run of several, which only read there.
@@ -89,6 +91,7 @@ def run_directory(path: Path, *, is_first: bool = True) -> Iterator[Path]:
     if not is_first:
         yield path
         return
+    is_new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / ".lock", "a")  # noqa: SIM115 (held for the whole run)
@@ -96,7 +99,14 @@ def run_directory(path: Path, *, is_first: bool = True) -> Iterator[Path]:
         raise ValueError(f"{where} cannot be written: {error.strerror}") from error
     with lock:
         _take(lock, where)
-        yield path
+        try:
+            yield path
+        finally:
+            # Other processes do not wait for the lock, so nobody can have the file that is removed.
+            with contextlib.suppress(OSError):
+                if is_new and os.listdir(path) == [".lock"]:
+                    (path / ".lock").unlink()
+                    path.rmdir()
 
 
 def try_lock(path: Path) -> IO[str] | None:

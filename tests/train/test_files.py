@@ -29,6 +29,19 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         pass
 
 
+def test_a_new_folder_in_which_nothing_was_written_is_removed(tmp_path):
+    new, old = tmp_path / "new", tmp_path / "old"
+    old.mkdir()
+    for path in (new, old):
+        with pytest.raises(ValueError, match="refused"), run_directory(path):
+            raise ValueError("refused")
+    assert not new.exists()
+    assert old.exists()
+    with run_directory(new):
+        (new / "config.json").write_text("{}")
+    assert (new / "config.json").exists()
+
+
 def lock_error(number):
     def flock(*arguments):
         raise OSError(number, os.strerror(number))
