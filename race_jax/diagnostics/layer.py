@@ -161,7 +161,14 @@ def layers_of(model: Any, tokens: jax.Array) -> Iterator[tuple[Any, jax.Array]]:
         x, _ = block(x, positions, None, None, None, None)
 
 
-def report(layer: Any, x: jax.Array, rng_key: jax.Array, *, draws: int = 2) -> Report:
+def report(
+    layer: Any,
+    x: jax.Array,
+    rng_key: jax.Array,
+    *,
+    is_causal: bool | None = None,
+    draws: int = 2,
+) -> Report:
     """Measures what a layer does with a batch.
 
     Args:
@@ -169,6 +176,7 @@ def report(layer: Any, x: jax.Array, rng_key: jax.Array, *, draws: int = 2) -> R
       x: ``(B, T, D)``, the hidden states that the layer is called with. All pairs of the T tokens
         are compared.
       rng_key: a ``jax.random`` key, from which other planes are drawn.
+      is_causal: as for a call of the layer; None takes the layer's own.
       draws: the number of draws of other planes, at least 2.
 
     Returns:
@@ -183,7 +191,7 @@ def report(layer: Any, x: jax.Array, rng_key: jax.Array, *, draws: int = 2) -> R
       hash       L = 2, P = 2, beta 2.00, 2.00
     """
     settings = layer.config
-    heads, causal = heads_of(layer, x), bool(layer.is_causal)
+    heads, causal = heads_of(layer, x), layer.is_causal if is_causal is None else is_causal
     tanh = {"use_tanh": settings.use_tanh}
     options = {"num_planes": settings.num_planes, "scale": settings.planes_scale, **tanh}
     want = kernels.soft_kernel(heads.query, heads.key, sharpness=heads.sharpness, **options)

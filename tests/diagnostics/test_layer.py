@@ -103,6 +103,20 @@ def test_the_report_of_a_layer():
     assert "gate" not in diagnostics.report(plain, x, jax.random.key(2)).text()
 
 
+def test_the_report_of_a_call_in_the_other_direction():
+    x = jax.random.normal(jax.random.key(1), (1, 12, 16))
+    own, other = (
+        race_jax.RACEAttention(
+            **SIZES | {"is_causal": is_causal}, num_tables=4, num_planes=2, rngs=nnx.Rngs(0)
+        )
+        for is_causal in (True, False)
+    )
+    want = diagnostics.report(own, x, jax.random.key(2))
+    got = diagnostics.report(other, x, jax.random.key(2), is_causal=True)
+    assert got.error == want.error
+    assert got.error != diagnostics.report(other, x, jax.random.key(2)).error
+
+
 def test_another_layer_is_refused():
     with pytest.raises(TypeError, match=r"must be a race_jax\.RACEAttention, got a Linear"):
         diagnostics.heads_of(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), jnp.ones((1, 3, 2)))
