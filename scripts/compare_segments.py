@@ -4,16 +4,15 @@
     .venv/bin/python scripts/compare_segments.py --length 4k --segments 512,1000 --dtype float32
 
 The model is a language model of bytes with RACE attention, that of `bench_scaling.py --model small`
-unless the flags say otherwise, with random parameters and random bytes. A line is the relative
-distance of two gradients with respect to all parameters, |a - b| / |b|, each as one long vector:
+unless the flags say otherwise, with random parameters and random bytes. A line gives the relative
+distance |a - b| / |b| of two gradients with respect to all parameters, each as one long vector:
 
-* of each length of segments from the last one in the list;
+* of each length of segments from the longest one;
 * of each length from float64, for the first --prefix bytes. The float64 gradient is computed on the
   CPU, over the whole prefix at once.
 """
 
 import argparse
-import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -100,26 +99,39 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--layers", type=count, default=4, help="blocks of the model")
     add("--width", type=count, default=256, help="width of the model")
     add("--heads", type=count, default=4, help="heads of the model")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    if options.prefix > options.length:
+        parser.error(f"--prefix {options.prefix} is longer than --length {options.length}")
+    if options.width % options.heads:
+        parser.error(f"--heads {options.heads} does not divide --width {options.width}")
+    return options
 
 
 def main(words: Sequence[str]) -> None:
     """Prints a line for each distance."""
     options = parse(words)
     tokens = random_bytes(options.length + 1)[None].astype(np.int32)
-    gradient = functools.partial(in_segments, options)
-    *others, last = options.segments
-    about = f"{options.dtype}, {length_name(options.length)} bytes"
-    want = gradient(tokens, last)
-    for segment in others:
-        found = distance(gradient(tokens, segment), want)
-        print(f"{about}, segments of {length_name(segment)} from {length_name(last)}: {found}")
-    prefix = tokens[:, : options.prefix + 1]
-    want = exact(options, prefix)
-    about = f"{options.dtype}, {length_name(options.prefix)} bytes"
-    for segment in options.segments:
-        found = distance(gradient(prefix, segment), want)
-        print(f"{about}, segments of {length_name(segment)} from float64: {found}", flush=True)
+    *others, longest = options.segments
+    if others:
+        compare(options, tokens, others, f"segments of {length_name(longest)}", longest)
+    compare(options, tokens[:, : options.prefix + 1], options.segments, "float64")
+
+
+def compare(
+    options: argparse.Namespace,
+    tokens: np.ndarray,
+    segments: Sequence[int],
+    name: str,
+    longest: int | None = None,
+) -> None:
+    """Prints how far gradients are from that of the longest segments, or from float64."""
+    want = exact(options, tokens) if longest is None else in_segments(options, tokens, longest)
+    about = f"{options.dtype}, {length_name(tokens.shape[1] - 1)} bytes"
+    for segment in segments:
+        found = distance(in_segments(options, tokens, segment), want)
+        print(
+            f"{about}: segments of {length_name(segment)} differ from {name} by {found}", flush=True
+        )
 
 
 if __name__ == "__main__":

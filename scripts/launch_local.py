@@ -57,7 +57,8 @@ def gpus_of(processes: int) -> list[str]:
     known = visible_gpus(os.environ)
     if len(known) < processes:
         raise ValueError(
-            f"--gpus needs a GPU for each of {processes} processes; found {len(known)}: {known}"
+            f"--gpus needs a GPU for each of {processes} processes, and found {len(known)}: "
+            f"{known}; lower --processes, or leave --gpus out to run on the CPU"
         )
     return known[:processes]
 

@@ -71,6 +71,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
             "--config changes what is compared; give the table a folder of its own (--out)"
         )
     options.table = dataclasses.replace(experiments.find(options.table), changes=changes)
+    if options.budget == "paper" and not options.table.has_budget("paper"):
+        parser.error(f"the table {options.table.name} has no budget 'paper'; take 'small'")
     tiny = options.table.tiny if options.budget == "tiny" else ()
     for name, parts in (("methods", options.table.methods), ("data_sets", options.table.data)):
         known = [part.name for part in parts]

@@ -193,9 +193,8 @@ def test_each_process_gets_a_gpu_of_its_own(monkeypatch, capsys):
     assert launch_local.devices_of(1, options) == {"CUDA_VISIBLE_DEVICES": "6"}
     with pytest.raises(SystemExit):
         launch_local.main(["--processes", "3", "--gpus", "--", "train.py"])
-    assert (
-        "--gpus needs a GPU for each of 3 processes; found 2: ['4', '6']" in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "a GPU for each of 3 processes, and found 2: ['4', '6']; lower --processes" in said
 
 
 def test_what_does_not_fit_is_refused():

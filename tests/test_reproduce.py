@@ -371,9 +371,9 @@ def test_the_speed_may_be_what_a_table_compares(train):
     table = dataclasses.replace(TABLE, data=(data,))
     lines = results.markdown(table, results.collect(table, "small", runs)).splitlines()
     heads = next(line for line in lines if line.startswith("| attention"))
-    assert heads == "| attention | million tokens/s | parameters | peak memory | seeds |"
+    assert heads == "| attention | thousand tokens/s | parameters | peak memory | seeds |"
     row = next(line for line in lines if "good" in line)
-    assert row.startswith(f"| good | {2 * 16 * 256 / 1e6:.2f} | 1,234 |")
+    assert row.startswith(f"| good | {2 * 16 * 256 / 1e3:.1f} | 1,234 |")
 
 
 def test_the_best_mean_is_bold():

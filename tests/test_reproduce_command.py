@@ -17,6 +17,7 @@ def test_a_command_line_that_cannot_be_is_refused(tmp_path, capsys):
         (["causal_lm", "--data", str(tmp_path / "none")], "--data: there is no folder"),
         (["none"], "invalid choice: 'none'"),
         (["causal_lm", "--job", "2"], "unknown argument '--job'"),
+        (["recall", "--budget", "paper"], "the table recall has no budget 'paper'; take 'small'"),
         (["causal_lm", "--config.model.width=8"], "a folder of its own (--out)"),
         (["causal_lm", "--config.=8"], "unknown argument '--config.=8'"),
         (["causal_lm", "--config.run.seed=8"], "run.seed is not free"),

@@ -43,6 +43,18 @@ class Suggestion(NamedTuple):
     best: Trial
     trials: tuple[Trial, ...]
 
+    def text(self, most: int = 5) -> str:
+        """Returns the best choices in words, a line each.
+
+        Args:
+          most: the number of lines.
+        """
+        return "\n".join(
+            f"P = {trial.num_planes}, L = {trial.num_tables}, beta {trial.sharpness:g}: "
+            f"{trial.error:.3f} of the attention on wrong keys"
+            for trial in self.trials[:most]
+        )
+
 
 def suggest(
     rng_key: jax.Array,
@@ -61,6 +73,9 @@ def suggest(
 
     Every P with 2^P <= features is tried, with as many tables as the budget allows,
     L = features // 2^P. The best choice has weights that are nearest to those of the target.
+
+    All pairs of queries and keys are compared, so that time and memory grow with the square of the
+    length. A few hundred tokens are enough.
 
     The proposal takes queries and keys as they are. A model that is trained with RACE from the
     start adapts them to the hash, so that the proposal is a place to start from.
@@ -86,9 +101,11 @@ def suggest(
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (1, 16, 1, 8))
-      >>> best = suggest(jax.random.key(1), x, x, features=8, sharpnesses=(1.0, 4.0)).best
-      >>> best.num_tables * 2**best.num_planes
+      >>> found = suggest(jax.random.key(1), x, x, features=8, sharpnesses=(1.0, 4.0))
+      >>> found.best.num_tables * 2**found.best.num_planes
       8
+      >>> print(found.text(most=1))
+      P = ..., L = ..., beta ...: 0... of the attention on wrong keys
 
     Source: beyond the paper.
     """

@@ -203,13 +203,16 @@ def errors_by_tables(
     num_planes: int,
     num_tables: Sequence[int] = (1, 2, 4, 8, 16, 32),
     sharpness: jax.typing.ArrayLike = 1.0,
-    scale: float = 1.0,
+    scale: float | None = None,
     use_tanh: bool = True,
     is_causal: bool = False,
     want: jax.Array | None = None,
     draws: int = 4,
 ) -> Errors:
     """Measures the error of L tables for several L.
+
+    All pairs of queries and keys are compared, so that time and memory grow with the square of the
+    length. A few hundred tokens are enough.
 
     Args:
       rng_key: a ``jax.random`` key, from which the planes are drawn.
@@ -218,7 +221,8 @@ def errors_by_tables(
       num_planes: P.
       num_tables: the numbers L.
       sharpness: beta, a scalar or ``(K,)``.
-      scale: the standard deviation of the planes' entries.
+      scale: the standard deviation of the planes' entries, which is ``H**-0.5`` if None, as in
+        `race_jax.RACEAttention`. The paper's is 1.
       use_tanh: as for `hash_kernel`.
       is_causal: whether query t sees keys 0 to t only.
       want: the exact kernel ``(B, N, T, S)``, which is `soft_kernel` if None.
@@ -243,6 +247,7 @@ def errors_by_tables(
         raise ValueError(
             f"draws must be at least 2 and num_tables must name a number, got {draws} and {tables}"
         )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     if want is None:
         want = soft_kernel(
             query,

@@ -18,6 +18,8 @@ from race_jax.diagnostics import kernels
 from race_jax.diagnostics.buckets import Buckets, buckets, effective_context
 from race_jax.layers import gates, parts, projections
 
+MOST_TOKENS = 1024  # of a report, whose time grows with their square
+
 
 class Heads(NamedTuple):
     """What a layer computes attention from.
@@ -46,6 +48,7 @@ class Report(NamedTuple):
       num_tables: L.
       num_planes: P.
       sharpness: beta of each head, ``(K,)``.
+      is_causal: whether a token is compared with itself and earlier tokens only.
       error: `distance` between the weights of the layer's own planes and those of the exact kernel,
         before any gate.
       errors: the same for other planes of the same scale, by the number of tables.
@@ -57,6 +60,7 @@ class Report(NamedTuple):
     num_tables: int
     num_planes: int
     sharpness: np.ndarray
+    is_causal: bool
     error: float
     errors: kernels.Errors
     key_buckets: Buckets
@@ -77,6 +81,7 @@ class Report(NamedTuple):
         )
         lines = [
             f"hash       L = {self.num_tables}, P = {self.num_planes}, beta {beta}",
+            f"pairs      each token and {'the earlier ones' if self.is_causal else 'all tokens'}",
             f"error      {self.error:.3f} of the attention on wrong keys",
             f"by tables  {law} (power {self.errors.slope:.2f})",
             f"keys       {bits(self.key_buckets)}",
@@ -145,6 +150,9 @@ def layers_of(model: Any, tokens: jax.Array) -> Iterator[tuple[Any, jax.Array]]:
     Yields:
       The layer and its input ``(B, T, D)``.
 
+    Raises:
+      TypeError: if the model is of another kind.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
@@ -154,6 +162,11 @@ def layers_of(model: Any, tokens: jax.Array) -> Iterator[tuple[Any, jax.Array]]:
       >>> [x.shape for _, x in layers_of(model, jnp.zeros((1, 5), int))]
       [(1, 5, 16), (1, 5, 16)]
     """
+    if not hasattr(model, "trunk"):
+        raise TypeError(
+            f"layers_of takes a model of race_jax.models, got a {type(model).__name__}; for a "
+            "layer of your own model, call report(layer, x) with the input x of the layer"
+        )
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     x = model.trunk.embedding(tokens, positions)
     for block in model.trunk.blocks:
@@ -173,14 +186,18 @@ def report(
 
     Args:
       layer: a `race_jax.RACEAttention`.
-      x: ``(B, T, D)``, the hidden states that the layer is called with. All pairs of the T tokens
-        are compared.
+      x: ``(B, T, D)``, the hidden states that the layer is called with, without padding. All pairs
+        of the T tokens are compared, so that T is at most 1,024.
       rng_key: a ``jax.random`` key, from which other planes are drawn.
-      is_causal: as for a call of the layer; None takes the layer's own.
+      is_causal: as for a call of the layer. None takes the layer's own, or True for a layer with a
+        forget gate.
       draws: the number of draws of other planes, at least 2.
 
     Returns:
       The error of the hash, the use of its buckets and the context of the gate.
+
+    Raises:
+      ValueError: if there are more tokens.
 
     Example:
       >>> import race_jax
@@ -190,8 +207,14 @@ def report(
       >>> print(report(layer, x, jax.random.key(1)).text().splitlines()[0])
       hash       L = 2, P = 2, beta 2.00, 2.00
     """
-    settings = layer.config
-    heads, causal = heads_of(layer, x), layer.is_causal if is_causal is None else is_causal
+    if x.shape[1] > MOST_TOKENS:
+        raise ValueError(
+            f"report compares all pairs of tokens, of at most {MOST_TOKENS:,}, and x has "
+            f"{x.shape[1]:,}; pass a part, such as x[:, :256]"
+        )
+    heads, settings = heads_of(layer, x), layer.config
+    causal = layer.is_causal or settings.forget_gate is not None
+    causal = causal if is_causal is None else is_causal
     tanh = {"use_tanh": settings.use_tanh}
     options = {"num_planes": settings.num_planes, "scale": settings.planes_scale, **tanh}
     want = kernels.soft_kernel(heads.query, heads.key, sharpness=heads.sharpness, **options)
@@ -214,6 +237,7 @@ def report(
         tables,
         settings.num_planes,
         np.asarray(heads.sharpness),
+        bool(causal),
         float(kernels.distance(*weights)),
         errors,
         buckets(heads.key, heads.planes, heads.sharpness, **tanh),

@@ -119,7 +119,8 @@ def oracle(query, cache: SparseCache, config: SparseConfig, positions) -> jax.Ar
 def random(query, cache: SparseCache, config: SparseConfig, positions) -> jax.Array:
     """Numbers that say nothing of the keys, the same for the same seed, head and positions.
 
-    Where heads are split over devices, each device counts its own.
+    Where heads are split over devices, each device counts its own, so that heads of different
+    devices have the same numbers.
     """
     del config
     mixed = cache.planes

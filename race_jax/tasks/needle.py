@@ -226,5 +226,5 @@ def _check_length(options: NeedleConfig, length: int, devices: int) -> None:
         raise ValueError(
             f"config.mesh.seq={devices} must leave {options.num_questions * options.needle_bytes} "
             f"bytes to the last device, so that no question is cut, got {last}; lower "
-            "config.needle.num_questions"
+            "config.needle.num_questions or config.mesh.seq, or change config.data.sequence_length"
         )

@@ -284,6 +284,12 @@ class Config:
                 f"config.mesh.seq must be 1 with config.task={self.task!r}, whose loss needs whole "
                 f"sequences; got {seq}. Share the sequences of a batch by config.mesh.data instead"
             )
+        if self.data.packing == "packed" and not registry.task_named(self.task).is_causal:
+            raise ValueError(
+                f'config.mesh.seq must be 1 with config.data.packing="packed" and '
+                f"config.task={self.task!r}, whose tokens see all others of their document; got "
+                f"{seq}. Share the sequences of a batch by config.mesh.data instead"
+            )
         for attention in self.model.attentions:
             if not splits_sequences(attention):
                 raise ValueError(
@@ -296,7 +302,10 @@ class Config:
         length, seq = self.data.sequence_length, self.mesh.seq
         filled = -(-length // seq) * seq
         if self.model.positions == "learned" and filled > self.model.max_length:
-            rounded = f", which config.mesh.seq={seq} rounds up to {filled}"
+            rounded = (
+                f", which config.mesh.seq={seq} rounds up to {filled}; raise "
+                "config.model.max_length, or take a config.mesh.seq that divides the length"
+            )
             raise ValueError(
                 "config.data.sequence_length must not exceed config.model.max_length "
                 f"{self.model.max_length} with learned positions, got {length}"

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from race_jax.tasks.task import Task
 from race_jax.train.config import Config
-from race_jax.train.mesh import SEQ
+from race_jax.train.mesh import SEQ, whole_stretches
 from race_jax.train.metrics import Record
 from race_jax.train.state import TrainState
 
@@ -90,7 +90,7 @@ def _attention(config: Config, mesh: Mesh, is_causal: bool) -> tuple[str, str]:
     shares = mesh.size // mesh.shape[SEQ]
     batch = config.run.batch_size // config.optimizer.accumulation_steps // shares
     is_packed = config.data.packing != "contiguous"
-    length = config.data.sequence_length // mesh.shape[SEQ]
+    length = whole_stretches(mesh, config.data.sequence_length) // mesh.shape[SEQ]
     described = [
         config.model.attention_config(name).describe(batch, length, is_packed, is_causal)
         for name in config.model.attentions

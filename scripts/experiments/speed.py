@@ -17,7 +17,7 @@ from experiments.table import TINY, Data, Metric, Table
 
 TOKENS = 65_536
 SPEED = Metric(
-    "training.tokens_per_second", "million tokens/s", 2, scale=1e-6, lowest_is_best=False
+    "training.tokens_per_second", "thousand tokens/s", 1, scale=1e-3, lowest_is_best=False
 )
 
 

@@ -32,7 +32,8 @@ class Metric:
     """A number of a run's `summary.json` that the table shows.
 
     Attributes:
-        path: the split and the name of the number, such as "valid.perplexity".
+        path: the split and the name of the number, such as "valid.perplexity", or
+            "training.tokens_per_second".
         label: the head of its column.
         digits: the number of digits after the point.
         scale: what the number is multiplied by; 100 shows a share in percent.
@@ -125,6 +126,10 @@ class Table:
     tiny: tuple[str, ...] = ()
     size_label: str = ""
     changes: Settings = dataclasses.field(default_factory=dict)
+
+    def has_budget(self, budget: str) -> bool:
+        """Returns whether the table or one of its data sets says what a budget sets."""
+        return any(budget in one.budgets for one in (self, *self.data))
 
     def settings(self, data: Data, method: Method, budget: str) -> dict[str, Any]:
         """Returns everything that a run sets. The command line has the last word."""

@@ -103,6 +103,26 @@ def test_the_report_of_a_layer():
     assert "gate" not in diagnostics.report(plain, x, jax.random.key(2)).text()
 
 
+def test_a_layer_with_a_gate_is_compared_with_earlier_tokens():
+    layer = race_jax.RACEAttention(
+        **SIZES | {"is_causal": False},
+        forget_gate="data",
+        num_tables=4,
+        num_planes=2,
+        rngs=nnx.Rngs(0),
+    )
+    x = jax.random.normal(jax.random.key(1), (1, 12, 16))
+    assert diagnostics.report(layer, x, jax.random.key(2)).is_causal
+
+
+def test_what_cannot_be_reported_is_refused_in_words():
+    layer = race_jax.RACEAttention(**SIZES, num_tables=4, num_planes=2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"of at most 1,024, and x has 1,025; pass a part"):
+        diagnostics.report(layer, jnp.zeros((1, 1025, 16)), jax.random.key(2))
+    with pytest.raises(TypeError, match=r"got a RACEAttention; for a layer of your own"):
+        next(diagnostics.layers_of(layer, jnp.zeros((1, 3), int)))
+
+
 def test_the_report_of_a_call_in_the_other_direction():
     x = jax.random.normal(jax.random.key(1), (1, 12, 16))
     own, other = (
@@ -114,6 +134,7 @@ def test_the_report_of_a_call_in_the_other_direction():
     want = diagnostics.report(own, x, jax.random.key(2))
     got = diagnostics.report(other, x, jax.random.key(2), is_causal=True)
     assert got.error == want.error
+    assert "the earlier ones" in got.text()
     assert got.error != diagnostics.report(other, x, jax.random.key(2)).error
 
 

@@ -28,10 +28,10 @@ def test_gradients_are_compared_between_segments_and_with_float64(capsys, tolera
     sizes = "--layers 1 --width 16 --heads 2 --dtype float32".split()
     compare_segments.main(["--length", "200", "--segments", "30,100", "--prefix", "90", *sizes])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.rsplit(":", 1)[0] for line in lines] == [
-        "float32, 200 bytes, segments of 30 from 100",
-        "float32, 90 bytes, segments of 30 from float64",
-        "float32, 90 bytes, segments of 100 from float64",
+    assert [line.rsplit(" ", 1)[0] for line in lines] == [
+        "float32, 200 bytes: segments of 30 differ from segments of 100 by",
+        "float32, 90 bytes: segments of 30 differ from float64 by",
+        "float32, 90 bytes: segments of 100 differ from float64 by",
     ]
-    distances = [float(line.rsplit(":", 1)[1]) for line in lines]
+    distances = [float(line.rsplit(" ", 1)[1]) for line in lines]
     assert all(0 < distance < tolerance("streamed").rms for distance in distances)

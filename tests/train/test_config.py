@@ -97,6 +97,11 @@ def test_what_stretches_of_sequences_need():
     for length in (102, 1001, 2000):
         config.optimizer.segment_length = length
         config.validate()
+    config.data.packing = "packed"
+    config.validate()
+    config.task, config.model.race.forget_gate = "masked_lm", None
+    with pytest.raises(ValueError, match=r"mesh\.seq must be 1 with .*packing=\"packed\" and"):
+        config.validate()
 
 
 def test_validation_copies_and_normalizes():
