@@ -40,6 +40,10 @@ def check_key_value_mask(mask: Any, shape: tuple[Size, Size], name: str = "key_v
     if mask is None:
         return
     check_array(name, mask)
+    if mask.ndim == 4 and mask.shape[1:3] == (1, 1):
+        raise ValueError(
+            f"{name} must be (B, S) = {shape}, got shape {mask.shape}; pass mask[:, 0, 0, :]"
+        )
     if mask.ndim > 2:
         raise ValueError(
             f"{name} must be (B, S) = {shape}, got a dense mask of shape {mask.shape}. "

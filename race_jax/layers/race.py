@@ -411,7 +411,7 @@ class RACEAttention(nnx.Module):
         if deterministic is None:
             raise ValueError(
                 f"dropout_rate={self.config.dropout_rate} needs deterministic=True or False, in "
-                "the call or in the constructor"
+                "the call or in the constructor; model.train() and model.eval() set it too"
             )
         if deterministic:
             return None

@@ -246,7 +246,7 @@ def _generate_command(directory: Path, prompt: str) -> str:
     words = [
         path.relative_to(here) if path.is_relative_to(here) else path for path in (python, script)
     ]
-    words += ["--checkpoint", directory, "--prompt", prompt]
+    words += ["--checkpoint", directory, "--prompt", prompt, "--temperature", TEMPERATURE]
     return shlex.join(map(str, words))
 
 

@@ -335,6 +335,7 @@ class Trainer:
         )
         if self.step:
             lines.append(f"{'resuming':10} after step {self.step}")
+        lines.append(f"{'compiling':10} the training step; Ctrl-C is answered after it")
         say("\n".join(lines))
         start = time.monotonic()
         if isinstance(self._train_step, DiskStep):
