@@ -1,14 +1,15 @@
-r"""Scores books token by token, and tells the loss by the position in the book.
+r"""Scores texts token by token, and tells the loss by the position in the text.
 
     .venv/bin/python scripts/score_positions.py --checkpoint runs/lm_long moby-dick.md.xz \
-        --context 0,2048 --json positions.json
+        --context 0,2048 --json positions.json --per_token nats.npz
 
-Every book is one sequence. With `--context 0` the state of the model is carried from its first
-token to its last, so a token may use all that came before it. With `--context 2048` the book is cut
-into windows of 2,048 tokens, and the model starts anew at each. A model without a state of fixed
-size, such as softmax, is scored with windows only. Positions are put into buckets whose borders
-double: 0 to 1,023, then 1,024 to 2,047, 2,048 to 4,095 and so on. The table has the mean loss of
-each bucket in bits a token, over all books.
+Every file is one text. With `--context 0` the state of the model is carried from its first token to
+its last, so a token may use all that came before it. With `--context 2048` the text is cut into
+windows of 2,048 tokens, and the model starts anew at each. A model without a state of fixed size,
+such as softmax, is scored with windows only. The first token of a text is not scored. Positions are
+put into buckets whose borders double: 0 to 1,023, then 1,024 to 2,047, 2,048 to 4,095 and so on.
+The table has the mean loss of each bucket in bits a token, over all texts. `--per_token` writes the
+nats of every token after the first, one array for each text and context, named "0 moby-dick.md.xz".
 """
 
 import argparse
@@ -65,7 +66,7 @@ def token_nats(model: TransformerLM, inputs: jax.Array, targets: jax.Array, stat
     return nats.reshape(targets.shape), state
 
 
-def book_nats(
+def text_nats(
     model: TransformerLM,
     ids: np.ndarray,
     *,
@@ -73,11 +74,11 @@ def book_nats(
     context: int,
     tell: Callable[[int], object] = lambda done: None,
 ) -> Iterator[np.ndarray]:
-    """Yields the nats of the tokens of a book after its first one, piece after piece.
+    """Yields the nats of the tokens of a text after its first one, piece after piece.
 
     Args:
         model: the model.
-        ids: shape (tokens,): the book.
+        ids: shape (tokens,): the text.
         segment_length: tokens that are computed at a time.
         context: the length of the windows at which the model starts anew; 0 carries its state from
             the first token to the last.
@@ -101,7 +102,7 @@ def book_nats(
 
 @functools.cache
 def _program(graph: nnx.GraphDef) -> Callable[..., tuple[jax.Array, Any]]:
-    """Returns `token_nats` of a model's variables, compiled once for all books."""
+    """Returns `token_nats` of a model's variables, compiled once for all texts."""
     return jax.jit(lambda variables, *now: token_nats(nnx.merge(graph, variables), *now))
 
 
@@ -115,23 +116,20 @@ def bucket_of(positions: np.ndarray) -> np.ndarray:
     return np.log2(np.maximum(positions, FIRST // 2) / (FIRST // 2)).astype(int)
 
 
-def by_position(pieces: Iterator[np.ndarray]) -> dict[int, tuple[float, int]]:
-    """Adds up the nats of a book by bucket, and returns them with the number of tokens."""
-    found: dict[int, tuple[float, int]] = {}
-    position = 1  # of the first token that is scored
-    for nats in pieces:
-        buckets = bucket_of(np.arange(position, position + len(nats)))
-        for bucket in np.unique(buckets).tolist():
-            here = nats[buckets == bucket].astype(np.float64)
-            total, count = found.get(bucket, (0.0, 0))
-            found[bucket] = total + float(here.sum()), count + len(here)
-        position += len(nats)
-    return found
+def by_position(nats: np.ndarray) -> dict[int, tuple[float, int]]:
+    """Adds up the nats of a text by bucket, and returns them with the number of tokens."""
+    buckets = bucket_of(np.arange(1, 1 + len(nats)))  # the first token is not scored
+    sums = np.bincount(buckets, weights=nats)
+    counts = np.bincount(buckets)
+    return {
+        bucket: (float(sums[bucket]), int(counts[bucket]))
+        for bucket in np.flatnonzero(counts).tolist()
+    }
 
 
 def table_lines(sums: dict[int, dict[int, tuple[float, int]]]) -> list[str]:
     """Returns a table with one row for each bucket and one column for each context."""
-    names = ["whole book" if context == 0 else f"{context:,}" for context in sums]
+    names = ["whole text" if context == 0 else f"{context:,}" for context in sums]
     lines = ["| position | tokens | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
     for bucket in sorted(next(iter(sums.values()))):
         first = 0 if bucket == 0 else FIRST << (bucket - 1)
@@ -142,8 +140,8 @@ def table_lines(sums: dict[int, dict[int, tuple[float, int]]]) -> list[str]:
     return lines
 
 
-def score(options: argparse.Namespace) -> dict[int, dict[int, tuple[float, int]]]:
-    """Returns the sums of all books by context and bucket."""
+def score(options: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Returns the nats of every text in every context, named "CONTEXT FILE"."""
     with open_for_inference(options.checkpoint) as saved:
         tokenizer, trunk = saved.companion, saved.shapes.trunk
         if not isinstance(tokenizer, Tokenizer):
@@ -153,22 +151,42 @@ def score(options: argparse.Namespace) -> dict[int, dict[int, tuple[float, int]]
                 "this model has no state of fixed size; give --context without 0, as in 2048"
             )
         model = saved.load()
-    sums: dict[int, dict[int, tuple[float, int]]] = {context: {} for context in options.context}
-    for path in options.books:
+    found = {}
+    for path in options.texts:
         data = read_file(path)
         is_bytes = isinstance(tokenizer, ByteTokenizer)
         ids = tokenizer.encode(data if is_bytes else Document(str(path), data).text())
-        for context, totals in sums.items():
+        for context in options.context:
             name = f"{path.name}, {f'windows of {context:,}' if context else 'as one context'}"
             print(f"{name}: {len(ids):,} tokens", file=sys.stderr, flush=True)
             length = options.segment_length
             with progress_bar(len(ids) - 1) as bar:
                 tell = lambda done, bar=bar: bar.update(done - bar.n)  # noqa: E731
-                pieces = book_nats(model, ids, segment_length=length, context=context, tell=tell)
-                for bucket, (nats, count) in by_position(pieces).items():
-                    before = totals.get(bucket, (0.0, 0))
-                    totals[bucket] = before[0] + nats, before[1] + count
+                pieces = text_nats(model, ids, segment_length=length, context=context, tell=tell)
+                found[f"{context} {path.name}"] = np.concatenate([np.zeros(0, np.float32), *pieces])
+    return found
+
+
+def sums_of(nats: dict[str, np.ndarray]) -> dict[int, dict[int, tuple[float, int]]]:
+    """Returns the sums over all texts by context and bucket."""
+    sums: dict[int, dict[int, tuple[float, int]]] = {}
+    for name, values in nats.items():
+        totals = sums.setdefault(int(name.split()[0]), {})
+        for bucket, (total, count) in by_position(values).items():
+            before = totals.get(bucket, (0.0, 0))
+            totals[bucket] = before[0] + total, before[1] + count
     return sums
+
+
+def contexts(text: str) -> list[int]:
+    """0,2048 -> [0, 2048]."""
+    try:
+        found = [int(word) for word in text.split(",")]
+    except ValueError:
+        found = [-1]
+    if min(found) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or lengths such as 0,2048")
+    return found
 
 
 def main(argv: list[str]) -> int:
@@ -176,23 +194,29 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    numbers = lambda text: [int(word) for word in text.split(",")]  # noqa: E731
-    parser.add_argument("books", type=Path, nargs="+", help="plain or packed text files")
+    parser.add_argument("texts", type=Path, nargs="+", help="plain or packed text files")
     parser.add_argument("--checkpoint", required=True, help="the directory of a training run")
-    parser.add_argument("--context", type=numbers, default=[0], help="0, or lengths of windows")
+    parser.add_argument("--context", type=contexts, default=[0], help="0, or lengths of windows")
     parser.add_argument("--segment_length", type=int, default=2**14, help="tokens at a time")
     parser.add_argument("--json", type=Path, help="a file for the sums")
+    parser.add_argument("--per_token", type=Path, help="a file .npz for the nats of every token")
     options = parser.parse_args(argv)
-    if min(options.context) < 0 or options.segment_length < 1:
-        parser.error("--context must be at least 0, and --segment_length at least 1")
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json: there is no folder {options.json.parent}")
+    if options.segment_length < 1:
+        parser.error("--segment_length must be at least 1")
+    for name in ("json", "per_token"):
+        path = getattr(options, name)
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"--{name}: there is no folder {path.parent}")
+    names = [path.name for path in options.texts]
+    if len(set(names)) < len(names):
+        parser.error(f"several texts have one name: {', '.join(names)}")
     try:
-        sums = score(options)
+        nats = score(options)
     except (ValueError, RuntimeError) as error:
         print(f"score_positions: {error}", file=sys.stderr)
         return 2
-    print("The mean loss in bits a token, by the position in the book and the context:\n")
+    sums = sums_of(nats)
+    print("The mean loss in bits a token, by the position in the text and the context:\n")
     print("\n".join(table_lines(sums)))
     if options.json is not None:
         rows = [
@@ -201,6 +225,9 @@ def main(argv: list[str]) -> int:
             for bucket, (nats, count) in sorted(found.items())
         ]
         options.json.write_text(json.dumps(rows, indent=1))
+    if options.per_token is not None:
+        with options.per_token.open("wb") as file:
+            np.savez(file, **nats)
     return 0
 
 

@@ -21,7 +21,7 @@ class DataConfig:
         source: "stdlib" (the source files of Python's standard library), "files" (local text, plain
             or packed by gzip, bzip2, xz or zip) or "huggingface" (a data set by name, which needs
             the package `datasets`). "hf:NAME" or "hf:NAME:CONFIG" is short for the latter with
-            `dataset` and `dataset_config`.
+            `dataset` and `dataset_config`. "tokens" reads a file of `scripts/write_tokens.py`.
         root: the folder that relative file names start from. None takes the environment variable
             RACE_JAX_DATA, which is used for nothing else.
         train_files, valid_files, test_files: file names, as a tuple or as one comma-separated

@@ -40,12 +40,12 @@ def wanted(model, ids):
 
 
 def nats(model, context):
-    pieces = score_positions.book_nats(model, TEXT, segment_length=700, context=context)
+    pieces = score_positions.text_nats(model, TEXT, segment_length=700, context=context)
     return np.concatenate(list(pieces))
 
 
 def test_nats_of_every_token_are_those_of_the_whole(model, assert_close):
-    assert_close("whole book", nats(model, 0), wanted(model, TEXT), kind="resumed")
+    assert_close("whole text", nats(model, 0), wanted(model, TEXT), kind="resumed")
     windows = [wanted(model, TEXT[first : first + 201]) for first in range(0, 2499, 200)]
     assert_close("windows", nats(model, 200), np.concatenate(windows), kind="resumed")
 
@@ -56,7 +56,11 @@ def test_the_table_has_the_mean_of_every_bucket(model, tmp_path, capsys, monkeyp
     monkeypatch.setattr(score_positions, "open_for_inference", lambda _: nullcontext(saved))
     words = [str(tmp_path / "book.txt"), "--checkpoint", "run", "--context", "0,200"]
     words += ["--json", str(tmp_path / "sums.json"), "--segment_length", "700"]
+    words += ["--per_token", str(tmp_path / "nats.npz")]
     assert score_positions.main(words) == 0
+    per_token = np.load(tmp_path / "nats.npz")
+    for context in (0, 200):
+        np.testing.assert_array_equal(per_token[f"{context} book.txt"], nats(model, context))
     rows = json.loads((tmp_path / "sums.json").read_text())
     # Token i of the book is scored at position i, and token 0 is not scored.
     borders = [0, 1023, 2047, 2499]
@@ -68,7 +72,7 @@ def test_the_table_has_the_mean_of_every_bucket(model, tmp_path, capsys, monkeyp
             assert row["nats"] == pytest.approx(found[first:stop].sum(), rel=1e-6)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("The mean loss in bits a token")
-    assert lines[2] == "| position | tokens | whole book | 200 |"
+    assert lines[2] == "| position | tokens | whole text | 200 |"
     assert lines[4].startswith("| 0 to 1,023 | 1,023 | ")
     assert lines[6].startswith("| 2,048 to 4,095 | 452 | ")
 
@@ -93,3 +97,10 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, caps
     with pytest.raises(SystemExit):
         score_positions.main(words)
     assert "--json: there is no folder nowhere" in capsys.readouterr().err
+
+
+def test_words_that_are_no_contexts_are_refused(tmp_path, capsys):
+    words = [str(tmp_path / "a"), "--checkpoint", str(tmp_path), "--context", "128,x"]
+    with pytest.raises(SystemExit):
+        score_positions.main(words)
+    assert "--context: '128,x' is not 0 or lengths such as 0,2048" in capsys.readouterr().err
