@@ -65,7 +65,7 @@ class Trainer:
        newest whole checkpoint, if there is one.
     3. It removes the metrics of steps after that checkpoint.
     4. It prints a description of the run.
-    5. It compiles the training step.
+    5. It compiles the training step, unless the run is finished.
 
     Args:
         config: a checked configuration.
@@ -335,6 +335,12 @@ class Trainer:
         )
         if self.step:
             lines.append(f"{'resuming':10} after step {self.step}")
+        if self.step == self._config.run.steps:
+            lines.append(f"{'finished':10} nothing is left to train, only to be scored")
+            say("\n".join(lines))
+            known = summary.read(self._directory)
+            self._planned_memory = known and known["peak_bytes"]
+            return
         lines.append(f"{'compiling':10} the training step; Ctrl-C is answered after it")
         say("\n".join(lines))
         start = time.monotonic()

@@ -103,7 +103,10 @@ def test_a_run_says_what_it_is_and_leaves_its_traces(config, capsys):
 
     again = train(config)
     assert again.evaluation == result.evaluation
-    assert "resuming   after step 12" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "resuming   after step 12" in out
+    assert "compiled" not in out
+    assert summary.read(directory)["peak_bytes"] == found["peak_bytes"]
     assert steps_of("final", directory) == [12]
 
     config.model.width = 32
