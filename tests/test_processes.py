@@ -186,6 +186,7 @@ def test_processes_must_agree_before_they_train(folder, what, own, said, by_the_
 
 
 def test_each_process_gets_a_gpu_of_its_own(monkeypatch, capsys):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     gpus = launch_local.gpus_of(2)
     assert gpus == ["4", "6"]

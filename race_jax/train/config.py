@@ -286,9 +286,9 @@ class Config:
             )
         if self.data.packing == "packed" and not registry.task_named(self.task).is_causal:
             raise ValueError(
-                f'config.mesh.seq must be 1 with config.data.packing="packed" and '
-                f"config.task={self.task!r}, whose tokens see all others of their document; got "
-                f"{seq}. Share the sequences of a batch by config.mesh.data instead"
+                f'config.mesh.seq must be 1 with config.data.packing="packed" and config.task='
+                f"{self.task!r}, whose model reads documents in both directions; got {seq}. Share "
+                "the sequences of a batch by config.mesh.data instead"
             )
         for attention in self.model.attentions:
             if not splits_sequences(attention):

@@ -112,8 +112,8 @@ def batch_shapes(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.ShapeDtypeS
     """Returns the shapes, dtypes and shardings that the arrays of a batch have on the devices."""
     missing = _missing(mesh, batch)
     if missing:
-        tokens = next(iter(batch.values())).shape[:2]
-        batch = {MASK: jax.ShapeDtypeStruct(tokens, bool)} | batch
+        shape = next(iter(batch.values())).shape[:2]
+        batch = {MASK: jax.ShapeDtypeStruct(shape, bool)} | batch
 
     def on_devices(x: Any) -> jax.ShapeDtypeStruct:
         shape = (x.shape[0], x.shape[1] + missing, *x.shape[2:]) if missing else x.shape
@@ -246,8 +246,8 @@ def put_rows(mesh: Mesh, batch: UnreadRows, stretch: int | None = None) -> dict[
             start = first + device * size
             piece = batch.piece(start, start + size, chosen)
             if length > batch.length:
-                tokens = np.arange(start, start + size) < batch.length
-                piece[MASK] = np.broadcast_to(tokens, (len(chosen), size))
+                is_real = np.arange(start, start + size) < batch.length
+                piece[MASK] = np.broadcast_to(is_real, (len(chosen), size))
             pieces.append(piece)
         if len(pieces) == 1:
             return pieces[0]
