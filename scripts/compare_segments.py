@@ -113,8 +113,10 @@ def main(words: Sequence[str]) -> None:
     tokens = random_bytes(options.length + 1)[None].astype(np.int32)
     *others, longest = options.segments
     if others:
-        compare(options, tokens, others, f"segments of {length_name(longest)}", longest)
-    compare(options, tokens[:, : options.prefix + 1], options.segments, "float64")
+        name = f"segments of {length_name(longest)}"
+        compare(options, tokens, others, name, in_segments(options, tokens, longest))
+    prefix = tokens[:, : options.prefix + 1]
+    compare(options, prefix, options.segments, "float64", exact(options, prefix))
 
 
 def compare(
@@ -122,10 +124,9 @@ def compare(
     tokens: np.ndarray,
     segments: Sequence[int],
     name: str,
-    longest: int | None = None,
+    want: np.ndarray,
 ) -> None:
-    """Prints how far gradients are from that of the longest segments, or from float64."""
-    want = exact(options, tokens) if longest is None else in_segments(options, tokens, longest)
+    """Prints how far the gradients in segments are from `want`, which is called `name`."""
     about = f"{options.dtype}, {length_name(tokens.shape[1] - 1)} bytes"
     for segment in segments:
         found = distance(in_segments(options, tokens, segment), want)

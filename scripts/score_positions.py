@@ -9,7 +9,7 @@ windows of 2,048 tokens, and the model starts anew at each. A model without a st
 such as softmax, is scored with windows only. The first token of a text is not scored. Positions are
 put into buckets whose borders double: 0 to 1,023, then 1,024 to 2,047, 2,048 to 4,095 and so on.
 The table has the mean loss of each bucket in bits a token, over all texts. `--per_token` writes the
-nats of every token after the first, one array for each text and context, named "0 moby-dick.md.xz".
+nats of every token after the first, one array for each context and text, named "0 moby-dick.md.xz".
 """
 
 import argparse
@@ -140,8 +140,8 @@ def table_lines(sums: dict[int, dict[int, tuple[float, int]]]) -> list[str]:
     return lines
 
 
-def score(options: argparse.Namespace) -> dict[str, np.ndarray]:
-    """Returns the nats of every text in every context, named "CONTEXT FILE"."""
+def score(options: argparse.Namespace) -> dict[tuple[int, Path], np.ndarray]:
+    """Returns the nats by context and text."""
     with open_for_inference(options.checkpoint) as saved:
         tokenizer, trunk = saved.companion, saved.shapes.trunk
         if not isinstance(tokenizer, Tokenizer):
@@ -163,15 +163,15 @@ def score(options: argparse.Namespace) -> dict[str, np.ndarray]:
             with progress_bar(len(ids) - 1) as bar:
                 tell = lambda done, bar=bar: bar.update(done - bar.n)  # noqa: E731
                 pieces = text_nats(model, ids, segment_length=length, context=context, tell=tell)
-                found[f"{context} {path.name}"] = np.concatenate([np.zeros(0, np.float32), *pieces])
+                found[context, path] = np.concatenate([np.zeros(0, np.float32), *pieces])
     return found
 
 
-def sums_of(nats: dict[str, np.ndarray]) -> dict[int, dict[int, tuple[float, int]]]:
+def sums_of(nats: dict[tuple[int, Path], np.ndarray]) -> dict[int, dict[int, tuple[float, int]]]:
     """Returns the sums over all texts by context and bucket."""
     sums: dict[int, dict[int, tuple[float, int]]] = {}
-    for name, values in nats.items():
-        totals = sums.setdefault(int(name.split()[0]), {})
+    for (context, _), values in nats.items():
+        totals = sums.setdefault(context, {})
         for bucket, (total, count) in by_position(values).items():
             before = totals.get(bucket, (0.0, 0))
             totals[bucket] = before[0] + total, before[1] + count
@@ -180,13 +180,10 @@ def sums_of(nats: dict[str, np.ndarray]) -> dict[int, dict[int, tuple[float, int
 
 def contexts(text: str) -> list[int]:
     """0,2048 -> [0, 2048]."""
-    try:
-        found = [int(word) for word in text.split(",")]
-    except ValueError:
-        found = [-1]
-    if min(found) < 0:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
         raise argparse.ArgumentTypeError(f"{text!r} is not 0 or lengths such as 0,2048")
-    return found
+    return [int(word) for word in words]
 
 
 def main(argv: list[str]) -> int:
@@ -207,9 +204,6 @@ def main(argv: list[str]) -> int:
         path = getattr(options, name)
         if path is not None and not path.absolute().parent.is_dir():
             parser.error(f"--{name}: there is no folder {path.parent}")
-    names = [path.name for path in options.texts]
-    if len(set(names)) < len(names):
-        parser.error(f"several texts have one name: {', '.join(names)}")
     try:
         nats = score(options)
     except (ValueError, RuntimeError) as error:
@@ -227,7 +221,7 @@ def main(argv: list[str]) -> int:
         options.json.write_text(json.dumps(rows, indent=1))
     if options.per_token is not None:
         with options.per_token.open("wb") as file:
-            np.savez(file, **nats)
+            np.savez(file, **{f"{context} {path}": x for (context, path), x in nats.items()})
     return 0
 
 

@@ -216,8 +216,8 @@ def _row(
         deviation = found.deviation and found.deviation * metric.scale
         text = Cell(found.mean * metric.scale, deviation).text(metric.digits)
         texts.append(f"**{text}**" if found.mean == winner else text)
-    speeds = cell([speed for record in records if (speed := _speed(record)) is not None])
     if not _scores_speed(data):
+        speeds = cell([speed for record in records if (speed := _speed(record)) is not None])
         texts.append(f"{speeds.mean:,.0f}" if speeds else "")
     texts.append(_one_of(f"{r['parameters']:,}" for r in records if r["parameters"]))
     peaks = [r["peak_bytes"] for r in records if r["peak_bytes"]]

@@ -13,7 +13,7 @@ import race_jax
 from race_jax import streaming
 from race_jax.models import ModelConfig, TransformerLM
 from race_jax.tasks.losses import chunked_cross_entropy
-from tests.devices.test_training import run_steps
+from tests.devices.test_training import one_device, run_steps
 from tests.gradients import with_biases_as_rows
 from tests.problems import evaluate, make_problem, oracle
 
@@ -132,7 +132,7 @@ def test_training_steps_on_two_cards_are_those_of_one(
     del two_cards
     with jax.default_matmul_precision("highest"):
         metrics, scores, state = run_steps(sizes, segment_length)
-        wanted, wanted_scores, one = run_steps((1, 1, 1))
+        wanted, wanted_scores, one = one_device()
     got, want = jax.device_get((state.opt_state, one.opt_state))
     assert_close("metrics", metrics, wanted, kind="gradients")
     assert_close("scores", scores, wanted_scores, kind="outputs")

@@ -60,7 +60,9 @@ def test_the_table_has_the_mean_of_every_bucket(model, tmp_path, capsys, monkeyp
     assert score_positions.main(words) == 0
     per_token = np.load(tmp_path / "nats.npz")
     for context in (0, 200):
-        np.testing.assert_array_equal(per_token[f"{context} book.txt"], nats(model, context))
+        np.testing.assert_array_equal(
+            per_token[f"{context} {tmp_path / 'book.txt'}"], nats(model, context)
+        )
     rows = json.loads((tmp_path / "sums.json").read_text())
     # Token i of the book is scored at position i, and token 0 is not scored.
     borders = [0, 1023, 2047, 2499]

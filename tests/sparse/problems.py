@@ -1,6 +1,7 @@
 """Random tokens, and attention over lists of them in float64, for the tests of decoding."""
 
 import numpy as np
+import pytest
 
 
 def draw_tokens(rng, batch, length, heads, kv_heads, head_dim, value_dim, dtype=np.float32):
@@ -37,3 +38,15 @@ def attend_over(query, key, value, mask, slopes=None, last=None, log_decay=None,
             weights = np.exp(faded) * weigh(logits)
         out[b, t, n] = weights @ value[b, sees, n // group]
     return out[:, -(last or length) :]
+
+
+def check_refusals(cases):
+    """Checks that every call raises an error of its kind, with these words in the message.
+
+    Args:
+        cases: for each name, the call, the kind of the error, and the words.
+    """
+    for name, (call, kind, words) in cases.items():
+        with pytest.raises(kind) as caught:
+            call()
+        assert words in str(caught.value), name
