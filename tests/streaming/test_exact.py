@@ -160,6 +160,3 @@ def test_a_prompt_is_read_in_segments(assert_close):
     nats, arguments, (_, state, _) = language_model()
     got, _ = quick.jit(streaming.fold(nats, segment_length=7))(*arguments)
     assert_close("state", got, state, kind="streamed")
-
-
-STEPS = 100_000
