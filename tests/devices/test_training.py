@@ -110,6 +110,33 @@ def test_steps_without_the_check_of_devices_are_the_same(
     assert_close("optimizer", got, want, kind="gradients")
 
 
+def averaged_steps(devices):
+    """Metrics, scores and parameters after three steps of two parts, by devices that split rows."""
+    config = small_config()
+    config.model.attention = "softmax"  # it compiles fastest
+    config.run.batch_size, config.optimizer.accumulation_steps = 8, 2
+    config.mesh.data = devices
+    config.optimizer.eps = 1e-2  # else Adam makes large steps of gradients that are rounding
+    mesh, optimizer, graph, state, batch = small_parts(config)
+    step = make_train_step(
+        LanguageModel, graph, optimizer, lambda step: 1.0, mesh, accumulation_steps=2
+    )
+    compiled = step.lower(state, batch, jax.random.key(0)).compile()
+    assert "all-gather" not in compiled.as_text()
+    assert len(batch["inputs"].sharding.device_set) == devices
+    for _ in range(3):
+        state, metrics = compiled(state, batch, jax.random.key(0))
+    scores = make_eval_step(LanguageModel, graph, mesh)(state.params, state.fixed, batch)
+    return jax.device_get((metrics, scores, state.params))
+
+
+def test_devices_that_split_rows_equal_one_with_and_without_the_check(monkeypatch, assert_close):
+    monkeypatch.setattr(mesh, "checks_devices", lambda mesh: mesh.size != 2)  # two are as GPUs are
+    one, two, four = map(averaged_steps, (1, 2, 4))
+    assert_close("2 devices, not checked", two, one, kind="gradients")
+    assert_close("4 devices, checked", four, one, kind="gradients")
+
+
 @pytest.mark.parametrize(
     ("sizes", "stretch"), [((2, 2, 2), None), ((2, 2, 2), 4), ((1, 7, 1), None), ((1, 7, 1), 3)]
 )

@@ -74,15 +74,21 @@ def command(folder: pathlib.Path, run: str) -> list[str]:
     ]
 
 
-def start(folder: pathlib.Path, run: str, *words: str) -> subprocess.Popen:
-    cache = {
+def environment(folder: pathlib.Path) -> dict[str, str]:
+    """The variables of a process, which reads what the ones before it have compiled."""
+    return os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
     }
+
+
+def start(folder: pathlib.Path, run: str, *words: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", HEAR_SIGNALS, *command(folder, run), *words],
         cwd=folder,
-        env=os.environ | cache | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env=environment(folder),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -178,10 +184,10 @@ def test_a_checkpoint_of_two_devices_goes_on_on_one(
 
 def test_the_reader_leaves_and_the_terminal_closes(folder):
     """No line can be printed, from the first one on. SIGHUP still saves a checkpoint."""
-    process = start(folder, "unread", "--config.run.steps=1000000")
+    process = start(folder, "unread")
     process.stdout.close()
     try:
-        wait_for_step(process, folder / "unread", EVERY // 2)
+        wait_for_step(process, folder / "unread", 1)
         process.send_signal(signal.SIGHUP)
         assert process.wait(timeout=240) == 75
     finally:
@@ -202,7 +208,7 @@ def test_what_cannot_start_says_so_in_one_sentence(folder, words, status, said):
     done = subprocess.run(
         [*command(folder, "unused"), *words],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env=environment(folder),
         capture_output=True,
         text=True,
         check=False,
