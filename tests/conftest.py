@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import textwrap
@@ -303,7 +304,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers tests/quick.py, and allows a warning that every kernel of Pallas's Triton gives."""
+    """Registers tests/quick.py, and allows a warning that every kernel of Pallas's Triton gives.
+
+    A shell starts a job in the background, and `nohup` its command, with Ctrl-C ignored. The
+    commands that are tested respect that, so it is undone here for the tests of Ctrl-C.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # A fixture of this file would not reach the examples of docstrings, which lie elsewhere.
     config.pluginmanager.register(quick)
     if file := config.getoption("margins"):

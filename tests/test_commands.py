@@ -198,8 +198,8 @@ def test_every_command_of_the_pages_runs_in_order(copy):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     found = [command for page in PAGES for command in shell_commands(page.read_text("utf-8"))]
-    # Stands in the README's prose. The stand-in has as many steps, so both compile one program.
-    found.insert(1, 'make train ARGS="--config.run.steps=3"')
+    # Stands in the README's prose. Both compile one program.
+    found.insert(1, 'make train ARGS="--config.run.directory=runs/arguments"')
     programs = without_covered(list(filter(None, map(in_small, found))))
     assert len(programs) > 12
     for small in programs:
@@ -214,3 +214,4 @@ def test_every_command_of_the_pages_runs_in_order(copy):
         assert done.returncode == 0, f"{small}\n{done.stdout}\n{done.stderr}"
         hint = re.search(r"^next +(.*scripts/generate\.py .*)$", done.stdout, re.MULTILINE)
         assert ("train_lm.py" in small or "make train" in small) == (hint is not None)
+    assert (copy / "runs" / "arguments" / "summary.json").exists()  # ARGS has reached the run

@@ -41,12 +41,11 @@ def get_config():
     return config
 """
 
-# Undoes what `nohup`, or a shell for a job in the background, has set to be ignored, and becomes
-# the command. A function for Popen's preexec_fn would fork, which JAX warns about.
-HEAR_SIGNALS = """
+# Undoes that `nohup` has set SIGHUP to be ignored, and becomes the command. (tests/conftest.py does
+# the same for SIGINT.) A function for Popen's preexec_fn would fork, which JAX warns about.
+HEAR_HANGUP = """
 import os, signal, sys
-for number in (signal.SIGINT, signal.SIGHUP):
-    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.execv(sys.argv[1], sys.argv[1:])
 """
 
@@ -86,7 +85,7 @@ def environment(folder: pathlib.Path) -> dict[str, str]:
 
 def start(folder: pathlib.Path, run: str, *words: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", HEAR_SIGNALS, *command(folder, run), *words],
+        [sys.executable, "-c", HEAR_HANGUP, *command(folder, run), *words],
         cwd=folder,
         env=environment(folder),
         stdout=subprocess.PIPE,
