@@ -117,6 +117,9 @@ def _weights(query: jax.Array, key: jax.Array, total: jax.Array) -> jax.Array:
     lower = jnp.tril(jnp.ones((BLOCK, BLOCK), bool))[None, None, None, ..., None]
     exponent = jnp.where(lower, g[..., :, None, :] - g[..., None, :, :], -jnp.inf)
     near = jnp.einsum("bkgith,bkitsh->bkgits", q, k[:, :, :, None] * jnp.exp(exponent))
-    near = near[..., None, :] * jnp.eye(blocks)[None, None, None, :, None, :, None]
-    shape = batch, kv_heads, groups, CHUNK, CHUNK
-    return far.reshape(shape) + near.reshape(shape)
+    # A choice, and no sum of `far` and `near` times the identity: on a CPU without AVX-512, jaxlib
+    # 0.10.2 crashes in the gradient of this product, which it computes by YNNPACK.
+    same = jnp.eye(blocks, dtype=bool)[:, None, :, None]  # (block of t, 1, block of s, 1)
+    far = far.reshape(*far.shape[:-1], blocks, BLOCK)
+    weights = jnp.where(same, near[..., None, :], far)
+    return weights.reshape(batch, kv_heads, groups, CHUNK, CHUNK)
