@@ -31,6 +31,7 @@ from benchmarks.decode_cells import METHODS, Setting, estimate, every, in_small,
 from benchmarks.decode_runs import IMPLEMENTATIONS, Bench, Limits
 from benchmarks.text import header
 from benchmarks.timing import COPY_ELEMENTS, copy_rate, find_clock, memory_limit
+from command_line import main_of
 
 LENGTHS = "16k,32k,64k,128k,256k"
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm"
@@ -173,4 +174,4 @@ def main(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main_of(main)

@@ -23,6 +23,7 @@ from benchmarks.floor_table import IMPLEMENTATIONS, SWEEPS
 from benchmarks.peak_table import ROWS, Limits, record, use_all_cores
 from benchmarks.plot import FORMATS
 from benchmarks.text import SUFFIXES, length_name
+from command_line import main_of, why_not_written
 
 LENGTHS = "256,512,1k,2k,4k,16k,64k,256k"
 TABLES = {"peak": peak_table, "floor": floor_table}
@@ -57,6 +58,15 @@ def lengths(text: str) -> list[int]:
     return sorted(found)
 
 
+def one_length(text: str) -> int:
+    """1M -> 1048576."""
+    try:
+        [found] = lengths(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one length such as 4k") from None
+    return found
+
+
 def names(choices: Collection[str], kind: str) -> Callable[[str], list[str]]:
     """A reader of some of these names, by commas."""
 
@@ -79,6 +89,8 @@ def output(*suffixes: str) -> Callable[[str], pathlib.Path]:
         if path.suffix not in suffixes or path.is_dir() or not path.parent.is_dir():
             kinds = " or ".join(suffixes)
             raise argparse.ArgumentTypeError(f"{text} is not a {kinds} file in an existing folder")
+        if reason := why_not_written(path):
+            raise argparse.ArgumentTypeError(reason)
         return path
 
     return read
@@ -164,4 +176,4 @@ def main(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main_of(main)

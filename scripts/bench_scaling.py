@@ -16,7 +16,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from bench_kernels import lengths, names, output, positive
+from bench_kernels import names, one_length, output, positive
 from benchmarks import scaling_figure
 from benchmarks.model_scaling import PRESETS, ModelSetting
 from benchmarks.scaling import (
@@ -32,19 +32,12 @@ from benchmarks.scaling import (
     read_points,
     series_of,
 )
+from command_line import main_of
 
 SIZES = {field.name for kind in (Setting, ModelSetting) for field in dataclasses.fields(kind)}
 # Trials of seconds: of the operation, and of a model.
 TINY = "--from 64 --to 128 --step 2 --heads 2 --tables 2 --planes 2 --segment_length 32 --repeats 1"
 TINY_SIZES = {False: "--head_dim 8", True: "--layers 1 --width 16"}
-
-
-def one_length(text: str) -> int:
-    """1M -> 1048576."""
-    found = lengths(text)
-    if len(found) > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one length such as 4k")
-    return found[0]
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -154,4 +147,4 @@ def main(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main_of(main)

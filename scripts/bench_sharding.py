@@ -24,10 +24,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import race_jax
-from bench_kernels import positive
-from bench_streaming import one_length
+from bench_kernels import one_length, positive
 from benchmarks.text import header, length_name, markdown, progress_bar
 from benchmarks.timing import wall_clock
+from command_line import main_of
 
 AXIS = "seq"
 WIDTHS = {"bfloat16": 2, "bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}
@@ -155,4 +155,4 @@ def main(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main_of(main)

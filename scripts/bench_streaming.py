@@ -21,10 +21,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from bench_kernels import lengths, positive
+from bench_kernels import lengths, one_length, positive
 from benchmarks.byte_model import ByteModel, shifted
 from benchmarks.text import header, length_name, markdown, progress_bar
 from benchmarks.timing import wall_clock
+from command_line import main_of
 from race_jax import streaming
 from race_jax.models import ModelConfig
 
@@ -120,11 +121,6 @@ def from_file(options: argparse.Namespace) -> None:
     )
 
 
-def one_length(text: str) -> int:
-    """1M -> 1048576."""
-    return lengths(text)[-1]
-
-
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -151,4 +147,4 @@ def main(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main_of(main)

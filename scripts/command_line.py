@@ -1,8 +1,9 @@
-"""The command line that the training scripts share: what they print, and how they end."""
+"""What scripts share: the command line of those that train, and how all of them end."""
 
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL, "try again"
@@ -76,3 +77,43 @@ def _train(text: str, argv: list[str], trains: Callable[[type], str | None]) -> 
         )
     result = train(config, exit_at_once=True)
     return FINISHED if result.stopped is None else STOPPED
+
+
+def why_not_written(path: Path) -> str:
+    """Returns why a file could not be written after all the work, or nothing.
+
+    Example:
+        >>> why_not_written(Path("/")).endswith("is a folder; name a file in it")
+        True
+    """
+    if path.is_dir():
+        return f"{path} is a folder; name a file in it"
+    if not path.absolute().parent.is_dir():
+        return f"there is no folder {path.parent}; make it first"
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        return f"{path} may not be written; name another file"
+    return ""
+
+
+def main_of(run: Callable[[list[str]], int | None]) -> None:
+    """Ends the process with the status of a script's `main`, which gets the words after the name.
+
+    Ctrl-C, and a reader of the standard output that has ended, such as `head`, end it in words or
+    in silence, as a shell would: with the status 128 + the number of the signal.
+
+    Example:
+        >>> main_of(lambda words: 0)
+        Traceback (most recent call last):
+        SystemExit: 0
+    """
+    name = os.path.basename(sys.argv[0])
+    try:
+        status = run(sys.argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"{name}: stopped by Ctrl-C; files that it has written are kept", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    sys.exit(status)

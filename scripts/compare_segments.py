@@ -13,7 +13,6 @@ distance |a - b| / |b| of two gradients with respect to all parameters, each as 
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench_kernels import lengths, positive
-from bench_streaming import one_length, random_bytes
+from bench_kernels import lengths, one_length, positive
+from bench_streaming import random_bytes
 from benchmarks.byte_model import ByteModel, shifted
 from benchmarks.model_scaling import PLAIN_RACE
 from benchmarks.text import length_name
+from command_line import main_of
 from race_jax import streaming
 from race_jax.models import ModelConfig
 
@@ -136,4 +136,4 @@ def compare(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main_of(main)

@@ -12,13 +12,13 @@ probability of every class, and the text.
 import argparse
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from command_line import main_of, why_not_written
 from race_jax.data.documents import Document
 from race_jax.data.labeled import Columns, LabeledText, labeled_texts
 from race_jax.data.sources import read_file
@@ -117,8 +117,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.columns and not options.file:
         parser.error("--columns is used with --file only; leave it out")
-    if options.output is not None and not options.output.absolute().parent.is_dir():
-        parser.error(f"--output: there is no folder {options.output.parent}; make it first")
+    if options.output is not None and (reason := why_not_written(options.output)):
+        parser.error(f"--output: {reason}")
     return options
 
 
@@ -135,12 +135,9 @@ def main(argv: list[str]) -> int:
     except (ValueError, RuntimeError, ImportError, OSError) as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
-    try:
-        print("\n".join(table_lines(*answer)), flush=True)
-    except BrokenPipeError:  # the reader, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print("\n".join(table_lines(*answer)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main_of(main)

@@ -27,6 +27,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.text import progress_bar
+from command_line import main_of, why_not_written
 from race_jax.data.documents import Document
 from race_jax.data.sources import read_file
 from race_jax.data.tokenizer import ByteTokenizer, Tokenizer
@@ -202,16 +203,26 @@ def main(argv: list[str]) -> int:
         parser.error("--segment_length must be at least 1")
     for name in ("json", "per_token"):
         path = getattr(options, name)
-        if path is not None and not path.absolute().parent.is_dir():
-            parser.error(f"--{name}: there is no folder {path.parent}")
+        if path is not None and (reason := why_not_written(path)):
+            parser.error(f"--{name}: {reason}")
     try:
         nats = score(options)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"score_positions: {error}", file=sys.stderr)
         return 2
     sums = sums_of(nats)
     print("The mean loss in bits a token, by the position in the text and the context:\n")
     print("\n".join(table_lines(sums)))
+    try:
+        write(options, nats, sums)
+    except OSError as error:
+        print(f"score_positions: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def write(options: argparse.Namespace, nats: Any, sums: Any) -> None:
+    """Writes the files that are asked for."""
     if options.json is not None:
         rows = [
             {"context": context, "bucket": bucket, "nats": nats, "tokens": count}
@@ -222,8 +233,7 @@ def main(argv: list[str]) -> int:
     if options.per_token is not None:
         with options.per_token.open("wb") as file:
             np.savez(file, **{f"{context} {path}": x for (context, path), x in nats.items()})
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main_of(main)

@@ -41,6 +41,7 @@ from benchmarks.decode_model import (
     selected_quality,
     statistics,
 )
+from command_line import main_of
 from race_jax.data.sources import named_paths, read_file
 from race_jax.sparse import SparseConfig, budget_for
 from race_jax.tasks.lookup import LookupConfig, with_lookups
@@ -342,4 +343,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main_of(main)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from command_line import main_of
 from race_jax.data.config import DataConfig
 from race_jax.data.documents import Document
 from race_jax.data.sources import read_file
@@ -81,4 +82,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main_of(main)

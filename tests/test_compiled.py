@@ -1,15 +1,20 @@
 """Compiled programs do not grow with the length, and their memory grows no faster than the inputs.
 
-Programs are only lowered or compiled from shapes. Nothing is run at the lengths named here.
+Programs are only lowered or compiled from shapes. Nothing is run at the lengths named here. What is
+called outside ``jax.jit`` is compiled once.
 """
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import race_jax
+from race_jax.layers import registry
+from race_jax.models import ModelConfig
 
 HEADS, KV_HEADS, HEAD_DIM = 2, 1, 64
 
@@ -112,3 +117,32 @@ def test_gradients_of_the_delta_rule_do_not_end_the_process(run_python):
         """
     )
     assert printed.strip() == "True"
+
+
+def compilations(run, caplog):
+    """The programs that a second call compiles."""
+    jax.block_until_ready(run())
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        caplog.clear()
+        jax.block_until_ready(run())
+        return [text for text in caplog.messages if text.startswith("Compiling")]
+
+
+@pytest.mark.parametrize("name", registry.ATTENTIONS)
+def test_a_second_call_outside_jit_compiles_nothing(name, caplog):
+    is_causal = name != "linformer"
+    config = ModelConfig(num_layers=1, width=8, num_heads=2, attention=name)
+    layer = registry.find(name).from_config(
+        config.attention_config(), is_causal=is_causal, rngs=nnx.Rngs(0)
+    )
+    x, positions = jnp.ones((1, 5, 8)), jnp.arange(5)[None]
+
+    def forward(layer=layer):
+        return layer(x, positions=positions, is_causal=is_causal)
+
+    def total(layer):
+        return jnp.sum(forward(layer))
+
+    for run in (forward, lambda: nnx.grad(total)(layer)):
+        assert not compilations(run, caplog)
+    assert len(compilations(lambda: jax.jit(lambda x: x + 1)(x), caplog)) == 1  # the log is read

@@ -50,7 +50,7 @@ SOURCES = {
     "core.reference": "core.shapes",
     "streaming": "core.state",
     "sparse": "core.hashing core.masking core.dispatch core.shards",
-    "diagnostics": "layers.functional models extras",
+    "diagnostics": "layers.functional layers.race models extras",
     "layers.attention_fn": "core.attention",
     "layers.products": "core.shards",
     "layers.gates": "core.shapes layers.products",

@@ -7,9 +7,10 @@ The attention that they compute is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -285,15 +286,16 @@ def attend(
     )
     used = (kind if x is not None else None for kind, x in zip(_AXES, arrays, strict=True))
     out_axes = (shards.TOKENS, _STATE_AXES) if options.return_state else shards.TOKENS
-    return shards.over_shards(
-        run,
-        arrays,
-        _Arrays(*used),
-        out_axes,
-        kv_heads=kv_heads,
-        axis_name=options.axis_name,
-        splits_sequence=checks.whole_sequence_only(options) is None,
-    )
+    with _reverse_mode_only():
+        return shards.over_shards(
+            run,
+            arrays,
+            _Arrays(*used),
+            out_axes,
+            kv_heads=kv_heads,
+            axis_name=options.axis_name,
+            splits_sequence=checks.whole_sequence_only(options) is None,
+        )
 
 
 def _dtype_of_sums(arrays: _Arrays, sharpness: jax.typing.ArrayLike) -> jnp.dtype:
@@ -303,6 +305,11 @@ def _dtype_of_sums(arrays: _Arrays, sharpness: jax.typing.ArrayLike) -> jnp.dtyp
     return jnp.result_type(*floating, sharpness, jnp.float32)
 
 
+# Compiled as one program, so that a call outside `jax.jit` compiles once, and not its loops anew.
+@functools.partial(
+    jax.jit,
+    static_argnames=("axis_name", "plan", "dtype", "is_causal", "normalization", "return_state"),
+)
 def _run(
     arrays: _Arrays,
     axis_name: Axis | None,
@@ -421,7 +428,7 @@ def _causal(
         return _no_outputs(operands), operands.sums
     if normalization == "bucket":
         return rescan.causal_bucket(operands, plan.use_tanh)
-    return _reverse_mode(implementations.run_causal, plan, operands)
+    return implementations.run_causal(plan, operands)
 
 
 def _bidirectional(
@@ -435,7 +442,7 @@ def _bidirectional(
     whole = bidirectional.Operands(z_q, z_k, value, sharpness, mask, sums)
     if normalization == "bucket":
         return rescan.bidirectional_bucket(whole, plan.use_tanh)
-    return _reverse_mode(implementations.run_bidirectional, plan, whole)
+    return implementations.run_bidirectional(plan, whole)
 
 
 def _no_outputs(operands: causal.Operands) -> jax.Array:
@@ -443,11 +450,11 @@ def _no_outputs(operands: causal.Operands) -> jax.Array:
     return jnp.zeros_like(operands.value, shape=shape)
 
 
-def _reverse_mode(
-    run: Callable, plan: implementations.Plan, operands: tuple
-) -> tuple[jax.Array, Sums]:
+@contextlib.contextmanager
+def _reverse_mode_only() -> Iterator[None]:
+    """Says in words what a gradient in forward mode needs."""
     try:
-        return run(plan, operands)
+        yield
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise

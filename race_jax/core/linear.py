@@ -99,6 +99,8 @@ _AXES = dict.fromkeys(("phi_q", "phi_k", "value", "log_decay"), shards.TOKENS)
 _AXES |= dict.fromkeys(("mask", "segment_ids"), shards.SLOTS) | {"state": STATE_AXES}
 
 
+# Compiled as one program, so that a call outside `jax.jit` compiles once, and not its loop anew.
+@functools.partial(jax.jit, static_argnames=("dtype", "is_causal"))
 def _run(
     phi_q: jax.Array,
     phi_k: jax.Array,

@@ -10,6 +10,7 @@ With the decay a_t of a token, what it adds u_t, and what the state keeps of the
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -122,6 +123,8 @@ def run_chunks(
     return (out, state) if return_state else out
 
 
+# Compiled as one program, so that a call outside `jax.jit` compiles once, and not its loop anew.
+@functools.partial(jax.jit, static_argnames="step")
 def _scan(
     step: Step, arrays: dict[str, jax.Array], state: MatrixState
 ) -> tuple[jax.Array, MatrixState]:

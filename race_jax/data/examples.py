@@ -46,6 +46,7 @@ class Examples:
     lengths: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", np.asarray(self.labels))
         if self.lengths is None:
             object.__setattr__(self, "lengths", np.array([len(x) for x in self.inputs], np.int64))
         counts = len(self.inputs), len(self.labels), len(self.lengths)

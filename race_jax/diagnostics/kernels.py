@@ -166,11 +166,19 @@ def attention_weights(kernel: jax.Array, *, is_causal: bool = False) -> jax.Arra
     Returns:
       ``(..., T, S)``.
 
+    Raises:
+      ValueError: if `is_causal` and there are not as many queries as keys.
+
     Example:
       >>> attention_weights(jnp.ones((2, 2)), is_causal=True).tolist()
       [[1.0, 0.0], [0.5, 0.5]]
     """
     if is_causal:
+        if kernel.shape[-2] != kernel.shape[-1]:
+            raise ValueError(
+                f"is_causal=True needs as many queries as keys, got {kernel.shape[-2]} queries and "
+                f"{kernel.shape[-1]} keys"
+            )
         kernel = jnp.tril(kernel)
     return kernel / kernel.sum(axis=-1, keepdims=True)
 

@@ -17,6 +17,7 @@ from race_jax.core.state import EMPTY
 from race_jax.diagnostics import kernels
 from race_jax.diagnostics.buckets import Buckets, buckets, effective_context
 from race_jax.layers import gates, parts, projections
+from race_jax.layers.race import RACEAttention
 
 MOST_TOKENS = 1024  # of a report, whose time grows with their square
 
@@ -115,7 +116,7 @@ def heads_of(layer: Any, x: jax.Array) -> Heads:
       >>> heads.query.shape, heads.key.shape, heads.log_decay
       ((1, 5, 4, 4), (1, 5, 2, 4), None)
     """
-    if not hasattr(layer, "planes") or not hasattr(layer, "config"):
+    if not isinstance(layer, RACEAttention):
         raise TypeError(f"layer must be a race_jax.RACEAttention, got a {type(layer).__name__}")
     settings, params = layer.config, layer.parameters()
     x = x.astype(settings.dtype or x.dtype)

@@ -84,6 +84,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in registry.ATTENTIONS:
+            if not hasattr(self, name):
+                raise ValueError(
+                    f"the attention {name!r} has been added to race_jax.layers.registry.ATTENTIONS "
+                    "too late: ModelConfig has a field for every attention that was there when "
+                    "race_jax.models was imported; add it before that import."
+                )
             options = getattr(self, name)
             if isinstance(options, dict):
                 setattr(self, name, registry.options_class(name)(**options))

@@ -102,6 +102,7 @@ class Classification(Task):
         way_out: str = "",
     ):
         length, run = config.data.sequence_length, config.run
+        _check_examples(splits, vocab_size)
         _check_labels(splits, classes, config.data)
         _check_training(splits["train"], classes, config.data, way_out)
         if not declared:
@@ -188,6 +189,27 @@ def _longest(shapes: dict[str, jax.ShapeDtypeStruct], length: int) -> dict:
         else x
         for name, x in shapes.items()
     }
+
+
+def _check_examples(splits: dict[str, Examples], vocab_size: int | None) -> None:
+    """Raises ValueError if a split is missing, or holds what a classifier cannot read."""
+    for name in ("train", "valid"):
+        if name not in splits:
+            raise ValueError(f"splits must have {name!r}, got {sorted(splits)}")
+    for name, split in splits.items():
+        if not np.issubdtype(split.labels.dtype, np.integer):
+            raise ValueError(
+                f"the labels of the {name} examples must be integers, got {split.labels.dtype}"
+            )
+        if vocab_size is None:
+            continue
+        for index in range(len(split)):
+            ids = np.asarray(split.inputs[index])
+            if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+                raise ValueError(
+                    f"{name} example {index} has the token ids {ids.min()} to {ids.max()}, and "
+                    f"vocab_size={vocab_size} allows 0 to {vocab_size - 1}"
+                )
 
 
 def _check_labels(splits: dict[str, Examples], classes: Sequence[str], data: Any) -> None:

@@ -94,7 +94,7 @@ def _print(text: str, stream: TextIO | None) -> None:
         if error.errno in (errno.EPIPE, errno.EIO):
             _silence(stream)
             if stream is sys.stdout:
-                warn("nobody reads the standard output any more; the run goes on without it")
+                warn("nobody reads the standard output any more; the work goes on without it")
     except ValueError:
         return  # the stream is closed
 

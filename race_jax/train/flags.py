@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import re
 import textwrap
+import traceback
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,7 +99,7 @@ def _section_lines(record: Any, path: str) -> list[str]:
         shown = "none" if value is None else repr(value)
         lines.append(f"  --config.{path}.{field.name}={shown} ({_kind_name(kind)})")
         lines += textwrap.wrap(
-            meanings[field.name], 94, initial_indent=" " * 6, subsequent_indent=" " * 6
+            meanings.get(field.name, ""), 94, initial_indent=" " * 6, subsequent_indent=" " * 6
         )
     return lines + inner
 
@@ -168,8 +169,14 @@ def _load(path: Path) -> Config:
     # config_flags.DEFINE_config_file is not used, because it hides errors in the module.
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config() if hasattr(module, "get_config") else None
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except Exception as error:  # whatever the user's code raises
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.line]
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else "?"
+        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise ValueError(
             f"--config {path} must have a get_config() that returns a race_jax.train.config.Config"

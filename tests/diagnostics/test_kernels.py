@@ -141,3 +141,5 @@ def test_bad_arguments_are_named(heads):
         diagnostics.angular_kernel(query, jnp.zeros((2, 7, 3, 8)), num_planes=1)
     with pytest.raises(ValueError, match="draws must be at least 2"):
         diagnostics.errors_by_tables(jax.random.key(0), query, key, num_planes=1, draws=1)
+    with pytest.raises(ValueError, match="as many queries as keys, got 5 queries and 3 keys"):
+        diagnostics.attention_weights(jnp.ones((5, 3)), is_causal=True)

@@ -1,6 +1,9 @@
 """Every training script trains the tasks that it is named after, and sends others away."""
 
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -42,3 +45,35 @@ def test_the_right_task_reaches_the_data(capsys, monkeypatch, tmp_path):
         words = [f"--config={CONFIGS / config}.py", f"--config.data.root={tmp_path}"]
         assert script.main(words) == 2
         assert "no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def get_config(:\n", "line 1: SyntaxError: "),
+        ("\ndef get_config():\n    return nothing\n", "line 3: NameError: name 'nothing' is not"),
+    ],
+)
+def test_a_configuration_file_that_fails_is_named_with_its_line(text, said, capsys, tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(text)
+    assert train_lm.main([f"--config={file}"]) == 2
+    assert capsys.readouterr().err.startswith(f"train_lm: {file}, {said}")
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [(KeyboardInterrupt, 130, "stopped by Ctrl-C"), (BrokenPipeError, 141, "")],
+)
+def test_scripts_end_in_words_on_ctrl_c_and_where_nobody_reads(raised, status, said):
+    raises = f"def main(words):\n    raise {raised.__name__}\n"
+    script = f"import command_line\n{raises}command_line.main_of(main)"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(CONFIGS.parent / "scripts")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, said in done.stderr) == (status, True)
+    assert "Traceback" not in done.stderr

@@ -115,3 +115,11 @@ def test_every_field_is_documented():
     for field in dataclasses.fields(ModelConfig):
         if field.name not in registry.ATTENTIONS:
             assert f"        {field.name}: " in ModelConfig.__doc__
+
+
+def test_an_attention_that_is_added_too_late_is_named(monkeypatch):
+    monkeypatch.setitem(registry.ATTENTIONS, "mine", "mine.Attention")
+    with pytest.raises(
+        ValueError, match=r"'mine' has been added .* too late: .* before that import"
+    ):
+        ModelConfig()

@@ -69,3 +69,30 @@ def test_a_declared_class_may_occur_in_held_out_examples_only():
     options = {"classes": "abc", "vocab_size": 3, "declared": True}
     task = Classification(config.validate(), splits, **options)
     assert next(iter(task.held_out["valid"]))["labels"][0] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"valid": None}, r"splits must have 'valid', got \['train'\]"),
+        (
+            {"train": Examples([np.array([1])] * 2, np.array([0.0, 1.0]))},
+            "be integers, got float64",
+        ),
+        (
+            {"train": Examples([np.array([1]), np.array([1, 3])], [0, 1])},
+            "example 1 has the .* 1 to 3",
+        ),
+        (
+            {"valid": Examples([np.array([-1, 2])], [0])},
+            "valid example 0 .* -1 to 2, and vocab_size=3",
+        ),
+    ],
+)
+def test_examples_that_a_classifier_cannot_read_are_named(changes, message):
+    config = small_config()
+    config.task, config.model.attention = "listops", "softmax"
+    splits = {"train": labeled(0, 1), "valid": labeled(1)} | changes
+    splits = {name: split for name, split in splits.items() if split is not None}
+    with pytest.raises(ValueError, match=message):
+        Classification(config.validate(), splits, classes="ab", vocab_size=3)
