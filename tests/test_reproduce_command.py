@@ -44,7 +44,7 @@ def test_missing_data_is_named_before_anything_runs(tmp_path, capsys, monkeypatc
     words = ["causal_lm", "--data-sets", "ptb", "--out", str(tmp_path / "out")]
     monkeypatch.delenv("RACE_JAX_DATA", raising=False)
     assert reproduce.main(words) == 2
-    assert "no root is set" in capsys.readouterr().err
+    assert "give the folder of the data with --data, or" in capsys.readouterr().err
     assert reproduce.main([*words, "--data", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert f"ptb needs {tmp_path}/ptb/ptb.train.txt.xz, which does not exist" in said

@@ -66,12 +66,12 @@ class Sampling:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(
                 f"temperature={self.temperature} must be positive and finite; "
-                "use greedy=True to take the likeliest token each time."
+                "greedy decoding takes the likeliest token each time."
             )
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1, or None for all tokens.")
+            raise ValueError(f"top_k={self.top_k} must be at least 1; leave it out for all tokens.")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p={self.top_p} must lie in (0, 1], or None for all tokens.")
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]; leave it out for all tokens.")
 
 
 def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

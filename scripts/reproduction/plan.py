@@ -7,13 +7,14 @@ run is found again, and a run of another configuration never takes its place.
 import dataclasses
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.table import Data, Method, Table
-from race_jax.data.sources import named_paths
+from race_jax.data.sources import ROOT_VARIABLE, named_paths
 from race_jax.train.config import Config
 from race_jax.train.files import is_free
 from race_jax.train.flags import parse_config
@@ -127,6 +128,13 @@ def check_files(runs: Sequence[Run], root: Path | None) -> None:
             continue
         if root is not None:
             data = dataclasses.replace(data, root=str(root))
+        names = (*data.train_files, *data.valid_files, *data.test_files)
+        if not (data.root or os.environ.get(ROOT_VARIABLE) or all(map(os.path.isabs, names))):
+            raise ValueError(
+                f"{run.data.name} is read from files; give the folder of the data with --data, or "
+                f"by the environment variable {ROOT_VARIABLE}, or leave the data set out with "
+                "--data-sets"
+            )
         for field in ("train_files", "valid_files", "test_files"):
             for path in named_paths(data, field):
                 if not path.exists():
