@@ -7,7 +7,7 @@ for a step when the next one is on its way, so the device always has work, and n
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -249,6 +249,7 @@ class _Walk:
 
     Raises:
       ValueError: there are no segments.
+      TypeError: they are indexed by names.
     """
 
     def __init__(
@@ -258,6 +259,12 @@ class _Walk:
         place: Callable[[Any], Any],
         progress: Progress | None,
     ):
+        if isinstance(segments, Mapping):
+            raise TypeError(
+                "segments are indexed from 0, as those of streaming.Segments(sequence, "
+                "segment_length) are, and not by names; streaming.fold and value_and_grad take a "
+                "dict of arrays"
+            )
         if not order:
             raise ValueError("there are no segments; a sequence must have at least one token")
         self._order, self._progress = order, progress

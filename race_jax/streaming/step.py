@@ -11,6 +11,7 @@ the error of a few roundings, where a plain one would stop growing.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -205,7 +206,9 @@ def check_arguments(params: Any, d_state: Any, truncated: bool) -> None:
 
 
 def check_at_least_one(name: str, value: Any) -> None:
-    """Raises unless an option is a number of at least 1."""
+    """Raises unless an option is an integer of at least 1."""
+    if not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 

@@ -139,7 +139,22 @@ def run_toy(f=scaled, params=2.0, state=(), x=ROW, d_state=None, **options):
             ValueError,
             "group_size must be at least 1, got 0",
         ),
+        (
+            lambda: run_toy(segment_length=2.0),
+            TypeError,
+            "segment_length must be an integer, got 2",
+        ),
         (lambda: streaming.Segments(np.ones((1, 2)), 0), ValueError, "got 0"),
+        (
+            lambda: streaming.host_value_and_grad(scaled)(2.0, (), {"x": np.ones((1, 4))}),
+            TypeError,
+            "not by names; streaming.fold and value_and_grad take a dict",
+        ),
+        (
+            lambda: streaming.host_fold(scaled)(2.0, (), {"x": np.ones((1, 4))}),
+            TypeError,
+            "not by names",
+        ),
         (lambda: streaming.Segments(np.ones((1, 2)), 2)[1], IndexError, "there are 1 segments"),
         (
             lambda: run_toy(x={"a": np.ones((1, 4)), "b": np.ones((1, 3))}),
