@@ -242,7 +242,7 @@ def test_top_k_keeps_exactly_k_of_equal_tokens():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"temperature": 0.0}, "temperature=0.0 must be positive .* use greedy"),
+        ({"temperature": 0.0}, "temperature=0.0 must be positive .* greedy decoding"),
         ({"temperature": float("nan")}, "temperature=nan must be positive"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
